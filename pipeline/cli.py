@@ -1,0 +1,245 @@
+"""The command line: parses, calls, prints. No logic."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import click
+
+from pipeline.errors import InputError
+from pipeline.options import Cell, ExtractOptions, ReportOptions, SweepOptions, TrainOptions, check, flag
+
+
+def options_of(settings: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """Give a command the options of a dataclass; the function receives the checked dataclass."""
+
+    def decorate(function: Callable[[Any], None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            chosen = settings(**values)
+            check(chosen)
+            function(chosen)
+
+        types = get_type_hints(settings)
+        for item in reversed(fields(settings)):
+            command = _click_option(item, types[item.name])(command)
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        return command
+
+    return decorate
+
+
+class _Optional(click.ParamType):
+    """A value that may be left out; MLproject, whose parameters cannot be absent, leaves it out as an empty string."""
+
+    def __init__(self, basic: Any) -> None:
+        self.basic = click.types.convert_type(basic)
+        self.name = self.basic.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return None if value == "" else self.basic.convert(value, param, ctx)
+
+
+def _click_option(item: Any, kind: Any) -> Callable[[Any], Any]:
+    name, default = flag(item), None if item.default is MISSING else item.default
+    names = [name, *item.metadata["aliases"], item.name]
+    text = item.metadata["help"]
+    if kind is bool:
+        names = [f"{name}/--no-{name[2:]}", item.name]
+        return click.option(*names, default=default, show_default=True, help=text)
+    several = get_origin(kind) is tuple
+    basic = next((arg for arg in get_args(kind) if arg in (int, float, str)), kind)
+    reader = _Optional(basic) if default is None else basic
+    return click.option(
+        *names, type=reader, default=default, multiple=several, show_default=default is not None, help=text
+    )
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+def cli() -> None:
+    """Small students that reproduce a language model's activation vectors from a concept's text.
+
+    \b
+    extract   teacher -> vectors file
+    sweep     a grid of students on one vectors file, with report
+    train     one student
+    report    tables and plots of a sweep
+
+    Runs are tracked in MLflow: at MLFLOW_TRACKING_URI, or in sqlite:///mlflow.db (see them with: mlflow ui).
+    """
+
+
+@cli.command()
+@options_of(ExtractOptions)
+def extract(options: ExtractOptions) -> None:
+    """Run a teacher over the concepts and keep its activation vectors.
+
+    Example: python -m pipeline extract --teacher smollm2-135m --layers 8,15,22
+    """
+    from pipeline import display
+    from pipeline.concepts import counts, read_catalogue
+    from pipeline.extraction import check_request
+    from pipeline.extraction import extract as run_extraction
+    from pipeline.processes import start
+    from pipeline.storage import writable
+    from pipeline.teachers import load_teacher, parse_layers
+    from pipeline.tracking import closing, connect
+    from pipeline.vectors import write_vectors
+
+    accelerator = start()
+    if not accelerator.is_main_process:
+        return
+    catalogue = read_catalogue(options.concepts)
+    check_request(catalogue, options.num_concepts, options.template, options.pool)
+    slug = Path(options.teacher).stem if Path(options.teacher).exists() else options.teacher.replace("/", "--")
+    output = writable(options.output or f"data/vectors/{slug}.safetensors")
+    tracker = connect()
+    teacher = load_teacher(options.teacher, options.dtype, accelerator.device, options.trust_remote_code)
+    layers = parse_layers(options.layers, len(teacher.blocks))
+    with closing(tracker.open_run(f"extract {teacher.name}", {"role": "extract", "teacher": teacher.name})) as run:
+        run.log_params(asdict(options))
+        total = (options.num_concepts or len(catalogue)) * len(options.template)
+        with display.concepts(total) as progress:
+            vectors = run_extraction(
+                teacher,
+                catalogue,
+                count=options.num_concepts,
+                layers=layers,
+                templates=options.template,
+                pool=options.pool,
+                batch_tokens=options.batch_tokens,
+                progress=progress,
+            )
+        write_vectors(vectors, output)
+        run.log_artifact(output)
+        run.log_json("manifest.json", vectors.manifest())
+        run.log_dataset(f"vectors {teacher.name}", vectors.sha256, str(output), options.concepts, "extraction")
+        run.log_metrics({"concepts": len(vectors.concepts)})
+        run.set_tags({"vectors_sha256": vectors.sha256, "revision": teacher.revision})
+    sides = ", ".join(f"{number} {side}" for side, number in counts(vectors.splits).items())
+    click.echo(f"{output}: {len(vectors.concepts)} concepts ({sides}), blocks {list(layers)}, sha256 {vectors.sha256}")
+
+
+@cli.command()
+@options_of(TrainOptions)
+def train(options: TrainOptions) -> None:
+    """Train one student and leave its folder.
+
+    Example: python -m pipeline train --student mlp --hidden-dim 512 --concepts 700
+    """
+    cell = Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)})
+    folder = Path(options.output) if options.output else None
+    _sweep("train", [cell], asdict(options), options.vectors, Path("results"), folder, None, options.resume)
+
+
+@cli.command()
+@options_of(SweepOptions)
+def sweep(options: SweepOptions) -> None:
+    """Train every cell of a grid, then write its report.
+
+    Example: python -m pipeline sweep --grid scaling --seeds 3
+    """
+    from pipeline.grid import read_grid
+
+    name, cells = read_grid(options.grid, options.epochs, options.seeds)
+    output = Path(options.output)
+    _sweep(name, cells, asdict(options), options.vectors, output, None, options.sweep_id, options.resume)
+
+
+def _sweep(
+    name: str,
+    cells: list[Cell],
+    params: dict[str, object],
+    vectors_uri: str,
+    output: Path,
+    student_folder: Path | None,
+    sweep_id: str | None,
+    resume: bool,
+) -> None:
+    from pipeline import display
+    from pipeline.features import Catalogued
+    from pipeline.processes import start
+    from pipeline.report import SHORT, table_rows, verdict, write_report
+    from pipeline.storage import writable
+    from pipeline.sweep import prepare, run_sweep
+    from pipeline.tracking import connect, fetch
+    from pipeline.vectors import read_vectors
+
+    data = Catalogued(read_vectors(fetch(vectors_uri)))
+    cells = prepare(cells, data)
+    writable(output / "results.json")
+    accelerator = start()
+    tracker = connect() if accelerator.is_main_process else None
+    with display.sweep() as watcher:
+        done = run_sweep(
+            name,
+            cells,
+            data,
+            tracker,
+            accelerator,
+            params=params,
+            vectors_uri=vectors_uri,
+            output=output,
+            student_folder=student_folder,
+            sweep_id=sweep_id,
+            resume=resume,
+            report=lambda results, stem, student: write_report(results, stem, output, student, data.vectors),
+            watcher=watcher,
+        )
+    if done is None:
+        return
+    display.table(*table_rows(done.results, SHORT))
+    click.echo(f"{verdict(done.results)}\n")
+    for title, path in zip(["results", "report"] + [""] * len(done.files), [done.path, *done.files], strict=False):
+        click.echo(f"{title:10}{path}")
+    click.echo(f"student   {done.student_folder}")
+    click.echo(f"MLflow    run {done.run.id} at {os.environ['MLFLOW_TRACKING_URI']} (make ui shows it)")
+
+
+@cli.command()
+@options_of(ReportOptions)
+def report(options: ReportOptions) -> None:
+    """Draw the tables and plots of a sweep, from its results file or from MLflow.
+
+    Example: python -m pipeline report --results results/scaling_results_20260101T000000Z.json
+    """
+    from pipeline import display
+    from pipeline.report import SHORT, load_sweep, table_rows, verdict, write_report
+    from pipeline.tracking import fetch
+    from pipeline.vectors import read_vectors
+
+    vectors = read_vectors(fetch(options.vectors))
+    stem, results, student = load_sweep(options.results, options.sweep_id, Path(options.output))
+    written = write_report(results, stem, Path(options.output), student, vectors)
+    display.table(*table_rows(results, SHORT))
+    click.echo(verdict(results))
+    for path in written:
+        click.echo(path)
+
+
+def main() -> None:
+    """Run the command line with the project's exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("httpx", "httpcore", "accelerate", "botocore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        cli(standalone_mode=False)
+    except InputError as error:
+        _leave(f"error: {error}", 2)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "python -m pipeline"
+        _leave(f"error: {error.format_message()} (see {command} --help)", 2)
+    except (KeyboardInterrupt, click.Abort):
+        _leave("interrupted: finished cells are kept; the same command goes on from there", 130)
+
+
+def _leave(line: str, code: int) -> None:
+    click.echo(" ".join(line.split()), err=True)
+    sys.exit(code)

@@ -1,0 +1,91 @@
+"""What a person sees while work goes on: progress bars and tables on the terminal (standard error)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.options import Cell
+from pipeline.sweep import Watcher
+from pipeline.training import Progress as Epoch
+from pipeline.training import epochs
+
+console = Console(stderr=True, highlight=False)
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"{self.unit}")
+
+
+def _bar(*columns: Any) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console,
+    )  # fmt: skip
+
+
+@contextmanager
+def concepts(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over concepts (times templates); gives the function that advances it."""
+    with _bar(MofNCompleteColumn(), _Rate("concepts")) as bar:
+        task = bar.add_task("extract", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def sweep() -> Iterator[Watcher]:
+    """One display for a whole sweep: cells done, the current and the best validation cosine, time left."""
+    with _bar(TextColumn("{task.fields[cells]}"), TextColumn("{task.fields[best]}")) as bar:
+        task = bar.add_task("train", total=None, cells="", best="")
+        state = {"cells": 0, "todo": 0, "best": -2.0}
+
+        def start(todo: Sequence[Cell], done: Sequence[Cell]) -> None:
+            state.update(cells=0, todo=len(todo))
+            if done:
+                console.print(f"{len(done)} of {len(todo) + len(done)} cells were finished before (--no-resume repeats them)")
+            # An epoch takes time in proportion to its concepts, more or less.
+            bar.update(task, total=sum(epochs(cell) * cell.concepts for cell in todo), cells=f"0/{len(todo)} cells")
+
+        def progress(step: Epoch) -> None:
+            if step.val_cosine > state["best"]:
+                state["best"] = step.val_cosine
+                bar.update(task, best=f"val cosine {step.val_cosine:.3f} ({step.cell.name})")
+            bar.advance(task, step.cell.concepts)
+
+        def finished(_row: dict[str, Any]) -> None:
+            state["cells"] += 1
+            bar.update(task, cells=f"{state['cells']}/{state['todo']} cells")
+
+        yield Watcher(start, progress, finished)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; rows whose first value is in parentheses are baselines and stand dimmed."""
+    shown = Table(header_style="bold", box=box.SIMPLE, pad_edge=False)
+    for name in columns:
+        shown.add_column(name.replace("_", " "), justify="left" if name == "student" else "right")
+    for row in rows:
+        shown.add_row(*row, style="dim" if row[0].startswith("(") else "")
+    Console(highlight=False).print(shown)

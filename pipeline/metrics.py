@@ -1,0 +1,63 @@
+"""How faithful predicted vectors are. Pure functions; ``N`` is the number of held-out concepts.
+
+Predictions and truths are *centred*: the mean vector of the training concepts, mu, is subtracted from both. The
+residual stream has a large constant part, so without centring a constant prediction scores a cosine near 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMES = ("cosine", "cosine_raw", "r2", "retrieval_at_1", "retrieval_at_5")
+
+
+def cosines(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Cosine of each pair of vectors, ``[..., N, d_model]`` to ``[..., N]``; 0 where either has no length."""
+    return F.cosine_similarity(predicted, truth, dim=-1)
+
+
+def r2(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Share of the variance around mu that is explained, ``[..., N, d_model]`` to ``[...]``; 1 - FVU.
+
+    0 is what predicting mu gives; negative is worse than that.
+    """
+    unexplained = (predicted - truth).square().sum((-1, -2))
+    return 1 - unexplained / truth.square().sum((-1, -2)).clamp(min=torch.finfo(truth.dtype).tiny)
+
+
+def ranks(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Rank (from 0) of each true vector among all N by cosine with its prediction, ``[N, d_model]`` to ``[N]``.
+
+    A tie counts against the student, so a constant prediction retrieves nothing.
+    """
+    similarity = F.normalize(predicted, dim=-1) @ F.normalize(truth, dim=-1).mT  # [N, N]
+    own = similarity.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    return (similarity >= own).sum(-1) - 1
+
+
+def faithfulness(predicted: Tensor, truth: Tensor, mean: Tensor) -> dict[str, float]:
+    """All of `NAMES` for one student.
+
+    Args:
+        predicted, truth: centred vectors, ``[N, d_model]``.
+        mean: mu, ``[d_model]``.
+    """
+    rank = ranks(predicted, truth)
+    return {
+        "cosine": cosines(predicted, truth).mean().item(),
+        "cosine_raw": cosines(predicted + mean, truth + mean).mean().item(),
+        "r2": r2(predicted, truth).item(),
+        "retrieval_at_1": (rank < 1).float().mean().item(),
+        "retrieval_at_5": (rank < 5).float().mean().item(),
+    }
+
+
+def by_category(predicted: Tensor, truth: Tensor, categories: list[str]) -> dict[str, float]:
+    """Mean centred cosine of each category, ``[N, d_model]`` vectors."""
+    each = cosines(predicted, truth).tolist()
+    groups: dict[str, list[float]] = {}
+    for category, value in zip(categories, each, strict=True):
+        groups.setdefault(category, []).append(value)
+    return {category: sum(values) / len(values) for category, values in sorted(groups.items())}

@@ -1,0 +1,163 @@
+"""The options of every command, each named once.
+
+A command is a frozen dataclass. Its fields are the command-line options and the MLproject parameters, their help texts
+are what ``--help`` prints, and their values are the parameters that MLflow shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, get_type_hints
+
+from pipeline.errors import InputError
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",  # noqa: A002 (the name that click uses)
+    *,
+    aliases: tuple[str, ...] = (),
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        default: its value when the user gives none.
+        help: what it is, with units.
+        aliases: other spellings on the command line.
+        minimum: the least value allowed.
+        above, below: bounds that the value itself must not touch.
+    """
+    metadata = {"help": help, "aliases": aliases, "minimum": minimum, "above": above, "below": below}
+    return field(default=default, metadata=metadata)
+
+
+def flag(item: Field[Any]) -> str:
+    """The option's spelling on the command line."""
+    return "--" + item.name.replace("_", "-")
+
+
+def check(settings: Any) -> None:
+    """Check every value against the type and the bounds of its field.
+
+    Raises:
+        InputError: a value of another type, or out of bounds.
+    """
+    types = get_type_hints(type(settings))
+    for item in fields(settings):
+        value, kind = getattr(settings, item.name), types[item.name]
+        if kind in (int, float) and not _is_number(value, kind):
+            raise InputError(f"{flag(item)} {value!r}: expected {'a whole number' if kind is int else 'a number'}")
+        if kind is str and not isinstance(value, str):
+            raise InputError(f"{flag(item)} {value!r}: expected a word")
+        minimum, above, below = (item.metadata.get(bound) for bound in ("minimum", "above", "below"))
+        if value is None:
+            continue
+        if minimum is not None and not value >= minimum:
+            raise InputError(f"{flag(item)} {value}: expected at least {minimum}")
+        if above is not None and not value > above:
+            raise InputError(f"{flag(item)} {value}: expected more than {above}")
+        if below is not None and not value < below:
+            raise InputError(f"{flag(item)} {value}: expected less than {below}")
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """Run a teacher over the concepts and keep its activation vectors."""
+
+    teacher: str = option(
+        "qwen3-1.7b",
+        "The language model: a short name (qwen3-1.7b, gpt2, smollm2-135m, ...), a Hugging Face hub id, "
+        "a local folder, or a .gguf file.",
+        aliases=("--model",),
+    )
+    concepts: str = option(
+        "data/concepts.csv",
+        "CSV file with the columns concept,category; or wordfreq:en:20000 for the most frequent words of a language.",
+    )
+    num_concepts: int | None = option(
+        None, "Extract so many concepts, spread over the categories.  [default: all]", minimum=1
+    )
+    layers: str = option(
+        "mid", "Blocks after which to read: mid, all, or numbers such as 8,15. 0 is the embedding output."
+    )
+    template: tuple[str, ...] = option(
+        ("Tell me about {concept}",), "The prompt around the concept; repeat the option for several."
+    )
+    pool: str = option("last", "Read the last token of the prompt, or the mean over the concept's tokens (last, mean).")
+    dtype: str = option("auto", "Precision of the teacher: auto, float32, bfloat16, float16.")
+    batch_tokens: int = option(2048, "Tokens of a batch, padding included.", minimum=1)
+    output: str | None = option(None, "Where to write.  [default: data/vectors/<teacher>.safetensors]")
+    trust_remote_code: bool = option(False, "Run model code that comes with the weights; only if you trust its authors.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student configuration of a grid. Every field can be an axis."""
+
+    concepts: int = option(700, "Training concepts; smaller sets are contained in larger ones.", minimum=2)
+    hidden_dim: int = option(256, "Width of the student's hidden layers.", minimum=1)
+    layers: int = option(2, "Hidden layers (residual blocks) of the student.", minimum=0)
+    student: str = option("mlp", "Kind of student: mlp or ridge.")
+    objective: str = option("cosine", "What training minimises: cosine or mse.")
+    layer: int | None = option(
+        None, "Block of the teacher whose vectors to learn.  [default: the middle one of the file]", minimum=0
+    )
+    epochs: int = option(100, "Passes over the training concepts.", minimum=1)
+    seed: int = option(0, "Seed of initialisation, batch order and dropout.", minimum=0)
+    batch_size: int = option(128, "Concepts of a training step.", minimum=1)
+    learning_rate: float = option(2e-3, "Peak learning rate of AdamW (warm-up, then cosine decay).", above=0)
+    weight_decay: float = option(0.1, "AdamW's decoupled weight decay.", minimum=0)
+    dropout: float = option(0.4, "Share of inputs and of block outputs dropped in training.", minimum=0, below=1)
+
+    @property
+    def name(self) -> str:
+        """Short name of the cell's run, such as ``c700-h256-l2-s0``; what is not an mlp under cosine says so."""
+        size = f"-h{self.hidden_dim}-l{self.layers}" if self.student == "mlp" else ""
+        kind = "" if self.student == "mlp" else f"-{self.student}"
+        goal = "" if self.objective == "cosine" or self.student != "mlp" else f"-{self.objective}"
+        return f"c{self.concepts}{size}{kind}{goal}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class TrainOptions(Cell):
+    """Train one student."""
+
+    vectors: str = option(
+        "data/vectors/smollm2-135m.safetensors", "The vectors file: a local path or runs:/<run id>/<artifact>."
+    )
+    output: str | None = option(None, "Folder for the student.  [default: results/<time>_student]")
+    resume: bool = option(True, "Take over a student that was trained before with the same settings and data.")
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Train every cell of a grid."""
+
+    grid: str = option("scaling", "A grid of pipeline/grids/ by name, or the path of a YAML file.")
+    epochs: int | None = option(None, "Passes over the training concepts, for every cell.  [default: the grid's]", minimum=1)
+    vectors: str = option(
+        "data/vectors/smollm2-135m.safetensors", "The vectors file: a local path or runs:/<run id>/<artifact>."
+    )
+    seeds: int = option(1, "Train each cell with so many seeds, counted up from the grid's.", minimum=1)
+    sweep_id: str | None = option(
+        None, "Name of the sweep; the same name goes on with the same parent run.  [default: from grid and data]"
+    )
+    output: str = option("results", "Folder for the results file, the plots and the best student.")
+    resume: bool = option(True, "Skip cells that are finished already, with the same settings, data and code.")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Draw the tables and plots of a sweep."""
+
+    results: str | None = option(None, "A results file.  [default: the newest in the output folder]")
+    sweep_id: str | None = option(None, "A sweep in MLflow, instead of a results file.")
+    vectors: str = option("data/vectors/smollm2-135m.safetensors", "The vectors file that the sweep was trained on.")
+    output: str = option("results", "Folder for the tables and plots.")

@@ -1,0 +1,171 @@
+"""Pictures of a sweep: pure functions from results to matplotlib figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # batch jobs have no screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+Row = dict[str, Any]
+COLOURS = plt.get_cmap("viridis")
+BASELINE_STYLES = {"ridge": ("black", "--"), "nearest": ("dimgrey", ":"), "mean": ("darkgrey", "-.")}
+
+
+def label(row: Row) -> str:
+    """What a cell is, apart from its concepts and its seed."""
+    size = f"{row['hidden_dim']} wide, {row['layers']} deep" if row["student"] == "mlp" else ""
+    goal = "" if row["objective"] == "cosine" or row["student"] == "ridge" else f" ({row['objective']})"
+    return f"{row['student']} {size}{goal}".strip()
+
+
+def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def _colours(names: Sequence[str]) -> dict[str, Any]:
+    return {name: COLOURS(0.95 * place / max(1, len(names) - 1)) for place, name in enumerate(names)}
+
+
+def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
+    """Test cosine against the number of training concepts, a line a kind of student; seeds as a band."""
+    figure, axes = plt.subplots(figsize=(8, 5.2), layout="constrained")
+    kinds = _groups(cells, label)
+    colours = _colours(list(kinds))
+    for name, rows in kinds.items():
+        points = {n: [row["test_cosine"] for row in same] for n, same in _groups(rows, lambda r: r["concepts"]).items()}
+        numbers = sorted(points)
+        means = [float(np.mean(points[n])) for n in numbers]
+        axes.plot(numbers, means, marker="o", label=name, color=colours[name])
+        low, high = ([float(edge(points[n])) for n in numbers] for edge in (np.min, np.max))
+        axes.fill_between(numbers, low, high, color=colours[name], alpha=0.2, linewidth=0)
+    for name, rows in _groups(baselines, lambda row: row["student"]).items():
+        rows = sorted(rows, key=lambda row: row["concepts"])
+        colour, style = BASELINE_STYLES[name]
+        x, y = [row["concepts"] for row in rows], [row["test_cosine"] for row in rows]
+        axes.plot(x, y, style, marker="s", markersize=4, color=colour, label=f"{name} (baseline)")
+    axes.set_xscale("log")
+    numbers = sorted({row["concepts"] for row in cells})
+    axes.set_xticks(numbers, [str(n) for n in numbers])
+    axes.minorticks_off()
+    axes.set(xlabel="training concepts (log scale)", ylabel="test cosine (centred)")
+    axes.set_title("Fidelity on held-out concepts" + (" (bands: all seeds)" if _many_seeds(cells) else ""))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def _many_seeds(cells: list[Row]) -> bool:
+    return len({row["seed"] for row in cells}) > 1
+
+
+def heat_map(cells: list[Row]) -> Figure:
+    """Mean test cosine of every kind of student (rows) and number of training concepts (columns)."""
+    kinds, numbers = list(_groups(cells, label)), sorted({row["concepts"] for row in cells})
+    grid = np.full((len(kinds), len(numbers)), np.nan)
+    for (kind, n), rows in _groups(cells, lambda row: (label(row), row["concepts"])).items():
+        grid[kinds.index(kind), numbers.index(n)] = np.mean([row["test_cosine"] for row in rows])
+    figure, axes = plt.subplots(
+        figsize=(2.8 + 1.1 * len(numbers), 1.6 + 0.5 * len(kinds)), layout="constrained"
+    )
+    image = axes.imshow(grid, aspect="auto", cmap="viridis")
+    for (row, column), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            dark = value < (np.nanmin(grid) + np.nanmax(grid)) / 2
+            axes.text(column, row, f"{value:.3f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(numbers)), [str(n) for n in numbers])
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set(xlabel="training concepts", title="Test cosine")
+    figure.colorbar(image, ax=axes, label="test cosine (centred)")
+    return figure
+
+
+def curves(cells: list[Row]) -> Figure:
+    """Training loss and validation cosine by epoch, a column of panels for each number of training concepts."""
+    cells = [row for row in cells if len(row["curves"].get("val_cosine", [])) > 1]
+    columns = _groups(cells, lambda row: row["concepts"])
+    colours = _colours(list(_groups(cells, label)))
+    figure, panels = plt.subplots(
+        2, max(1, len(columns)), figsize=(max(6.0, 3.4 * len(columns)), 6.4), sharex=True, sharey="row",
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for place, number in enumerate(sorted(columns)):
+        named: set[str] = set()
+        for row in columns[number]:
+            name = label(row)
+            shown = None if name in named else name
+            named.add(name)
+            for panel, curve in zip(panels[:, place], ("val_cosine", "train_loss"), strict=True):
+                values = row["curves"][curve]
+                panel.plot(range(1, len(values) + 1), values, color=colours[name], label=shown, linewidth=1.2)
+        panels[0, place].set_title(f"{number} training concepts")
+        panels[1, place].set_xlabel("epoch")
+    panels[0, 0].set_ylabel("validation cosine (centred)")
+    panels[1, 0].set_ylabel("training loss")
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+    if cells:
+        handles, names = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), fontsize=8)
+    return figure
+
+
+def alignment(
+    truth: NDArray[np.floating[Any]], predicted: NDArray[np.floating[Any]], categories: Sequence[str], title: str
+) -> Figure:
+    """True and predicted vectors of the held-out concepts side by side, by category, in PCA and in t-SNE.
+
+    The principal axes are those of the true vectors; t-SNE places both sets in one map.
+
+    Args:
+        truth, predicted: centred vectors, ``[N, d_model]``.
+        categories: one a row.
+        title: what is shown, for the figure's head.
+    """
+    pca = PCA(2, random_state=0).fit(truth)
+    both = np.concatenate([truth, predicted])
+    # PCA first, as van der Maaten and Hinton (2008) do: it removes noise and most of the cost.
+    reduced = PCA(min(50, *both.shape), random_state=0).fit_transform(both)
+    perplexity = min(30.0, (len(both) - 1) / 3)
+    maps = TSNE(2, init="pca", perplexity=perplexity, metric="cosine", random_state=0).fit_transform(reduced)
+    share = 100 * pca.explained_variance_ratio_
+    panels = [
+        ("PCA, true vectors", pca.transform(truth)),
+        ("PCA, predicted vectors", pca.transform(predicted)),
+        ("t-SNE, true vectors", maps[: len(truth)]),
+        ("t-SNE, predicted vectors", maps[len(truth) :]),
+    ]
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9.5), sharex="row", sharey="row", layout="constrained")
+    names = sorted(set(categories))
+    palette = plt.get_cmap("tab20")
+    for panel, (name, points) in zip(axes.flat, panels, strict=True):
+        _scatter(panel, points, categories, {c: palette(place % 20) for place, c in enumerate(names)})
+        panel.set_title(name)
+        x, y = (f"component {i + 1} ({share[i]:.0f} % of variance)" for i in (0, 1)) if "PCA" in name else ("", "")
+        panel.set(xlabel=x or "t-SNE 1", ylabel=y or "t-SNE 2")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=9)
+    figure.suptitle(title)
+    return figure
+
+
+def _scatter(
+    axes: Axes, points: NDArray[np.floating[Any]], categories: Sequence[str], colours: dict[str, Any]
+) -> None:
+    for place, (category, colour) in enumerate(colours.items()):
+        own = points[[c == category for c in categories]]
+        axes.scatter(own[:, 0], own[:, 1], s=28, color=colour, marker="os^"[place % 3], label=category, alpha=0.85)
+    axes.grid(alpha=0.2)

@@ -1,0 +1,61 @@
+"""A residual MLP, as a stack of members of one shape.
+
+A linear map into the hidden stream, ``layers`` residual blocks ``h + dropout(gelu(h W + b))`` that start at zero, and a
+linear map out. A student thus begins as a low-rank linear map, the strong part of the problem, and learns
+the curvature on top (fixup-style zero start: Zhang, Dauphin and Ma, 2019).
+
+``S`` members, ``B`` concepts. Every parameter has the member axis first.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+
+
+def init(inputs: int, outputs: int, hidden_dim: int, layers: int, generator: torch.Generator) -> Parameters:
+    """Parameters of one member, without the member axis.
+
+    Args:
+        inputs, outputs: number of features and d_model.
+        hidden_dim: width of the hidden stream.
+        layers: residual blocks.
+        generator: source of the random start, on the CPU so that it is the same on every device.
+    """
+
+    def linear(rows: int, columns: int) -> Tensor:
+        return (torch.rand(rows, columns, generator=generator) * 2 - 1) / rows**0.5  # [rows, columns]
+
+    parameters = {"in.weight": linear(inputs, hidden_dim), "in.bias": torch.zeros(1, hidden_dim)}
+    for block in range(layers):
+        parameters[f"block{block}.weight"] = torch.zeros(hidden_dim, hidden_dim)
+        parameters[f"block{block}.bias"] = torch.zeros(1, hidden_dim)
+    return parameters | {"out.weight": linear(hidden_dim, outputs), "out.bias": torch.zeros(1, outputs)}
+
+
+def mask_widths(inputs: int, hidden_dim: int, layers: int) -> list[int]:
+    """Widths of the dropout masks that `apply` takes: the input's, then one a block."""
+    return [inputs] + [hidden_dim] * layers
+
+
+def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = None) -> Tensor:
+    """Predict.
+
+    Args:
+        parameters: each ``[S, rows, columns]``.
+        inputs: ``[S, B, features]``.
+        masks: dropout masks, ``[S or 1, B, width]`` each, 0 or 1 / (1 - dropout); none when not training.
+
+    Returns:
+        ``[S, B, d_model]``.
+    """
+    blocks = sum(name.endswith(".weight") for name in parameters) - 2
+    hidden = inputs if masks is None else inputs * masks[0]
+    hidden = torch.baddbmm(parameters["in.bias"], hidden, parameters["in.weight"])  # [S, B, hidden]
+    for block in range(blocks):
+        change = F.gelu(torch.baddbmm(parameters[f"block{block}.bias"], hidden, parameters[f"block{block}.weight"]))
+        hidden = hidden + (change if masks is None else change * masks[block + 1])
+    return torch.baddbmm(parameters["out.bias"], hidden, parameters["out.weight"])  # [S, B, d_model]

@@ -1,0 +1,232 @@
+"""The vectors file: activation vectors with all that training needs, in one safetensors file.
+
+The header's ``sha256`` covers the tensors and ``header_sha256`` the rest of the header, so no changed byte goes
+unseen. Nothing in the file can run code; a ``.pt`` file of older work is read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from pipeline.concepts import SPLITS, Catalogue, split
+from pipeline.errors import InputError
+from pipeline.storage import write_atomically
+
+FORMAT = "activation-vectors-1"
+TENSORS = ("token_embeddings", "token_ids", "token_offsets", "token_vocab", "vectors")
+LISTS = ("concepts", "categories", "splits", "layers", "templates")
+STRINGS = ("teacher", "revision", "pool", "dtype")
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Activation vectors of a teacher for a catalogue of concepts.
+
+    Attributes:
+        vectors: ``[concepts, templates, layers, d_model]`` residual stream as read, not centred; float16 or float32.
+        token_ids: ``[tokens]`` the concepts' own tokens as they stand in the first template's prompt, end to end.
+        token_offsets: ``[concepts + 1]`` where each concept's tokens begin in ``token_ids``.
+        token_vocab: ``[types]`` the distinct token ids, ascending.
+        token_embeddings: ``[types, d_model]`` the teacher's input embeddings of ``token_vocab``.
+        concepts, categories, splits: one entry a row of ``vectors``.
+        layers: the block after which each vector was read (0 is the embedding output).
+        templates: the prompts, each with ``{concept}``.
+        teacher, revision: the model and the exact weights.
+        pool: "last" (last token of the prompt) or "mean" (over the concept's tokens).
+        dtype: the precision that the teacher computed in.
+    """
+
+    vectors: NDArray[np.floating[Any]]
+    token_ids: NDArray[np.int64]
+    token_offsets: NDArray[np.int64]
+    token_vocab: NDArray[np.int64]
+    token_embeddings: NDArray[np.floating[Any]]
+    concepts: tuple[str, ...]
+    categories: tuple[str, ...]
+    splits: tuple[str, ...]
+    layers: tuple[int, ...]
+    templates: tuple[str, ...]
+    teacher: str
+    revision: str
+    pool: str
+    dtype: str
+
+    @property
+    def d_model(self) -> int:
+        return int(self.vectors.shape[-1])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the tensors: names, types, shapes and bytes."""
+        digest = hashlib.sha256()
+        for name in TENSORS:
+            tensor = np.ascontiguousarray(getattr(self, name))
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            digest.update(tensor.data)
+        return digest.hexdigest()
+
+    def layer_index(self, layer: int) -> int:
+        """Position of block ``layer`` on the layers axis.
+
+        Raises:
+            InputError: the file has no vectors of that block.
+        """
+        if layer not in self.layers:
+            available = ", ".join(map(str, self.layers))
+            raise InputError(f"--layer {layer}: not in the vectors file; available: {available}")
+        return self.layers.index(layer)
+
+    @property
+    def middle_layer(self) -> int:
+        """The block of the file that stands in the middle of its list, for where the user names none."""
+        return self.layers[len(self.layers) // 2]
+
+    def types(self, row: int) -> NDArray[np.int64]:
+        """Rows of ``token_embeddings`` that concept ``row`` consists of, in order."""
+        start, stop = self.token_offsets[row : row + 2]
+        return np.searchsorted(self.token_vocab, self.token_ids[start:stop])
+
+    def manifest(self) -> dict[str, Any]:
+        """What the file is, without its rows: for a person, a model card, or MLflow."""
+        return {
+            "format": FORMAT,
+            "teacher": self.teacher,
+            "revision": self.revision,
+            "concepts": len(self.concepts),
+            "templates": list(self.templates),
+            "layers": list(self.layers),
+            "d_model": self.d_model,
+            "pool": self.pool,
+            "dtype": self.dtype,
+            "stored_dtype": str(self.vectors.dtype),
+            "sha256": self.sha256,
+        }
+
+
+def write_vectors(vectors: Vectors, path: Path) -> None:
+    """Write the file, whole or not at all; a name that ends in ``.pt`` gives older work's ``{"concepts", "vectors"}``.
+
+    Raises:
+        InputError: the folder cannot be written, or a ``.pt`` is asked for with several templates or layers.
+    """
+    if path.suffix == ".pt":
+        if vectors.vectors.shape[1:3] != (1, 1):
+            raise InputError(f"--output {path}: a .pt file holds one layer and one template; write .safetensors")
+        table = {"concepts": list(vectors.concepts), "vectors": torch.from_numpy(vectors.vectors[:, 0, 0].copy())}
+        write_atomically(path, lambda part: torch.save(table, part))
+        return
+    header = {name: json.dumps(getattr(vectors, name), ensure_ascii=False) for name in LISTS}
+    header |= {name: getattr(vectors, name) for name in STRINGS}
+    header |= {"format": FORMAT, "sha256": vectors.sha256}
+    header["header_sha256"] = _header_sha256(header)
+    content = save({name: np.ascontiguousarray(getattr(vectors, name)) for name in TENSORS}, header)
+    write_atomically(path, lambda part: part.write_bytes(content))
+
+
+def _header_sha256(header: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def read_vectors(path: Path) -> Vectors:
+    """Read and check a vectors file.
+
+    Raises:
+        InputError: missing, truncated or changed, a pickle that is not a table of tensors, another format, or values
+            that are not finite.
+    """
+    if not path.is_file():
+        raise InputError(f"vectors file {path}: not found; make it with 'extract', or name another with --vectors")
+    found = _read_pt(path) if path.suffix == ".pt" else _read_safetensors(path)
+    if not np.isfinite(found.vectors).all():
+        rows = np.flatnonzero(~np.isfinite(found.vectors).all(axis=(1, 2, 3)))
+        raise InputError(
+            f"vectors file {path}: {len(rows)} concepts have values that are not finite, first "
+            f"{found.concepts[rows[0]]!r}; extract them again"
+        )
+    if not np.isfinite(found.token_embeddings).all():
+        raise InputError(f"vectors file {path}: token embeddings that are not finite; extract again")
+    return found
+
+
+def _read_safetensors(path: Path) -> Vectors:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise InputError(f"vectors file {path}: a pickle, which could run code; expected safetensors")
+    try:
+        with safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"vectors file {path}: damaged or not safetensors ({error})") from error
+    if header.get("format") != FORMAT:
+        raise InputError(f"vectors file {path}: format {header.get('format')!r}, expected {FORMAT!r}")
+    claimed = header.pop("header_sha256", None)
+    if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
+        raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
+    lists = {name: tuple(json.loads(header[name])) for name in LISTS}
+    found = Vectors(**tensors, **lists, **{name: header[name] for name in STRINGS})
+    if found.sha256 != header["sha256"]:
+        raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")
+    rows = len(found.concepts)
+    shapes_fit = (
+        found.vectors.shape == (rows, len(found.templates), len(found.layers), found.d_model)
+        and found.token_offsets.shape == (rows + 1,)
+        and found.token_embeddings.shape[:1] == found.token_vocab.shape
+        and len(found.categories) == len(found.splits) == rows
+        and set(found.splits) <= set(SPLITS)
+    )
+    if not shapes_fit:
+        raise InputError(f"vectors file {path}: shapes that do not fit together")
+    return found
+
+
+def _read_pt(path: Path) -> Vectors:
+    """A table of older work: ``{concept: vector}`` or ``{"concepts": [...], "vectors": [concepts, d_model]}``."""
+    try:
+        table = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"vectors file {path}: not a table of tensors, or one that could run code") from error
+    try:
+        if set(table) == {"concepts", "vectors"}:
+            concepts, vectors = tuple(table["concepts"]), torch.as_tensor(table["vectors"])
+        else:
+            concepts, vectors = tuple(table), torch.stack([torch.as_tensor(v).flatten() for v in table.values()])
+        values = vectors.to(torch.float32).numpy().reshape(len(concepts), 1, 1, -1)
+        catalogue = Catalogue(tuple(map(str, concepts)), ("unknown",) * len(concepts))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"vectors file {path}: expected a dict of concept to vector ({error})") from error
+    return Vectors(
+        vectors=values,
+        token_ids=np.zeros(0, np.int64),
+        token_offsets=np.zeros(len(concepts) + 1, np.int64),
+        token_vocab=np.zeros(0, np.int64),
+        token_embeddings=np.zeros((0, values.shape[-1]), np.float32),
+        concepts=catalogue.concepts,
+        categories=catalogue.categories,
+        splits=tuple(split(catalogue)),
+        layers=(0,),
+        templates=("{concept}",),
+        teacher="unknown",
+        revision="unknown",
+        pool="unknown",
+        dtype="float32",
+    )
+
+
+def stored(values: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+    """The values as float16 where its range holds them (its rounding costs 1e-7 of a cosine), else unchanged."""
+    return values.astype(np.float16) if np.abs(values).max(initial=0.0) < np.finfo(np.float16).max else values
+
