@@ -35,7 +35,7 @@ def options_of(settings: type) -> Callable[[Callable[[Any], None]], Callable[...
     return decorate
 
 
-class _Optional(click.ParamType):
+class _Optional(click.ParamType[Any]):
     """A value that may be left out; MLproject, whose parameters cannot be absent, leaves it out as an empty string."""
 
     def __init__(self, basic: Any) -> None:
@@ -63,7 +63,7 @@ def _click_option(item: Any, kind: Any) -> Callable[[Any], Any]:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 def cli() -> None:
-    """Small students that reproduce a language model's activation vectors from a concept's text.
+    r"""Small students that reproduce a language model's activation vectors from a concept's text.
 
     \b
     extract   teacher -> vectors file
@@ -215,7 +215,7 @@ def report(options: ReportOptions) -> None:
     from pipeline.vectors import read_vectors
 
     vectors = read_vectors(fetch(options.vectors))
-    stem, results, student = load_sweep(options.results, options.sweep_id, Path(options.output))
+    stem, results, student = load_sweep(options.results, options.sweep_id)
     written = write_report(results, stem, Path(options.output), student, vectors)
     display.table(*table_rows(results, SHORT))
     click.echo(verdict(results))

@@ -24,7 +24,9 @@ HELD_OUT = 200  # concepts in each of validation and test, where the catalogue i
 HELD_OUT_SHARE = 0.1  # the most that each may take of a smaller catalogue
 
 # Words that two phrases may share without sharing a meaning: "point of view" tells nothing about "sense of humour".
-FUNCTION_WORDS = frozenset("a an and at by for from in of off on or out s the to up with".split())
+FUNCTION_WORDS = frozenset(
+    "a an and at by for from in of off on or out s the to up with".split()  # noqa: SIM905 (reads better)
+)
 
 STEMMERS = {
     "da": "danish",
@@ -150,9 +152,7 @@ def balanced_order(concepts: Sequence[str], categories: Sequence[str]) -> list[i
     by_category: dict[str, list[int]] = defaultdict(list)
     for row in sorted(range(len(concepts)), key=lambda row: _digest(concepts[row])):
         by_category[categories[row]].append(row)
-    turns = [
-        (turn, _digest(category), row) for category, rows in by_category.items() for turn, row in enumerate(rows)
-    ]
+    turns = [(turn, _digest(category), row) for category, rows in by_category.items() for turn, row in enumerate(rows)]
     return [row for _, _, row in sorted(turns)]
 
 

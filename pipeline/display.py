@@ -64,7 +64,9 @@ def sweep() -> Iterator[Watcher]:
         def start(todo: Sequence[Cell], done: Sequence[Cell]) -> None:
             state.update(cells=0, todo=len(todo))
             if done:
-                console.print(f"{len(done)} of {len(todo) + len(done)} cells were finished before (--no-resume repeats them)")
+                console.print(
+                    f"{len(done)} of {len(todo) + len(done)} cells were finished before (--no-resume repeats them)"
+                )
             # An epoch takes time in proportion to its concepts, more or less.
             bar.update(task, total=sum(epochs(cell) * cell.concepts for cell in todo), cells=f"0/{len(todo)} cells")
 
@@ -85,7 +87,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; rows whose first value is in parentheses are baselines and stand dimmed."""
     shown = Table(header_style="bold", box=box.SIMPLE, pad_edge=False)
     for name in columns:
-        shown.add_column(name.replace("_", " "), justify="left" if name == "student" else "right")
+        title = {"hidden_dim": "hidden", "parameters": "params"}.get(name, name.replace("_", " "))
+        shown.add_column(title, justify="left" if name == "student" else "right", no_wrap=name == "student")
     for row in rows:
         shown.add_row(*row, style="dim" if row[0].startswith("(") else "")
     Console(highlight=False).print(shown)

@@ -1,4 +1,4 @@
-"""Extraction: concepts × templates through the teacher, in batches of like length, into a `Vectors` table."""
+"""Extraction: concepts times templates through the teacher, in batches of like length, into a `Vectors` table."""
 
 from __future__ import annotations
 

@@ -21,10 +21,12 @@ def cosines(predicted: Tensor, truth: Tensor) -> Tensor:
 def r2(predicted: Tensor, truth: Tensor) -> Tensor:
     """Share of the variance around mu that is explained, ``[..., N, d_model]`` to ``[...]``; 1 - FVU.
 
-    0 is what predicting mu gives; negative is worse than that.
+    0 is what predicting mu gives; negative is worse than that. Where the truth does not vary, 1 for a perfect answer
+    and 0 for any other (scikit-learn's convention).
     """
     unexplained = (predicted - truth).square().sum((-1, -2))
-    return 1 - unexplained / truth.square().sum((-1, -2)).clamp(min=torch.finfo(truth.dtype).tiny)
+    total = truth.square().sum((-1, -2))
+    return torch.where(total > 0, 1 - unexplained / total.where(total > 0, 1.0), (unexplained == 0).to(truth.dtype))
 
 
 def ranks(predicted: Tensor, truth: Tensor) -> Tensor:
@@ -41,7 +43,8 @@ def faithfulness(predicted: Tensor, truth: Tensor, mean: Tensor) -> dict[str, fl
     """All of `NAMES` for one student.
 
     Args:
-        predicted, truth: centred vectors, ``[N, d_model]``.
+        predicted: centred vectors, ``[N, d_model]``.
+        truth: the same of the teacher.
         mean: mu, ``[d_model]``.
     """
     rank = ranks(predicted, truth)

@@ -28,7 +28,8 @@ def option(
         help: what it is, with units.
         aliases: other spellings on the command line.
         minimum: the least value allowed.
-        above, below: bounds that the value itself must not touch.
+        above: a bound that the value must exceed.
+        below: a bound that the value must stay under.
     """
     metadata = {"help": help, "aliases": aliases, "minimum": minimum, "above": above, "below": below}
     return field(default=default, metadata=metadata)
@@ -94,7 +95,9 @@ class ExtractOptions:
     dtype: str = option("auto", "Precision of the teacher: auto, float32, bfloat16, float16.")
     batch_tokens: int = option(2048, "Tokens of a batch, padding included.", minimum=1)
     output: str | None = option(None, "Where to write.  [default: data/vectors/<teacher>.safetensors]")
-    trust_remote_code: bool = option(False, "Run model code that comes with the weights; only if you trust its authors.")
+    trust_remote_code: bool = option(
+        False, "Run model code that comes with the weights; only if you trust its authors."
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,9 @@ class SweepOptions:
     """Train every cell of a grid."""
 
     grid: str = option("scaling", "A grid of pipeline/grids/ by name, or the path of a YAML file.")
-    epochs: int | None = option(None, "Passes over the training concepts, for every cell.  [default: the grid's]", minimum=1)
+    epochs: int | None = option(
+        None, "Passes over the training concepts, for every cell.  [default: the grid's]", minimum=1
+    )
     vectors: str = option(
         "data/vectors/smollm2-135m.safetensors", "The vectors file: a local path or runs:/<run id>/<artifact>."
     )
@@ -157,7 +162,7 @@ class SweepOptions:
 class ReportOptions:
     """Draw the tables and plots of a sweep."""
 
-    results: str | None = option(None, "A results file.  [default: the newest in the output folder]")
+    results: str | None = option(None, "A results file.  [default: the newest in results/]")
     sweep_id: str | None = option(None, "A sweep in MLflow, instead of a results file.")
     vectors: str = option("data/vectors/smollm2-135m.safetensors", "The vectors file that the sweep was trained on.")
     output: str = option("results", "Folder for the tables and plots.")

@@ -36,20 +36,26 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
     return groups
 
 
-def _colours(names: Sequence[str]) -> dict[str, Any]:
-    return {name: COLOURS(0.95 * place / max(1, len(names) - 1)) for place, name in enumerate(names)}
+def _colours(cells: list[Row]) -> dict[str, Any]:
+    """A colour for each kind of student, the same for those that differ in depth only."""
+    kinds = _groups(cells, lambda row: (row["student"], row["objective"], row["hidden_dim"]))
+    return {
+        label(row): COLOURS(0.9 * place / max(1, len(kinds) - 1))
+        for place, rows in enumerate(kinds.values())
+        for row in rows
+    }
 
 
 def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
     """Test cosine against the number of training concepts, a line a kind of student; seeds as a band."""
     figure, axes = plt.subplots(figsize=(8, 5.2), layout="constrained")
     kinds = _groups(cells, label)
-    colours = _colours(list(kinds))
+    colours = _colours(cells)
     for name, rows in kinds.items():
         points = {n: [row["test_cosine"] for row in same] for n, same in _groups(rows, lambda r: r["concepts"]).items()}
         numbers = sorted(points)
         means = [float(np.mean(points[n])) for n in numbers]
-        axes.plot(numbers, means, marker="o", label=name, color=colours[name])
+        axes.plot(numbers, means, label=name, color=colours[name], **_style(rows[0], cells))
         low, high = ([float(edge(points[n])) for n in numbers] for edge in (np.min, np.max))
         axes.fill_between(numbers, low, high, color=colours[name], alpha=0.2, linewidth=0)
     for name, rows in _groups(baselines, lambda row: row["student"]).items():
@@ -68,6 +74,12 @@ def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
     return figure
 
 
+def _style(row: Row, cells: list[Row]) -> dict[str, Any]:
+    """Line and marker by depth, so that lines which nearly coincide can be told apart."""
+    place = sorted({cell["layers"] for cell in cells}).index(row["layers"])
+    return {"linestyle": ("-", "--", ":", "-.")[place % 4], "marker": "osd^"[place % 4], "markersize": 5}
+
+
 def _many_seeds(cells: list[Row]) -> bool:
     return len({row["seed"] for row in cells}) > 1
 
@@ -78,9 +90,7 @@ def heat_map(cells: list[Row]) -> Figure:
     grid = np.full((len(kinds), len(numbers)), np.nan)
     for (kind, n), rows in _groups(cells, lambda row: (label(row), row["concepts"])).items():
         grid[kinds.index(kind), numbers.index(n)] = np.mean([row["test_cosine"] for row in rows])
-    figure, axes = plt.subplots(
-        figsize=(2.8 + 1.1 * len(numbers), 1.6 + 0.5 * len(kinds)), layout="constrained"
-    )
+    figure, axes = plt.subplots(figsize=(2.8 + 1.1 * len(numbers), 1.6 + 0.5 * len(kinds)), layout="constrained")
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
@@ -97,7 +107,7 @@ def curves(cells: list[Row]) -> Figure:
     """Training loss and validation cosine by epoch, a column of panels for each number of training concepts."""
     cells = [row for row in cells if len(row["curves"].get("val_cosine", [])) > 1]
     columns = _groups(cells, lambda row: row["concepts"])
-    colours = _colours(list(_groups(cells, label)))
+    colours = _colours(cells)
     figure, panels = plt.subplots(
         2, max(1, len(columns)), figsize=(max(6.0, 3.4 * len(columns)), 6.4), sharex=True, sharey="row",
         squeeze=False, layout="constrained",
@@ -110,7 +120,14 @@ def curves(cells: list[Row]) -> Figure:
             named.add(name)
             for panel, curve in zip(panels[:, place], ("val_cosine", "train_loss"), strict=True):
                 values = row["curves"][curve]
-                panel.plot(range(1, len(values) + 1), values, color=colours[name], label=shown, linewidth=1.2)
+                panel.plot(
+                    range(1, len(values) + 1),
+                    values,
+                    color=colours[name],
+                    label=shown,
+                    linewidth=1.2,
+                    linestyle=_style(row, cells)["linestyle"],
+                )
         panels[0, place].set_title(f"{number} training concepts")
         panels[1, place].set_xlabel("epoch")
     panels[0, 0].set_ylabel("validation cosine (centred)")
@@ -131,7 +148,8 @@ def alignment(
     The principal axes are those of the true vectors; t-SNE places both sets in one map.
 
     Args:
-        truth, predicted: centred vectors, ``[N, d_model]``.
+        truth: centred vectors, ``[N, d_model]``.
+        predicted: the student's, likewise.
         categories: one a row.
         title: what is shown, for the figure's head.
     """
@@ -162,9 +180,7 @@ def alignment(
     return figure
 
 
-def _scatter(
-    axes: Axes, points: NDArray[np.floating[Any]], categories: Sequence[str], colours: dict[str, Any]
-) -> None:
+def _scatter(axes: Axes, points: NDArray[np.floating[Any]], categories: Sequence[str], colours: dict[str, Any]) -> None:
     for place, (category, colour) in enumerate(colours.items()):
         own = points[[c == category for c in categories]]
         axes.scatter(own[:, 0], own[:, 1], s=28, color=colour, marker="os^"[place % 3], label=category, alpha=0.85)

@@ -63,7 +63,7 @@ def newest_results(folder: Path) -> Path:
     return found[-1]
 
 
-def load_sweep(results: str | None, sweep_id: str | None, folder: Path) -> tuple[str, dict[str, Any], Student]:
+def load_sweep(results: str | None, sweep_id: str | None, folder: Path = Path("results")) -> tuple[str, dict[str, Any], Student]:
     """A sweep from its results file, from MLflow, or the newest in a folder.
 
     Args:
@@ -104,20 +104,28 @@ def _applies(row: Row, column: str) -> bool:
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """One sentence: the best cell (chosen on validation), and whether it beats ridge on the same concepts."""
+    """How the best cell (chosen on validation) stands to the baselines, and to ridge at every number of concepts."""
     best = results["best"]
-    same = [r for r in results["baselines"] if (r["concepts"], r["layer"]) == (best["concepts"], best["layer"])]
-    ridge, nearest = (next(r["test_cosine"] for r in same if r["student"] == name) for name in ("ridge", "nearest"))
-    like = {name: best[name] for name in ("concepts", "layer", "student", "hidden_dim", "layers", "objective")}
-    seeds = [c["test_cosine"] for c in results["cells"] if all(c[name] == value for name, value in like.items())]
-    margin = float(np.mean(seeds)) - ridge
+    floor = {(row["student"], row["concepts"], row["layer"]): row["test_cosine"] for row in results["baselines"]}
+    same = (best["concepts"], best["layer"])
+    ridge = floor["ridge", *same]
+    configuration = ("concepts", "layer", "student", "hidden_dim", "layers", "objective")
+    seeds = [c["test_cosine"] for c in results["cells"] if all(c[name] == best[name] for name in configuration)]
+    mean = float(np.mean(seeds))
     known = f"mean of {len(seeds)} seeds, {min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else "one seed"
-    word = "beats" if margin > 0 else "does not beat"
-    return (
-        f"Best: {best['name']}, test cosine {float(np.mean(seeds)):.3f} ({known}). It {word} ridge regression on the "
-        f"same {best['concepts']} concepts ({ridge:.3f}, {margin:+.3f}); nearest training concept {nearest:.3f}, "
+    lines = [
+        f"Best by validation: {best['name']}, test cosine {mean:.3f} ({known}). "
+        f"It {'beats' if mean > ridge else 'does not beat'} ridge regression on the same {best['concepts']} concepts "
+        f"({ridge:.3f}, {mean - ridge:+.3f}); nearest training concept {floor['nearest', *same]:.3f}, "
         "constant mean 0 by definition."
-    )
+    ]
+    margins = []
+    for concepts in sorted({row["concepts"] for row in results["cells"]}):
+        rival = max((c for c in results["cells"] if c["concepts"] == concepts), key=lambda c: c["val_cosine"])
+        margins.append(f"{rival['test_cosine'] - floor['ridge', concepts, rival['layer']]:+.3f} at {concepts}")
+    if len(margins) > 1:
+        lines.append(f"Against ridge, the best by validation at each number of concepts: {', '.join(margins)}.")
+    return " ".join(lines)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -65,6 +65,7 @@ class Teacher:
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return int(self.embedding_table.shape[1])
 
     @property
@@ -76,10 +77,12 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
+        """Where the model computes."""
         return self.embedding_table.device
 
     @property
     def takes_position_ids(self) -> bool:
+        """Whether the architecture has absolute or rotary positions that can be given."""
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
 
@@ -117,9 +120,11 @@ def load_teacher(
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"--teacher {name}: its tokenizer gives no character offsets (not a fast tokenizer)")
     revision = _hash_files(files) if files else str(getattr(causal.config, "_commit_hash", None) or "unknown")
-    model = causal.base_model.to(device).eval().requires_grad_(False)
+    model: Any = causal.base_model
+    model.to(device).eval().requires_grad_(False)
     dtype_name = next(key for key, value in DTYPES.items() if value is precision)
-    return Teacher(name, revision, model, tokenizer, _find_blocks(model, name), dtype_name)
+    known_as = Path(name).stem if files and name not in HUB_IDS else name
+    return Teacher(known_as, revision, model, tokenizer, _find_blocks(model, name), dtype_name)
 
 
 def _locate(name: str) -> tuple[Path | str, list[Path]]:
@@ -136,7 +141,9 @@ def _locate(name: str) -> tuple[Path | str, list[Path]]:
             raise InputError(f"--teacher {name}: the folder has no config.json, so it is not a saved model")
         return path, files
     if name in PACKAGED and (packaged := _packaged_weights(PACKAGED[name])) is not None:
-        log.info("teacher %s: %s, from the installed package; the hub's weights: %s", name, packaged.name, HUB_IDS[name])
+        log.info(
+            "teacher %s: %s, from the installed package; the hub's weights: %s", name, packaged.name, HUB_IDS[name]
+        )
         return packaged, [packaged]
     if name in HUB_IDS:
         return HUB_IDS[name], []
@@ -220,7 +227,7 @@ def parse_layers(layers: str, depth: int) -> tuple[int, ...]:
     return chosen
 
 
-class _Deepest(Exception):
+class _Deepest(Exception):  # noqa: N818 (not an error)
     """Leaves the forward pass once the deepest block asked for has been read."""
 
 

@@ -64,6 +64,7 @@ class Run:
             self.client.log_batch(self.id, params=new)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set all tags in one request."""
         self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def log_metrics(self, metrics: Mapping[str, float], curves: Mapping[str, Sequence[float]] | None = None) -> None:
@@ -76,9 +77,11 @@ class Run:
             self.client.log_batch(self.id, metrics=entries[start : start + METRICS_PER_CALL])
 
     def log_artifact(self, path: Path) -> None:
+        """Upload a file."""
         self.client.log_artifact(self.id, str(path))
 
     def log_json(self, name: str, content: object) -> None:
+        """Upload plain values as a JSON file."""
         self.client.log_text(self.id, json.dumps(content, indent=1), name)
 
     def log_dataset(self, name: str, digest: str, source: str, profile: str, use: str) -> None:
@@ -91,12 +94,14 @@ class Run:
         signature = ModelSignature(
             Schema([ColSpec("string", "concept")]), Schema([TensorSpec(np.dtype("float32"), (-1, d_model))])
         )
+        # Made by hand: left to itself, Model.log files the model in the process's active experiment, not in the run's.
+        model = self.client.create_logged_model(self.experiment_id, "student", self.id)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*input example.*")
             student.save(Path(folder) / "student")
             logged = Model.log(
                 artifact_path=None,
-                name="student",
+                model_id=model.model_id,
                 flavor=pyfunc,
                 run_id=self.id,
                 loader_module="pipeline.students.pyfunc",
@@ -152,6 +157,7 @@ class Tracker:
         return self.open_run(name, {**tags, "sweep_id": sweep_id})
 
     def open_child(self, parent: Run, name: str, tags: Mapping[str, str]) -> Run:
+        """A new run below another."""
         return self._create(name, {**tags, MLFLOW_PARENT_RUN_ID: parent.id}, parent.experiment_id)
 
     def find_sweep(self, sweep_id: str) -> MlflowRun | None:
@@ -329,4 +335,3 @@ class _HostRun(LocalSubmittedRun):
                 time.sleep(0.1)
             os.killpg(group, signal.SIGKILL)
         self.command_proc.wait()
-

@@ -87,7 +87,9 @@ def train_stack(
         progress: called after each member's epoch.
     """
     if cells[0].student == "ridge":
-        results = (_solve_ridge(cell, subset) for cell, subset in zip(cells, subsets, strict=True))
+        results: Iterator[tuple[Trained, Subset]] = (
+            _solve_ridge(cell, subset) for cell, subset in zip(cells, subsets, strict=True)
+        )
     else:
         results = _descend(cells, subsets, accelerator, progress)
     for trained, subset in results:

@@ -65,6 +65,7 @@ class Vectors:
 
     @property
     def d_model(self) -> int:
+        """Width of the teacher's residual stream."""
         return int(self.vectors.shape[-1])
 
     @cached_property
@@ -176,8 +177,8 @@ def _read_safetensors(path: Path) -> Vectors:
     claimed = header.pop("header_sha256", None)
     if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
         raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
-    lists = {name: tuple(json.loads(header[name])) for name in LISTS}
-    found = Vectors(**tensors, **lists, **{name: header[name] for name in STRINGS})
+    values: dict[str, Any] = {**tensors, **{name: tuple(json.loads(header[name])) for name in LISTS}}
+    found = Vectors(**values, **{name: header[name] for name in STRINGS})
     if found.sha256 != header["sha256"]:
         raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")
     rows = len(found.concepts)
@@ -229,4 +230,3 @@ def _read_pt(path: Path) -> Vectors:
 def stored(values: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
     """The values as float16 where its range holds them (its rounding costs 1e-7 of a cosine), else unchanged."""
     return values.astype(np.float16) if np.abs(values).max(initial=0.0) < np.finfo(np.float16).max else values
-

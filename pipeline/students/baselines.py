@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.features import Side, Subset
 
 
-def constant_mean(subset: Subset, side: Side) -> Tensor:
+def constant_mean(_subset: Subset, side: Side) -> Tensor:
     """The mean training vector for every concept: 0 once centred, ``[N, d_model]``."""
     return torch.zeros_like(side.targets)
 

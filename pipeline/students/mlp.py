@@ -9,6 +9,8 @@ the curvature on top (fixup-style zero start: Zhang, Dauphin and Ma, 2019).
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,14 +22,16 @@ def init(inputs: int, outputs: int, hidden_dim: int, layers: int, generator: tor
     """Parameters of one member, without the member axis.
 
     Args:
-        inputs, outputs: number of features and d_model.
+        inputs: number of features.
+        outputs: d_model.
         hidden_dim: width of the hidden stream.
         layers: residual blocks.
         generator: source of the random start, on the CPU so that it is the same on every device.
     """
 
     def linear(rows: int, columns: int) -> Tensor:
-        return (torch.rand(rows, columns, generator=generator) * 2 - 1) / rows**0.5  # [rows, columns]
+        start = torch.rand(rows, columns, generator=generator) * 2 - 1  # [rows, columns]
+        return start / math.sqrt(rows)
 
     parameters = {"in.weight": linear(inputs, hidden_dim), "in.bias": torch.zeros(1, hidden_dim)}
     for block in range(layers):

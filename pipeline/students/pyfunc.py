@@ -17,7 +17,7 @@ class PyfuncStudent:
     def __init__(self, student: Student) -> None:
         self.student = student
 
-    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> NDArray[np.float32]:
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> NDArray[np.float32]:  # noqa: ARG002 (MLflow's signature)
         """Activation vectors ``[n, d_model]`` of the concepts in a table's first column, or in a list."""
         column = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
         return self.student.encode([str(concept) for concept in column])

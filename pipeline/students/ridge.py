@@ -31,6 +31,6 @@ def fit(subset: Subset) -> tuple[dict[str, Tensor], float, float]:
     return {"weight": weight.float()[None]}, float(strengths[best]), float(scores[best])
 
 
-def apply(parameters: dict[str, Tensor], inputs: Tensor, masks: None = None) -> Tensor:
+def apply(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:
     """Predict: ``[S, B, features]`` to ``[S, B, d_model]``."""
     return torch.bmm(inputs, parameters["weight"])

@@ -5,8 +5,9 @@ It answers for the concepts of the vectors file that it was trained with, whose 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pipeline.students import mlp, ridge
 from pipeline.vectors import Vectors
 
 FORMAT = "student-1"
-STUDENTS = {"mlp": mlp.apply, "ridge": ridge.apply}
+STUDENTS: dict[str, Callable[..., Tensor]] = {"mlp": mlp.apply, "ridge": ridge.apply}
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Student:
                 raise InputError(f"student {folder}: format {config.get('format')!r}, expected {FORMAT!r}")
             tensors = load((folder / "model.safetensors").read_bytes())
             names, offsets = config.pop("concepts"), tensors["token_offsets"]
-            rows = [tensors["token_rows"][a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+            rows = [tensors["token_rows"][a:b] for a, b in itertools.pairwise(offsets)]
             prefix = "parameters."
             return cls(
                 config,

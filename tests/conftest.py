@@ -1,0 +1,139 @@
+"""Real parts for the tests: the shipped vectors, the embedded teacher, and tiny random models of real architectures."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before any library reads them: tests reach no hub, and every run goes to a database of its own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+    os.environ.pop(name, None)
+
+import mlflow
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from pipeline import cli
+from pipeline.concepts import read_catalogue
+from pipeline.features import Catalogued
+from pipeline.teachers import load_teacher
+from pipeline.vectors import read_vectors
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "data" / "vectors" / "smollm2-135m.safetensors"
+CATALOGUE = ROOT / "data" / "concepts.csv"
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+HEADS = {"num_key_value_heads": 2, "head_dim": 8}
+ARCHITECTURES = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=64, vocab_size=600),
+    "qwen3": Qwen3Config(**SIZES, **HEADS, vocab_size=600),
+    "llama": LlamaConfig(**SIZES, **HEADS, vocab_size=600),
+    "gemma3": Gemma3TextConfig(**SIZES, **HEADS, vocab_size=600, sliding_window=4),
+}
+
+
+@pytest.fixture(scope="session")
+def catalogue():
+    return read_catalogue(str(CATALOGUE))
+
+
+@pytest.fixture(scope="session")
+def vectors():
+    return read_vectors(SHIPPED)
+
+
+@pytest.fixture(scope="session")
+def data(vectors):
+    return Catalogued(vectors)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The embedded teacher with its real weights."""
+    return load_teacher("smollm2-135m")
+
+
+def _tokenizer(texts, begin):
+    """A small byte-level BPE tokenizer, trained on the catalogue; ``begin`` puts a token before every text."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    core.train_from_iterator(texts, trainer)
+    if begin:
+        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(catalogue, tmp_path_factory):
+    """Folders with tiny random models, as `save_pretrained` leaves them: ``tiny_folder("gpt2")``."""
+    made = {}
+
+    def make(architecture):
+        if architecture not in made:
+            torch.manual_seed(0)
+            folder = tmp_path_factory.mktemp(architecture)
+            model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture])
+            with torch.no_grad():  # random norms and biases too, so that nothing is right by accident
+                for parameter in model.parameters():
+                    parameter.add_(0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+            model.save_pretrained(folder)
+            _tokenizer(catalogue.concepts, begin=architecture in ("llama", "gemma3")).save_pretrained(folder)
+            made[architecture] = folder
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty current folder with a fresh tracking database in it."""
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run the command line in this process: ``code, out, err = run("sweep", "--grid", "scaling")``."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pipeline", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
+SMALL_GRID = """
+fixed: {epochs: 3, batch_size: 16}
+axes:
+  concepts: [20, 40]
+  hidden_dim: [8, 16]
+"""
+
+
+@pytest.fixture
+def small_grid(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL_GRID)
+    return path

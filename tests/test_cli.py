@@ -1,0 +1,183 @@
+"""The command line: every wrong input ends with exit code 2, one line, and nothing half-written."""
+
+import json
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from conftest import ROOT, SHIPPED
+from mlflow import MlflowClient
+
+from pipeline.vectors import read_vectors
+
+
+def refused(result, *parts):
+    code, out, err = result
+    line = err.strip()
+    assert code == 2, err
+    assert out == ""
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    for part in parts:
+        assert part in line
+
+
+def damaged(folder, how):
+    content = bytearray(SHIPPED.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "flipped":
+        content[len(content) // 3] ^= 1
+    elif how == "pickle":
+        content = pickle.dumps({"ice": [1.0]})
+    path = folder / "vectors.safetensors"
+    if how != "missing":
+        path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+@pytest.mark.parametrize(
+    ("how", "complaint"),
+    [("missing", "not found"), ("truncated", "damaged"), ("flipped", "damaged"), ("pickle", "pickle")],
+)
+def test_a_wrong_vectors_file(workplace, run, command, how, complaint):
+    path = damaged(workplace, how)
+    before = sorted(workplace.iterdir())
+    refused(run(command, "--vectors", path), "vectors.safetensors", complaint)
+    assert sorted(workplace.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("extract", "--teacher", "qwen9"), ("unknown teacher 'qwen9'", "qwen3-1.7b", "smollm2-135m")),
+        (("extract", "--teacher", "smollm2-135m", "--template", "no place"), ("--template 'no place'", "{concept}")),
+        (("extract", "--teacher", "smollm2-135m", "--pool", "max"), ("unknown pool 'max'", "last", "mean")),
+        (("extract", "--teacher", "smollm2-135m", "--num-concepts", "0"), ("--num-concepts 0", "at least 1")),
+        (("extract", "--teacher", "smollm2-135m", "--output", "s3://bucket/key"), ("s3://bucket/key",)),
+        (("train", "--student", "cnn"), ("unknown student 'cnn'", "mlp", "ridge")),
+        (("train", "--objective", "l1"), ("unknown objective 'l1'", "cosine", "mse")),
+        (("train", "--layer", "3"), ("--layer 3", "8, 15, 22")),
+        (("train", "--concepts", "99999"), ("--concepts 99999", "training concepts")),
+        (("train", "--epochs", "0"), ("--epochs 0", "at least 1")),
+        (("train", "--epochs", "-5"), ("--epochs -5", "at least 1")),
+        (("train", "--epochs", "many"), ("--epochs", "many")),
+        (("train", "--learning-rate", "nan"), ("--learning-rate nan",)),
+        (("train", "--output", "/proc/none/here"), ("/proc/none/here",)),
+        (("sweep", "--grid", "scalling"), ("unknown grid 'scalling'", "scaling")),
+        (("sweep", "--epochs", "0"), ("--epochs 0", "at least 1")),
+        (("sweep", "--seeds", "0"), ("--seeds 0", "at least 1")),
+        (("sweep", "--gird", "scaling"), ("No such option", "--gird")),
+        (("report", "--results", "none.json"), ("none.json",)),
+        (("report",), ("no results file in results",)),
+        (("sweeep",), ("sweeep",)),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_exists(workplace, run, arguments, parts):
+    if arguments[0] in ("train", "sweep", "report"):
+        arguments += ("--vectors", str(SHIPPED))
+    elif arguments[0] == "extract":
+        arguments += ("--concepts", str(ROOT / "data" / "concepts.csv"))
+    refused(run(*arguments), *parts)
+    assert not list(workplace.rglob("*.safetensors"))
+    assert not list(workplace.rglob("*.part"))
+
+
+def test_an_unknown_layer_of_the_teacher(workplace, run, tiny_folder):
+    concepts = ROOT / "data" / "concepts.csv"
+    result = run("extract", "--teacher", tiny_folder("gpt2"), "--layers", "5", "--concepts", concepts)
+    refused((result[0], result[1], last_line(result[2])), "--layers 5", "blocks 0 (embeddings) to 4")
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
+def test_a_wrong_concepts_file(workplace, run):
+    path = workplace / "mine.csv"
+    path.write_text("concept,category\nice,Food\nice,Food\n")
+    refused(run("extract", "--teacher", "smollm2-135m", "--concepts", path), "mine.csv, line 3", "'ice'")
+    path.write_bytes(b"concept,category\ncaf\xe9,Food\n")
+    refused(run("extract", "--teacher", "smollm2-135m", "--concepts", path), "mine.csv", "not UTF-8")
+
+
+@pytest.fixture
+def silent_server():
+    """A port that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_tracking_server_that_does_not_answer(workplace, run, monkeypatch, silent_server):
+    for uri in ("http://name:secret@127.0.0.1:9", silent_server):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        result = run("train", "--vectors", SHIPPED, "--epochs", "1")
+        refused(result, "MLFLOW_TRACKING_URI", "no MLflow server")
+        assert "secret" not in result[2]
+        assert not list(workplace.rglob("*.json"))
+
+
+def test_extract_writes_tracks_and_repeats_itself(workplace, run, tiny_folder):
+    concepts = ROOT / "data" / "concepts.csv"
+    common = ("extract", "--teacher", tiny_folder("qwen3"), "--concepts", concepts, "--num-concepts", "80")
+    code, out, err = run(*common, "--layers", "1,3", "--output", "a.safetensors")
+    assert code == 0, err
+    assert "80 concepts" in out
+    assert run(*common, "--layers", "1,3", "--output", "b.safetensors")[0] == 0
+    first = read_vectors(Path("a.safetensors"))
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    assert first.vectors.shape == (80, 1, 2, 32)
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("activation-distillation")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {found.info.status for found in runs} == {"FINISHED"}
+    assert {item.path for item in client.list_artifacts(runs[0].info.run_id)} == {"b.safetensors", "manifest.json"}
+    assert runs[0].data.params["layers"] == "1,3"
+    assert runs[0].inputs.dataset_inputs
+    manifest = json.loads(client.download_artifacts(runs[0].info.run_id, "manifest.json").__fspath__() and
+                          Path(client.download_artifacts(runs[0].info.run_id, "manifest.json")).read_text())  # fmt: skip
+    assert manifest["sha256"] == first.sha256
+    code, _, err = run("train", "--vectors", f"runs:/{runs[0].info.run_id}/b.safetensors", "--concepts", 40,
+                       "--epochs", 1, "--batch-size", 16, "--layer", 3)  # fmt: skip
+    assert code == 0, err
+
+
+def test_the_default_output_is_named_after_the_teacher(workplace, run, tiny_folder):
+    (workplace / "mine.csv").write_text("concept,category\n" + "".join(f"w{chr(97 + i)}x,Made\n" for i in range(20)))
+    code, _, err = run("extract", "--model", tiny_folder("gpt2"), "--concepts", "mine.csv", "--layers", "all",
+                       "--template", "{concept}", "--template", "About {concept}:", "--pool", "mean")  # fmt: skip
+    assert code == 0, err
+    [path] = Path("data/vectors").iterdir()
+    found = read_vectors(path)
+    assert path.stem == found.teacher == tiny_folder("gpt2").name
+    assert found.vectors.shape == (20, 2, 5, 32)
+    assert np.isfinite(found.vectors).all()
+
+
+def test_help_teaches_without_loading_anything_heavy():
+    code = "import sys; sys.argv = ['x', 'sweep', '--help']\n" \
+           "from pipeline.cli import main\n" \
+           "try: main()\n" \
+           "except SystemExit: pass\n" \
+           "assert not {'torch', 'mlflow', 'transformers'} & set(sys.modules)"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--grid" in done.stdout
+    assert "[default: scaling]" in done.stdout
+
+
+def test_tracking_goes_to_sqlite_where_the_environment_names_nothing(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow.set_tracking_uri(None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    code, _, err = run("train", "--vectors", SHIPPED, "--student", "ridge", "--concepts", 30)
+    assert code == 0, err
+    assert Path("mlflow.db").is_file()
+    assert Path("mlruns").is_dir()

@@ -1,0 +1,109 @@
+"""The doors: `mlflow run --backend host`, and the runs seen in a real browser."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SHIPPED
+from mlflow import MlflowClient
+
+
+def mlflow_run(workplace, *parameters):
+    pairs = [part for parameter in parameters for part in ("-P", parameter)]
+    command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "sweep", "--backend", "host", *pairs]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": f"sqlite:///{workplace}/mlflow.db"}
+    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def found_runs():
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("activation-distillation")
+    runs = client.search_runs([experiment.experiment_id]) if experiment else []
+    return [[run for run in runs if run.data.tags.get("role") == role] for role in ("sweep", "cell")]
+
+
+def test_mlflow_run_on_the_host_tracks_under_the_run_that_it_opened(workplace, small_grid):
+    process = mlflow_run(workplace, f"grid={small_grid}", f"vectors={SHIPPED}", f"output={workplace}/out", "epochs=2")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    [parent], children = found_runs()
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    assert parent.data.tags["mlflow.project.entryPoint"] == "sweep"
+    assert parent.data.tags["mlflow.project.backend"] == "host"
+    assert parent.data.params["epochs"] == "2"
+    assert {run.data.params["epochs"] for run in children} == {"2"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert len(list((workplace / "out").glob("*.png"))) == 4
+
+
+def test_mlflow_run_says_what_is_wrong_in_one_line(workplace):
+    process = mlflow_run(workplace, "grid=scalling")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "unknown grid 'scalling'; available: scaling" in err
+    assert "Traceback" not in err
+
+
+def test_interrupting_mlflow_run_closes_its_runs(workplace):
+    grid = workplace / "long.yaml"
+    grid.write_text("fixed: {epochs: 2000, concepts: 700}\naxes: {layers: [0, 2]}\n")
+    process = mlflow_run(workplace, f"grid={grid}", f"vectors={SHIPPED}", f"output={workplace}/out")
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (found_runs()[1] if (workplace / "mlflow.db").exists() else []):
+        time.sleep(1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    [parent], children = found_runs()
+    assert parent.info.status == "KILLED"
+    assert {run.info.status for run in children} == {"KILLED"}
+
+
+@pytest.fixture
+def browser():
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("needs chromium or chrome on the PATH")
+    return found
+
+
+def test_the_runs_stand_in_the_compare_view_of_the_ui(workplace, run, small_grid, browser):
+    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED)
+    assert code == 0, err
+    _, children = found_runs()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{workplace}/mlflow.db",
+         "--port", str(port), "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(120):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                    break
+            except OSError:
+                time.sleep(0.5)
+        names = "[" + ",".join(f'"{child.info.run_id}"' for child in children) + "]"
+        page = f"http://127.0.0.1:{port}/#/compare-runs?runs={names}&experiments=[\"{children[0].info.experiment_id}\"]"
+        shown = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={workplace}/profile",
+             "--window-size=1600,1400", "--virtual-time-budget=60000", "--dump-dom", page],
+            capture_output=True, text=True, timeout=150, check=False,
+        ).stdout  # fmt: skip
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+    for child in children:
+        assert child.info.run_name in shown
+    for part in ("val_cosine", "test_cosine", "hidden_dim"):
+        assert part in shown

@@ -1,0 +1,108 @@
+"""The house rules: rooms import from rooms before them, options live once, the doors name what exists."""
+
+import ast
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from pipeline.cli import cli
+from pipeline.options import Cell, ExtractOptions, ReportOptions, SweepOptions, TrainOptions
+
+COMMANDS = {"extract": ExtractOptions, "train": TrainOptions, "sweep": SweepOptions, "report": ReportOptions}
+LAUNCHER = {"processes", "mixed_precision"}
+# A room imports only from rooms before it.
+ROOMS = [
+    "errors", "options", "storage", "processes", "concepts", "vectors", "teachers", "extraction", "metrics",
+    "objectives", "features", "students", "training", "grid", "tracking", "sweep", "plots", "report", "display", "cli",
+    "__main__",
+]  # fmt: skip
+SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(path):
+    part = path.relative_to(ROOT / "pipeline").parts[0]
+    return part.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if room_of(path) != "__init__"], ids=str)
+def test_a_room_imports_only_from_rooms_before_it(path):
+    place = ROOMS.index(room_of(path))
+    for module in imports(path):
+        if module.startswith("pipeline.") and (room := module.split(".")[1]) in ROOMS:
+            assert ROOMS.index(room) <= place, f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize(("library", "room"), [("mlflow", "tracking"), ("boto3", "storage"), ("click", "cli")])
+def test_a_library_has_one_room(library, room):
+    users = {room_of(path) for path in SOURCES if any(name.split(".")[0] == library for name in imports(path))}
+    assert users <= {room}
+
+
+def default_in_mlproject(item):
+    """An option's default as an MLproject parameter, which cannot be absent, a flag, or a list."""
+    if item.default is MISSING or item.default is None:
+        return ""
+    if isinstance(item.default, bool):
+        name = item.name.replace("_", "-")
+        return name if item.default else f"no-{name}"
+    return item.default[0] if isinstance(item.default, tuple) else item.default
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_mlproject_offers_the_options_of_the_command_with_their_defaults(name):
+    entry = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"][name]
+    offered = {key: value["default"] for key, value in entry["parameters"].items()}
+    expected = {item.name: default_in_mlproject(item) for item in fields(COMMANDS[name])}
+    assert {key: value for key, value in offered.items() if key not in LAUNCHER} == expected
+    used = set(re.findall(r"{(\w+)}", entry["command"]))
+    assert used == set(offered)
+    for key in expected:
+        flag = "--" + key.replace("_", "-")
+        assert f"{flag} {{{key}}}" in entry["command"] or f"--{{{key}}}" in entry["command"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help(name):
+    command = cli.commands[name]
+    assert command.help
+    helps = {parameter.name: parameter.help for parameter in command.params}
+    assert set(helps) == {item.name for item in fields(COMMANDS[name])}
+    assert all(helps.values())
+
+
+def test_every_cell_option_can_be_an_option_of_train():
+    assert {item.name for item in fields(Cell)} < {item.name for item in fields(TrainOptions)}
+
+
+def test_the_readme_names_targets_and_files_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)", readme)) <= targets
+    for link in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_shipped_data_stay_small():
+    size = sum(path.stat().st_size for path in (ROOT / "data").rglob("*") if path.is_file())
+    assert size < 15e6
+
+
+def test_every_requirement_is_pinned():
+    pins = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    wanted = (ROOT / "requirements.txt").read_text().split()
+    assert {name.lower() for name in wanted} <= pins
+    assert not any("+" in line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert Path(ROOT / "conda.yaml").is_file()

@@ -1,0 +1,188 @@
+"""A sweep into a real MLflow database: what is there afterwards, resumed, interrupted, or shared by processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, SHIPPED
+from mlflow import MlflowClient
+
+from pipeline.students import Student
+
+
+@pytest.fixture
+def swept(workplace, run, small_grid):
+    code, out, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED)
+    assert code == 0, err
+    return out
+
+
+def runs(status=None):
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("activation-distillation")
+    found = client.search_runs([experiment.experiment_id])
+    parents = [run for run in found if run.data.tags.get("role") == "sweep"]
+    children = [run for run in found if run.data.tags.get("role") == "cell"]
+    if status:
+        assert {run.info.status for run in parents + children} == {status}
+    return parents, children
+
+
+def results(folder="results"):
+    return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*_results_*.json"))]
+
+
+def test_a_sweep_leaves_one_parent_and_a_finished_child_a_cell(swept):
+    [parent], children = runs("FINISHED")
+    assert sorted(run.info.run_name for run in children) == [
+        "c20-h16-l2-s0", "c20-h8-l2-s0", "c40-h16-l2-s0", "c40-h8-l2-s0",
+    ]  # fmt: skip
+    client = MlflowClient()
+    for child in children:
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.params["concepts"] in ("20", "40")
+        assert child.data.params["epochs"] == "3"
+        assert {"val_cosine", "test_cosine", "test_r2", "test_retrieval_at_5"} <= set(child.data.metrics)
+        history = client.get_metric_history(child.info.run_id, "val_cosine")
+        assert {entry.step for entry in history} >= {1, 2, 3}
+    assert parent.data.params["vectors"] == str(SHIPPED)
+    assert parent.data.tags["sweep_id"].startswith("small-")
+    artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
+    for part in ("_results_", "_table.md", "_scaling.png", "_heatmap.png", "_curves.png", "_alignment.png"):
+        assert any(part in path for path in artifacts)
+    assert parent.inputs.dataset_inputs[0].dataset.name == "vectors smollm2-135m"
+
+
+def test_a_logged_model_loads_again_and_predicts_the_same(swept, vectors):
+    _, children = runs()
+    [content] = results()
+    best = next(run for run in children if run.info.run_id == content["best"]["run_id"])
+    model = mlflow.pyfunc.load_model(f"models:/{best.outputs.model_outputs[0].model_id}")
+    [folder] = Path("results").glob("*_student")
+    concepts = ["sadness", *vectors.concepts[:20]] if "sadness" in vectors.concepts else list(vectors.concepts[:20])
+    served = model.predict(pd.DataFrame({"concept": concepts}))
+    np.testing.assert_allclose(served, Student.load(folder).encode(concepts), atol=1e-5)
+    assert served.shape == (len(concepts), 576)
+
+
+def test_the_results_file_has_every_cell_and_the_baselines(swept):
+    [content] = results()
+    assert (content["grid"], content["teacher"], content["layer"]) == ("small", "smollm2-135m", 15)
+    keys = {"concepts", "hidden_dim", "layers", "student", "objective", "seed", "parameters", "val_cosine",
+            "test_cosine", "train_seconds", "run_id"}  # fmt: skip
+    assert len(content["cells"]) == 4
+    assert all(keys <= set(cell) for cell in content["cells"])
+    baselines = {(row["student"], row["concepts"]) for row in content["baselines"]}
+    assert baselines == {(name, n) for name in ("mean", "nearest", "ridge") for n in (20, 40)}
+    assert all(row["test_cosine"] == 0 for row in content["baselines"] if row["student"] == "mean")
+    assert content["best"]["val_cosine"] == max(cell["val_cosine"] for cell in content["cells"])
+    assert "ridge regression" in swept
+    assert "(nearest)" in swept.replace("\n", "")
+
+
+def test_a_repeated_sweep_trains_nothing_again(swept, run, small_grid):
+    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED)
+    assert code == 0, err
+    assert "4 of 4 cells were finished before" in err
+    parents, children = runs("FINISHED")
+    assert (len(parents), len(children)) == (1, 4)
+    time.sleep(1)  # names of results files have seconds
+    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--no-resume")
+    assert code == 0, err
+    parents, children = runs("FINISHED")
+    assert (len(parents), len(children)) == (2, 8)
+    first, *_, last = results()
+    for before, after in zip(first["cells"], last["cells"], strict=True):
+        assert before["run_id"] != after["run_id"]
+        assert before["val_cosine"] == pytest.approx(after["val_cosine"], abs=1e-5)
+
+
+def test_a_report_can_be_drawn_again_from_the_file_and_from_mlflow(swept, run):
+    [content] = results()
+    code, out, err = run("report", "--vectors", SHIPPED, "--output", "again")
+    assert code == 0, err
+    assert len(list(Path("again").glob("*.png"))) == 4
+    code, out, err = run("report", "--sweep-id", content["sweep_id"], "--vectors", SHIPPED, "--output", "remote")
+    assert code == 0, err
+    table = next(Path("remote").glob("*_table.md")).read_text()
+    assert table == next(Path("results").glob("*_table.md")).read_text()
+    assert table.count("| mlp |") == 4
+    assert table.count("| (ridge) |") == 2
+    assert run("report", "--sweep-id", "no-such", "--vectors", SHIPPED)[0] == 2
+
+
+def test_train_is_a_sweep_of_one_cell(workplace, run):
+    arguments = ("train", "--vectors", SHIPPED, "--concepts", 30, "--hidden-dim", 8, "--epochs", 2, "--output", "mine")
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    [parent], [child] = runs("FINISHED")
+    assert child.info.run_name == "c30-h8-l2-s0"
+    assert Student.load("mine").config["metrics"]["test_cosine"] == pytest.approx(child.data.metrics["test_cosine"])
+    code, _, err = run("train", "--vectors", SHIPPED, "--student", "ridge", "--concepts", 50, "--output", "linear")
+    assert code == 0, err
+    assert Student.load("linear").config["student"] == "ridge"
+
+
+GRID_OF_MANY = """
+fixed: {concepts: 300, epochs: 30, hidden_dim: 512}
+axes: {layers: [0, 1, 2, 3, 4, 5]}
+"""
+
+
+def environment(workplace):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{workplace}/mlflow.db"}
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplace, stop):
+    Path("many.yaml").write_text(GRID_OF_MANY)
+    command = [sys.executable, "-m", "pipeline", "sweep", "--grid", "many.yaml", "--vectors", str(SHIPPED)]
+    process = subprocess.Popen(command, env=environment(workplace), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.5)
+        try:
+            _, children = runs()
+        except Exception:  # noqa: BLE001, S112 (the database is being made)
+            continue
+        if any(run.info.status == "FINISHED" for run in children):
+            break
+    process.send_signal(stop)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    [parent], children = runs()
+    assert parent.info.status == "KILLED"
+    status = [run.info.status for run in children]
+    assert set(status) <= {"FINISHED", "KILLED"}
+    finished = status.count("FINISHED")
+    assert 0 < finished < 6
+    assert not list(Path("results").glob("*.json"))
+    again = subprocess.run(command, env=environment(workplace), capture_output=True, text=True, check=True)
+    assert f"{finished} of 6 cells were finished before" in again.stderr
+    [parent], children = runs()
+    assert parent.info.status == "FINISHED"
+    assert [run.info.status for run in children].count("FINISHED") == 6
+
+
+def test_several_processes_share_the_cells_and_log_one_run(workplace, small_grid):
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "pipeline",
+        "sweep", "--grid", str(small_grid), "--vectors", str(SHIPPED),
+    ]  # fmt: skip
+    variables = environment(workplace) | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [parent], children = runs("FINISHED")
+    assert len(children) == 4
+    [content] = results()
+    assert len({cell["run_id"] for cell in content["cells"]}) == 4

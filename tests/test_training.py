@@ -1,0 +1,140 @@
+"""A member of a stack ends where it would have ended alone, and students learn what can be learnt."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from sklearn.linear_model import Ridge
+
+from pipeline.errors import InputError
+from pipeline.options import Cell
+from pipeline.students import STUDENTS, Student, ridge
+from pipeline.training import predict, stack_key, train_stack
+
+SHORT = Cell(concepts=100, hidden_dim=32, layers=2, epochs=6, batch_size=48, layer=15)
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator()
+
+
+def train(cells, data, accelerator):
+    return {
+        result.cell: result
+        for result in train_stack(cells, [data.subset(cell.concepts, cell.layer) for cell in cells], accelerator)
+    }
+
+
+@pytest.mark.parametrize("objective", ["cosine", "mse"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_stacked_member_equals_the_student_alone(data, accelerator, objective, dropout):
+    base = replace(SHORT, objective=objective, dropout=dropout)
+    cells = [
+        base,
+        replace(base, concepts=30, epochs=9),
+        replace(base, seed=1, learning_rate=5e-3),
+        replace(base, concepts=210, weight_decay=1.0, layer=8),
+    ]
+    assert len({stack_key(cell) for cell in cells}) == 1
+    together = train(cells, data, accelerator)
+    for cell in cells:
+        alone = train([cell], data, accelerator)[cell]
+        for curve in ("train_loss", "val_cosine"):
+            np.testing.assert_allclose(together[cell].curves[curve], alone.curves[curve], atol=1e-4)
+        assert together[cell].metrics == pytest.approx(alone.metrics, abs=1e-3)
+        assert together[cell].best_epoch == alone.best_epoch
+
+
+def test_seeds_differ_and_repeat(data, accelerator):
+    first, again, other = (
+        train([cell], data, accelerator)[cell].curves["val_cosine"] for cell in (SHORT, SHORT, replace(SHORT, seed=1))
+    )
+    assert first == again
+    assert first != other
+
+
+def test_the_best_epoch_is_the_one_that_is_kept(data, accelerator):
+    cell = replace(SHORT, dropout=0.0, epochs=25, learning_rate=2e-2, concepts=40)
+    trained = train([cell], data, accelerator)[cell]
+    scores = trained.curves["val_cosine"]
+    assert len(scores) == cell.epochs
+    assert trained.best_epoch == 1 + int(np.argmax(scores))
+    assert trained.metrics["val_cosine"] == pytest.approx(max(scores), abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["cosine", "mse"])
+def test_an_mlp_without_dropout_can_learn_its_training_concepts_by_heart(data, accelerator, objective):
+    cell = replace(SHORT, objective=objective, concepts=40, hidden_dim=128, epochs=200, dropout=0.0, weight_decay=0.0)
+    trained = train([cell], data, accelerator)[cell]
+    assert trained.curves["train_loss"][-1] < 0.02
+
+
+@pytest.mark.parametrize("objective", ["cosine", "mse"])
+def test_the_length_of_an_answer_is_right_too(data, accelerator, objective):
+    cell = replace(SHORT, objective=objective, concepts=700, hidden_dim=128, epochs=30)
+    trained = train([cell], data, accelerator)[cell]
+    subset = data.subset(700, 15)
+    answer = predict("mlp", trained.parameters, subset.val)
+    gain = ((answer * subset.val.targets).sum() / answer.square().sum()).item()
+    assert gain == pytest.approx(1, abs=0.15)
+    assert trained.metrics["test_r2"] > 0.2
+
+
+def test_ridge_agrees_with_scikit_learn(data):
+    subset = data.subset(200, 15)
+    parameters, strength, val_cosine = ridge.fit(subset)
+    reference = Ridge(alpha=strength, fit_intercept=False, solver="svd")
+    reference.fit(subset.train.inputs.double().numpy(), (subset.train.targets / subset.scale).double().numpy())
+    np.testing.assert_allclose(parameters["weight"][0].numpy().T, reference.coef_, atol=1e-5)
+    assert 0.3 < val_cosine < 0.7
+
+
+def test_ridge_answers_in_the_units_of_the_vectors(data, accelerator):
+    cell = Cell(student="ridge", concepts=700, layer=15)
+    trained = train([cell], data, accelerator)[cell]
+    assert trained.metrics["test_cosine"] > 0.59
+    assert trained.metrics["test_r2"] > 0.3
+
+
+def test_training_subsets_are_nested_and_measured_on_themselves(data):
+    small, large = data.subset(100, 15), data.subset(400, 15)
+    assert small.train.rows == large.train.rows[:100]
+    assert small.test.rows == large.test.rows
+    assert not set(large.train.rows) & set(large.val.rows + large.test.rows)
+    assert small.train.targets.mean(0).abs().max() < 1e-2 * small.scale
+    torch.testing.assert_close(small.train.inputs.mean(0), torch.zeros(small.train.inputs.shape[1]), atol=1e-4, rtol=0)
+
+
+def test_more_concepts_than_there_are_for_training_are_refused(data):
+    available = len(data.rows("train"))
+    with pytest.raises(InputError, match=f"--concepts {available + 1}: the vectors file has {available}"):
+        data.subset(available + 1, 15)
+    with pytest.raises(InputError, match="available: 8, 15, 22"):
+        data.subset(100, 7)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_saved_student_answers_as_it_was_trained(data, accelerator, tmp_path, student):
+    cell = replace(SHORT, student=student)
+    trained = train([cell], data, accelerator)[cell]
+    subset, vectors = data.subset(cell.concepts, cell.layer), data.vectors
+    made = Student.from_training(cell, trained.parameters, subset, vectors, trained.metrics)
+    made.save(tmp_path / "student")
+    back = Student.load(tmp_path / "student")
+    names = [vectors.concepts[row] for row in subset.test.rows]
+    expected = predict(student, trained.parameters, subset.test) + subset.mean
+    np.testing.assert_allclose(back.encode(names), expected.numpy(), rtol=1e-4, atol=1e-4)
+    assert back.config == made.config
+    with pytest.raises(InputError, match="'unheard of'"):
+        back.encode(["unheard of"])
+
+
+def test_a_damaged_student_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not a student folder"):
+        Student.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": "student-9"}')
+    with pytest.raises(InputError, match="student-9"):
+        Student.load(tmp_path)
