@@ -21,7 +21,7 @@ ui: env ## look at the runs in the browser
 	mlflow ui
 
 bench: env ## measure against peers and limits
-	python benchmarks/sweep.py
+	python -m benchmarks.sweep
 
 vectors: env ## make the shipped vectors file again
 	python -m pipeline extract --teacher smollm2-135m --layers 8,15,22

@@ -173,7 +173,8 @@ def _sweep(
 
     data = Catalogued(read_vectors(fetch(vectors_uri)))
     cells = prepare(cells, data)
-    writable(output / "results.json")
+    for folder in (output, student_folder or output):
+        writable(folder / "results.json")
     accelerator = start()
     tracker = connect() if accelerator.is_main_process else None
     with display.sweep() as watcher:

@@ -150,14 +150,19 @@ def balanced_order(concepts: Sequence[str], categories: Sequence[str]) -> list[i
     the order of rows, and a prefix of a prefix is the prefix of the whole.
     """
     by_category: dict[str, list[int]] = defaultdict(list)
-    for row in sorted(range(len(concepts)), key=lambda row: _digest(concepts[row])):
+    for row in sorted(range(len(concepts)), key=lambda row: _digest("order", concepts[row])):
         by_category[categories[row]].append(row)
-    turns = [(turn, _digest(category), row) for category, rows in by_category.items() for turn, row in enumerate(rows)]
+    turns = [
+        (turn, _digest("order", category), row)
+        for category, rows in by_category.items()
+        for turn, row in enumerate(rows)
+    ]
     return [row for _, _, row in sorted(turns)]
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.casefold().encode()).digest()
+def _digest(purpose: str, text: str) -> bytes:
+    """A fixed random number for a text; another for every purpose, so that order and split are independent."""
+    return hashlib.sha256(f"{purpose}\n{text.casefold()}".encode()).digest()
 
 
 def stems(concept: str, language: str = "en") -> set[str]:
@@ -199,7 +204,8 @@ def split(catalogue: Catalogue) -> list[str]:
     room = {side: _quotas(sizes) for side in ("test", "val")}
     sides = ["train"] * len(catalogue)
     groups = stem_groups(catalogue.concepts, catalogue.language)
-    for group in sorted(groups, key=lambda group: min(_digest(catalogue.concepts[row]) for row in group)):
+    place = [_digest("split", concept) for concept in catalogue.concepts]
+    for group in sorted(groups, key=lambda group: min(place[row] for row in group)):
         wanted = Counter(catalogue.categories[row] for row in group)
         side = next((s for s in room if all(room[s][c] >= n for c, n in wanted.items())), "train")
         for row in group:

@@ -63,7 +63,9 @@ def newest_results(folder: Path) -> Path:
     return found[-1]
 
 
-def load_sweep(results: str | None, sweep_id: str | None, folder: Path = Path("results")) -> tuple[str, dict[str, Any], Student]:
+def load_sweep(
+    results: str | None, sweep_id: str | None, folder: Path = Path("results")
+) -> tuple[str, dict[str, Any], Student]:
     """A sweep from its results file, from MLflow, or the newest in a folder.
 
     Args:

@@ -70,9 +70,9 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def cell_key(cell: Cell, vectors_sha256: str) -> str:
+def cell_key(cell: Cell, vectors_identity: str) -> str:
     """Identity of a cell's work: configuration, data and code version."""
-    content = json.dumps([asdict(cell), vectors_sha256, code_version()], sort_keys=True)
+    content = json.dumps([asdict(cell), vectors_identity, code_version()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -131,7 +131,7 @@ def run_sweep(
     """
     watcher = watcher or Watcher()
     sha256 = data.vectors.sha256
-    keys = {cell: cell_key(cell, sha256) for cell in cells}
+    keys = {cell: cell_key(cell, data.vectors.identity) for cell in cells}
     moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     if tracker is None:
         for _ in _train(cells, keys, set(), data, accelerator, watcher, None):

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -145,6 +146,7 @@ class Tracker:
     def open_run(self, name: str, tags: Mapping[str, str]) -> Run:
         """The run of this command: the one that ``mlflow run`` opened, where it did, or a new one."""
         if run_id := os.environ.get("MLFLOW_RUN_ID"):
+            self.client.update_run(run_id, name=name)
             run = self._reopen(self.client.get_run(run_id))
             run.set_tags(tags)
             return run
@@ -219,6 +221,7 @@ def connect() -> Tracker:
     """
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every small file
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     mlflow.set_tracking_uri(uri)
     try:
@@ -227,10 +230,11 @@ def connect() -> Tracker:
             return Tracker(client, _experiment(client))
     except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
         reason = (str(error).strip().split("\n") or [""])[-1][:200]
-        raise InputError(
-            f"MLFLOW_TRACKING_URI {_without_password(uri)}: no MLflow server or database answers there "
+        message = (
+            f"MLFLOW_TRACKING_URI {uri}: no MLflow server or database answers there "
             f"({type(error).__name__}: {reason}); start it, or unset the variable to track to {DEFAULT_URI}"
-        ) from error
+        )
+        raise InputError(_without_password(message)) from error
 
 
 def fetch(uri: str) -> Path:
@@ -250,15 +254,14 @@ def fetch(uri: str) -> Path:
         raise InputError(f"{uri}: MLflow has no such artifact ({error})") from error
 
 
-def _without_password(uri: str) -> str:
-    before, at, after = uri.rpartition("@")
-    return f"{before.split('://')[0]}://***@{after}" if at else uri
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
 @contextmanager
 def _impatient() -> Iterator[None]:
     """One try of a few seconds, for finding out whether a server is there at all."""
-    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
@@ -300,7 +303,13 @@ class HostBackend(AbstractBackend):
         tracking_uri: str,
         experiment_id: str,
     ) -> LocalSubmittedRun:
-        """Start the entry point and return a handle to it."""
+        """Run the entry point to its end.
+
+        ``mlflow run`` does not wait for the backends of plugins, so this one waits itself.
+
+        Raises:
+            ExecutionException: the tracking server does not answer, or the command failed.
+        """
         os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri)
         try:
             tracker = connect()
@@ -318,7 +327,23 @@ class HostBackend(AbstractBackend):
         process = subprocess.Popen(
             ["bash", "-c", " && ".join(command)], cwd=work_dir, env=environment, start_new_session=True
         )
-        return _HostRun(run.info.run_id, process)
+        submitted = _HostRun(run.info.run_id, process)
+        try:
+            succeeded = submitted.wait()
+        except KeyboardInterrupt:
+            submitted.cancel()
+            _end_if_open(tracker.client, run.info.run_id, "KILLED")
+            raise
+        if not succeeded:
+            _end_if_open(tracker.client, run.info.run_id, "FAILED")
+            raise ExecutionException(f"the command of run {run.info.run_id} failed")
+        return submitted
+
+
+def _end_if_open(client: MlflowClient, run_id: str, status: str) -> None:
+    """For a command that ended before it could take over its run."""
+    if client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, status)
 
 
 class _HostRun(LocalSubmittedRun):

@@ -25,6 +25,7 @@ from pipeline.errors import InputError
 from pipeline.storage import write_atomically
 
 FORMAT = "activation-vectors-1"
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # as torch and pickle begin their files
 TENSORS = ("token_embeddings", "token_ids", "token_offsets", "token_vocab", "vectors")
 LISTS = ("concepts", "categories", "splits", "layers", "templates")
 STRINGS = ("teacher", "revision", "pool", "dtype")
@@ -78,6 +79,18 @@ class Vectors:
             digest.update(tensor.data)
         return digest.hexdigest()
 
+    @property
+    def header(self) -> dict[str, str]:
+        """The file's header, without its own checksum."""
+        header = {name: json.dumps(getattr(self, name), ensure_ascii=False) for name in LISTS}
+        header |= {name: getattr(self, name) for name in STRINGS}
+        return header | {"format": FORMAT, "sha256": self.sha256}
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of everything: tensors, concepts, splits, and where they come from."""
+        return _header_sha256(self.header)
+
     def layer_index(self, layer: int) -> int:
         """Position of block ``layer`` on the layers axis.
 
@@ -128,12 +141,17 @@ def write_vectors(vectors: Vectors, path: Path) -> None:
         table = {"concepts": list(vectors.concepts), "vectors": torch.from_numpy(vectors.vectors[:, 0, 0].copy())}
         write_atomically(path, lambda part: torch.save(table, part))
         return
-    header = {name: json.dumps(getattr(vectors, name), ensure_ascii=False) for name in LISTS}
-    header |= {name: getattr(vectors, name) for name in STRINGS}
-    header |= {"format": FORMAT, "sha256": vectors.sha256}
-    header["header_sha256"] = _header_sha256(header)
-    content = save({name: np.ascontiguousarray(getattr(vectors, name)) for name in TENSORS}, header)
+    header = vectors.header | {"header_sha256": vectors.identity}
+    content = _in_order(save({name: np.ascontiguousarray(getattr(vectors, name)) for name in TENSORS}, header))
     write_atomically(path, lambda part: part.write_bytes(content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same safetensors file with its header sorted: the library's order changes from process to process."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def _header_sha256(header: dict[str, str]) -> str:
@@ -162,15 +180,14 @@ def read_vectors(path: Path) -> Vectors:
 
 
 def _read_safetensors(path: Path) -> Vectors:
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise InputError(f"vectors file {path}: a pickle, which could run code; expected safetensors")
     try:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
+        with path.open("rb") as file:
+            if file.read(2) in PICKLES:
+                raise InputError(f"vectors file {path}: a pickle, which could run code; expected safetensors") from None
         raise InputError(f"vectors file {path}: damaged or not safetensors ({error})") from error
     if header.get("format") != FORMAT:
         raise InputError(f"vectors file {path}: format {header.get('format')!r}, expected {FORMAT!r}")

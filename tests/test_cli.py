@@ -140,8 +140,7 @@ def test_extract_writes_tracks_and_repeats_itself(workplace, run, tiny_folder):
     assert {item.path for item in client.list_artifacts(runs[0].info.run_id)} == {"b.safetensors", "manifest.json"}
     assert runs[0].data.params["layers"] == "1,3"
     assert runs[0].inputs.dataset_inputs
-    manifest = json.loads(client.download_artifacts(runs[0].info.run_id, "manifest.json").__fspath__() and
-                          Path(client.download_artifacts(runs[0].info.run_id, "manifest.json")).read_text())  # fmt: skip
+    manifest = json.loads(Path(client.download_artifacts(runs[0].info.run_id, "manifest.json")).read_text())
     assert manifest["sha256"] == first.sha256
     code, _, err = run("train", "--vectors", f"runs:/{runs[0].info.run_id}/b.safetensors", "--concepts", 40,
                        "--epochs", 1, "--batch-size", 16, "--layer", 3)  # fmt: skip

@@ -80,6 +80,14 @@ def test_prefixes_are_spread_over_all_categories(catalogue):
     assert max(sizes.values()) - min(sizes.values()) <= 1
 
 
+def test_prefixes_have_their_share_of_every_split(catalogue):
+    sides = split(catalogue)
+    first = balanced_order(catalogue.concepts, catalogue.categories)[:300]
+    found = counts(sides[row] for row in first)
+    assert 0.75 * 300 < found["train"] < 0.9 * 300
+    assert min(found["val"], found["test"]) >= 15
+
+
 def test_shared_stems_group_directly_and_through_others():
     groups = stem_groups(["ice", "ice cream", "creams", "point of view", "pair of scissors", "volcano"])
     assert sorted(map(sorted, groups)) == [[0, 1, 2], [3], [4], [5]]
@@ -109,7 +117,7 @@ def test_word_frequencies_give_a_catalogue_of_any_size():
 def test_a_wrong_file_is_named_with_its_line(tmp_path, content, complaint):
     path = tmp_path / "concepts.csv"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="concepts.csv") as caught:
+    with pytest.raises(InputError, match=r"concepts\.csv") as caught:
         read_catalogue(str(path))
     assert complaint in str(caught.value)
 

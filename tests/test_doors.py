@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,18 @@ from conftest import ROOT, SHIPPED
 from mlflow import MlflowClient
 
 
+@contextmanager
 def mlflow_run(workplace, *parameters):
     pairs = [part for parameter in parameters for part in ("-P", parameter)]
     command = [sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "sweep", "--backend", "host", *pairs]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     variables = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": f"sqlite:///{workplace}/mlflow.db"}
-    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
 
 
 def found_runs():
@@ -31,11 +38,13 @@ def found_runs():
 
 
 def test_mlflow_run_on_the_host_tracks_under_the_run_that_it_opened(workplace, small_grid):
-    process = mlflow_run(workplace, f"grid={small_grid}", f"vectors={SHIPPED}", f"output={workplace}/out", "epochs=2")
-    out, err = process.communicate(timeout=200)
+    parameters = (f"grid={small_grid}", f"vectors={SHIPPED}", f"output={workplace}/out", "epochs=2")
+    with mlflow_run(workplace, *parameters) as process:
+        _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     [parent], children = found_runs()
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    assert parent.info.run_name == "small"
     assert parent.data.tags["mlflow.project.entryPoint"] == "sweep"
     assert parent.data.tags["mlflow.project.backend"] == "host"
     assert parent.data.params["epochs"] == "2"
@@ -45,8 +54,8 @@ def test_mlflow_run_on_the_host_tracks_under_the_run_that_it_opened(workplace, s
 
 
 def test_mlflow_run_says_what_is_wrong_in_one_line(workplace):
-    process = mlflow_run(workplace, "grid=scalling")
-    out, err = process.communicate(timeout=200)
+    with mlflow_run(workplace, "grid=scalling") as process:
+        _, err = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "unknown grid 'scalling'; available: scaling" in err
     assert "Traceback" not in err
@@ -55,13 +64,13 @@ def test_mlflow_run_says_what_is_wrong_in_one_line(workplace):
 def test_interrupting_mlflow_run_closes_its_runs(workplace):
     grid = workplace / "long.yaml"
     grid.write_text("fixed: {epochs: 2000, concepts: 700}\naxes: {layers: [0, 2]}\n")
-    process = mlflow_run(workplace, f"grid={grid}", f"vectors={SHIPPED}", f"output={workplace}/out")
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and not (found_runs()[1] if (workplace / "mlflow.db").exists() else []):
-        time.sleep(1)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    found_runs()  # makes the database
+    with mlflow_run(workplace, f"grid={grid}", f"vectors={SHIPPED}", f"output={workplace}/out") as process:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and not found_runs()[1]:
+            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
     [parent], children = found_runs()
     assert parent.info.status == "KILLED"
     assert {run.info.status for run in children} == {"KILLED"}
@@ -94,7 +103,7 @@ def test_the_runs_stand_in_the_compare_view_of_the_ui(workplace, run, small_grid
             except OSError:
                 time.sleep(0.5)
         names = "[" + ",".join(f'"{child.info.run_id}"' for child in children) + "]"
-        page = f"http://127.0.0.1:{port}/#/compare-runs?runs={names}&experiments=[\"{children[0].info.experiment_id}\"]"
+        page = f'http://127.0.0.1:{port}/#/compare-runs?runs={names}&experiments=["{children[0].info.experiment_id}"]'
         shown = subprocess.run(
             [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update", f"--user-data-dir={workplace}/profile",

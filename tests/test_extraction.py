@@ -93,9 +93,7 @@ def test_fewer_concepts_keep_their_split_and_their_vectors(tiny, catalogue):
     assert len(set(fewer.categories)) == 19
     assert all(whole[concept] == side for concept, side in zip(few.concepts, few.splits, strict=True))
     for row, concept in enumerate(fewer.concepts):
-        np.testing.assert_allclose(
-            fewer.vectors[row], few.vectors[few.concepts.index(concept)], rtol=2e-3, atol=2e-3
-        )
+        np.testing.assert_allclose(fewer.vectors[row], few.vectors[few.concepts.index(concept)], rtol=2e-3, atol=2e-3)
 
 
 def test_the_shipped_vectors_are_those_of_the_embedded_teacher(smollm2, catalogue, vectors):
@@ -116,7 +114,9 @@ def test_the_embedded_teacher_agrees_with_its_plain_forward_pass(smollm2):
         assert error.max() < 1e-3
 
 
-@pytest.mark.parametrize(("text", "expected"), [("mid", (15,)), ("8,15", (8, 15)), ("15,8,8", (8, 15)), ("0,30", (0, 30))])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("mid", (15,)), ("8,15", (8, 15)), ("15,8,8", (8, 15)), ("0,30", (0, 30))]
+)
 def test_layers_are_read_from_text(text, expected):
     assert parse_layers(text, 30) == expected
     assert parse_layers("all", 2) == (0, 1, 2)
