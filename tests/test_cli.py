@@ -73,6 +73,7 @@ def test_a_wrong_vectors_file(workplace, run, command, how, complaint):
         (("sweep", "--grid", "scalling"), ("unknown grid 'scalling'", "scaling")),
         (("sweep", "--epochs", "0"), ("--epochs 0", "at least 1")),
         (("sweep", "--seeds", "0"), ("--seeds 0", "at least 1")),
+        (("sweep", "--sweep-id", "a' b"), ("--sweep-id",)),
         (("sweep", "--gird", "scaling"), ("No such option", "--gird")),
         (("report", "--results", "none.json"), ("none.json",)),
         (("report",), ("no results file in results",)),
