@@ -6,6 +6,7 @@ are what ``--help`` prints, and their values are the parameters that MLflow show
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, get_type_hints
 
@@ -20,6 +21,7 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    plain: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
@@ -30,8 +32,9 @@ def option(
         minimum: the least value allowed.
         above: a bound that the value must exceed.
         below: a bound that the value must stay under.
+        plain: only letters, digits and ``-_.`` (a name that stands in queries and file names).
     """
-    metadata = {"help": help, "aliases": aliases, "minimum": minimum, "above": above, "below": below}
+    metadata = {"help": help, "aliases": aliases, "minimum": minimum, "above": above, "below": below, "plain": plain}
     return field(default=default, metadata=metadata)
 
 
@@ -56,6 +59,8 @@ def check(settings: Any) -> None:
         minimum, above, below = (item.metadata.get(bound) for bound in ("minimum", "above", "below"))
         if value is None:
             continue
+        if item.metadata.get("plain") and not re.fullmatch(r"[\w.-]+", value):
+            raise InputError(f"{flag(item)} {value!r}: expected letters, digits, '-', '_' and '.'")
         if minimum is not None and not value >= minimum:
             raise InputError(f"{flag(item)} {value}: expected at least {minimum}")
         if above is not None and not value > above:
@@ -152,7 +157,9 @@ class SweepOptions:
     )
     seeds: int = option(1, "Train each cell with so many seeds, counted up from the grid's.", minimum=1)
     sweep_id: str | None = option(
-        None, "Name of the sweep; the same name goes on with the same parent run.  [default: from grid and data]"
+        None,
+        "Name of the sweep; the same name goes on with the same parent run.  [default: from grid and data]",
+        plain=True,
     )
     output: str = option("results", "Folder for the results file, the plots and the best student.")
     resume: bool = option(True, "Skip cells that are finished already, with the same settings, data and code.")
@@ -163,6 +170,6 @@ class ReportOptions:
     """Draw the tables and plots of a sweep."""
 
     results: str | None = option(None, "A results file.  [default: the newest in results/]")
-    sweep_id: str | None = option(None, "A sweep in MLflow, instead of a results file.")
+    sweep_id: str | None = option(None, "A sweep in MLflow, instead of a results file.", plain=True)
     vectors: str = option("data/vectors/smollm2-135m.safetensors", "The vectors file that the sweep was trained on.")
     output: str = option("results", "Folder for the tables and plots.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -129,12 +128,7 @@ def run_sweep(
         resume: take finished cells over instead of training them again.
         report: writes tables and pictures from the results, the beginning of the file names, and the best student.
         watcher: callbacks for a display.
-
-    Raises:
-        InputError: a sweep id that is no plain word.
     """
-    if sweep_id is not None and not re.fullmatch(r"[\w.-]+", sweep_id):
-        raise InputError(f"--sweep-id {sweep_id!r}: expected letters, digits, '-', '_' and '.'")
     watcher = watcher or Watcher()
     sha256 = data.vectors.sha256
     keys = {cell: cell_key(cell, data.vectors.identity) for cell in cells}
