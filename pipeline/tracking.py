@@ -69,11 +69,19 @@ class Run:
         self.client.log_batch(self.id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def log_metrics(self, metrics: Mapping[str, float], curves: Mapping[str, Sequence[float]] | None = None) -> None:
-        """Log final values at step 0, and curves whose i-th value belongs to step (epoch) i + 1."""
+        """Log curves, whose first value belongs to step (epoch) 1, and final values at the last step.
+
+        A final value comes after the curve of its name, so it is the one that MLflow shows and sorts by: the value
+        at the best epoch, not at the last.
+        """
         now = int(time.time() * 1000)
-        entries = [Metric(key, value, now, 0) for key, value in metrics.items()]
-        for key, values in (curves or {}).items():
-            entries += [Metric(key, value, now, step) for step, value in enumerate(values, start=1)]
+        last = max((len(values) for values in (curves or {}).values()), default=0)
+        entries = [
+            Metric(key, value, now, step)
+            for key, values in (curves or {}).items()
+            for step, value in enumerate(values, start=1)
+        ]
+        entries += [Metric(key, value, now + 1, last) for key, value in metrics.items()]
         for start in range(0, len(entries), METRICS_PER_CALL):
             self.client.log_batch(self.id, metrics=entries[start : start + METRICS_PER_CALL])
 
