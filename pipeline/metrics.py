@@ -6,6 +6,8 @@ residual stream has a large constant part, so without centring a constant predic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,10 +59,9 @@ def faithfulness(predicted: Tensor, truth: Tensor, mean: Tensor) -> dict[str, fl
     }
 
 
-def by_category(predicted: Tensor, truth: Tensor, categories: list[str]) -> dict[str, float]:
-    """Mean centred cosine of each category, ``[N, d_model]`` vectors."""
-    each = cosines(predicted, truth).tolist()
+def by_category(values: Sequence[float], categories: Sequence[str]) -> dict[str, float]:
+    """Mean of each category's values; one value and one category a concept."""
     groups: dict[str, list[float]] = {}
-    for category, value in zip(categories, each, strict=True):
+    for category, value in zip(categories, values, strict=True):
         groups.setdefault(category, []).append(value)
-    return {category: sum(values) / len(values) for category, values in sorted(groups.items())}
+    return {category: sum(own) / len(own) for category, own in sorted(groups.items())}

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -220,22 +221,20 @@ class _Recorder:
         self.students: dict[str, Student] = {}
         self.best = -2.0
 
-    def running(self, stack: Sequence[Cell], keys: dict[Cell, str]) -> _Recorder:
-        """Open a run a cell; as a context manager, those that are still open at its end are closed."""
-        for cell in stack:
-            tags = {"role": "cell", "cell_key": keys[cell], "code_version": code_version()}
-            run = self.tracker.open_child(self.parent, cell.name, tags)
-            self.open[keys[cell]] = run
-            run.log_params(asdict(cell) | {"teacher": self.data.vectors.teacher})
-        return self
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt | GeneratorExit)
-        for key in list(self.open):
-            self.open.pop(key).end("KILLED" if interrupted else "FAILED")
+    @contextmanager
+    def running(self, stack: Sequence[Cell], keys: dict[Cell, str]) -> Iterator[None]:
+        """Open a run a cell; those that `record` has not closed by the end are closed as KILLED or FAILED."""
+        try:
+            for cell in stack:
+                tags = {"role": "cell", "cell_key": keys[cell], "code_version": code_version()}
+                run = self.open[keys[cell]] = self.tracker.open_child(self.parent, cell.name, tags)
+                run.log_params(asdict(cell) | {"teacher": self.data.vectors.teacher})
+            yield
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt | GeneratorExit)
+            for key in list(self.open):
+                self.open.pop(key).end("KILLED" if interrupted else "FAILED")
+            raise
 
     def record(self, trained: Trained, key: str) -> dict[str, Any]:
         """Log one finished cell with its student; returns its row of the results file."""
@@ -251,7 +250,9 @@ class _Recorder:
             "train_seconds": trained.train_seconds,
             "run_id": run.id,
             "cell_key": key,
-            "test_cosine_by_category": _by_category(trained, subset, self.data),
+            "test_cosine_by_category": by_category(
+                trained.test_cosines, [vectors.categories[row] for row in subset.test.rows]
+            ),
             "curves": trained.curves,
         }
         sizes = {"parameters": trained.number_of_parameters, "best_epoch": trained.best_epoch}
@@ -263,12 +264,6 @@ class _Recorder:
         if trained.metrics["val_cosine"] > self.best:  # the folder of the best is all that is wanted at the end
             self.best, self.students = trained.metrics["val_cosine"], {run.id: student}
         return row
-
-
-def _by_category(trained: Trained, subset: Subset, data: Catalogued) -> dict[str, float]:
-    categories = [data.vectors.categories[row] for row in subset.test.rows]
-    answer = predict(trained.cell.student, trained.parameters, subset.test)
-    return by_category(answer, subset.test.targets, categories)
 
 
 def _results(name: str, data: Catalogued, rows: list[dict[str, Any]], identity: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Trained:
         train_seconds: its share of the stack's wall time, by training steps.
         number_of_parameters: weights and biases.
         metrics: ``val_*`` and ``test_*`` of `pipeline.metrics.NAMES`, at the best epoch.
+        test_cosines: the centred cosine of each test concept, in the order of the subset's rows.
     """
 
     cell: Cell
@@ -49,6 +50,7 @@ class Trained:
     train_seconds: float
     number_of_parameters: int
     metrics: dict[str, float] = field(default_factory=dict)
+    test_cosines: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def _finish(trained: Trained, subset: Subset) -> None:
         answer = predict(trained.cell.student, trained.parameters, side)
         measured = faithfulness(answer, side.targets, subset.mean)
         trained.metrics |= {f"{side_name}_{name}": value for name, value in measured.items()}
+    trained.test_cosines = cosines(answer, side.targets).tolist()  # of the loop's last side, test
 
 
 def _solve_ridge(cell: Cell, subset: Subset) -> tuple[Trained, Subset]:
