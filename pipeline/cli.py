@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, WorkError
 from pipeline.options import Cell, ExtractOptions, ReportOptions, SweepOptions, TrainOptions, check, flag
 
 
@@ -83,47 +83,12 @@ def extract(options: ExtractOptions) -> None:
     Example: python -m pipeline extract --teacher smollm2-135m --layers 8,15,22
     """
     from pipeline import display
-    from pipeline.concepts import counts, read_catalogue
-    from pipeline.extraction import check_request
-    from pipeline.extraction import extract as run_extraction
+    from pipeline.jobs import run_extract
     from pipeline.processes import start
-    from pipeline.storage import writable
-    from pipeline.teachers import load_teacher, parse_layers
-    from pipeline.tracking import closing, connect
-    from pipeline.vectors import write_vectors
 
-    accelerator = start()
-    if not accelerator.is_main_process:
-        return
-    catalogue = read_catalogue(options.concepts)
-    check_request(catalogue, options.num_concepts, options.template, options.pool)
-    slug = Path(options.teacher).stem if Path(options.teacher).exists() else options.teacher.replace("/", "--")
-    output = writable(options.output or f"data/vectors/{slug}.safetensors")
-    tracker = connect()
-    teacher = load_teacher(options.teacher, options.dtype, accelerator.device, options.trust_remote_code)
-    layers = parse_layers(options.layers, len(teacher.blocks))
-    with closing(tracker.open_run(f"extract {teacher.name}", {"role": "extract", "teacher": teacher.name})) as run:
-        run.log_params(asdict(options))
-        total = (options.num_concepts or len(catalogue)) * len(options.template)
-        with display.concepts(total) as progress:
-            vectors = run_extraction(
-                teacher,
-                catalogue,
-                count=options.num_concepts,
-                layers=layers,
-                templates=options.template,
-                pool=options.pool,
-                batch_tokens=options.batch_tokens,
-                progress=progress,
-            )
-        write_vectors(vectors, output)
-        run.log_artifact(output)
-        run.log_json("manifest.json", vectors.manifest())
-        run.log_dataset(f"vectors {teacher.name}", vectors.sha256, str(output), options.concepts, "extraction")
-        run.log_metrics({"concepts": len(vectors.concepts)})
-        run.set_tags({"vectors_sha256": vectors.sha256, "revision": teacher.revision})
-    sides = ", ".join(f"{number} {side}" for side, number in counts(vectors.splits).items())
-    click.echo(f"{output}: {len(vectors.concepts)} concepts ({sides}), blocks {list(layers)}, sha256 {vectors.sha256}")
+    told = run_extract(options, start(), display.concepts)
+    if told:
+        click.echo(told)
 
 
 @cli.command()
@@ -234,11 +199,13 @@ def main() -> None:
         cli(standalone_mode=False)
     except InputError as error:
         _leave(f"error: {error}", 2)
+    except WorkError as error:
+        _leave(f"error: {error}", 1)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "python -m pipeline"
         _leave(f"error: {error.format_message()} (see {command} --help)", 2)
     except (KeyboardInterrupt, click.Abort):
-        _leave("interrupted: finished cells are kept; the same command goes on from there", 130)
+        _leave("interrupted: what is finished is kept; the same command goes on from there", 130)
 
 
 def _leave(line: str, code: int) -> None:

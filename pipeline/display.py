@@ -47,8 +47,8 @@ def _bar(*columns: Any) -> Progress:
 
 
 @contextmanager
-def concepts(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over concepts (times templates); gives the function that advances it."""
+def concepts(total: int) -> Iterator[Callable[[float], None]]:
+    """A bar over concepts; gives the function that advances it."""
     with _bar(MofNCompleteColumn(), _Rate("concepts")) as bar:
         task = bar.add_task("extract", total=total)
         yield lambda count: bar.advance(task, count)

@@ -1,8 +1,12 @@
-"""The one error that a user can mend: the command line turns it into a single line and exit code 2."""
+"""The errors that the command line turns into a single line."""
 
 
 class InputError(Exception):
-    """Something that the user gave is wrong; the message names it, what was found and what was expected."""
+    """Something that the user gave is wrong; the message names it, what was found and what was expected (exit 2)."""
+
+
+class WorkError(Exception):
+    """The input was right and the work failed; the message says what is kept and how to go on (exit 1)."""
 
 
 def choices(kind: str, found: str, available: object) -> InputError:

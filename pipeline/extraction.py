@@ -1,20 +1,52 @@
-"""Extraction: concepts times templates through the teacher, in batches of like length, into a `Vectors` table."""
+"""Extraction: parts of a request through the teacher, each written to disk as it is finished."""
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from torch import Tensor
 
-from pipeline.concepts import Catalogue, split
-from pipeline.errors import InputError, choices
-from pipeline.teachers import Teacher, residuals
-from pipeline.vectors import Vectors, stored
+from pipeline.errors import InputError, WorkError
+from pipeline.forward import prefix_states, residuals, shares_prefixes, tree_residuals
+from pipeline.plan import Part, Plan, Request
+from pipeline.storage import write_atomically
+from pipeline.teachers import Teacher
+from pipeline.trees import common_prefix, grow
 
-POOLS = ("last", "mean")
+CPU_BATCH_TOKENS = 1024  # matrix products reach their full rate there, and activations still fit in the cache
+GPU_BATCH_TOKENS = 16384
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Cost:
+    """What the reading took: tokens that went through the blocks, and the time for it."""
+
+    prompts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def automatic_batch_tokens(teacher_config: Any, device: torch.device) -> int:
+    """Tokens of a batch that use the device well: from the cache on a CPU, from the free memory on a GPU."""
+    if device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    text = teacher_config.get_text_config()
+    widest = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    token_bytes = 4 * (16 * text.hidden_size + 4 * widest)  # activations of one block, generously
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(min(GPU_BATCH_TOKENS, max(256, free // 2 // token_bytes)))
 
 
 @dataclass(frozen=True)
@@ -22,161 +54,243 @@ class Prompt:
     """One concept in one template, as tokens.
 
     Attributes:
-        concept, template: row and template number.
         token_ids: the prompt's tokens.
         own: which of them overlap the concept's characters, ascending.
     """
 
-    concept: int
-    template: int
     token_ids: list[int]
     own: list[int]
 
+    def read(self, pool: str) -> list[int]:
+        """The positions whose residual stream makes the vector."""
+        return self.own if pool == "mean" else [len(self.token_ids) - 1]
 
-def extract(
-    teacher: Teacher,
-    catalogue: Catalogue,
-    *,
-    count: int | None = None,
-    layers: Sequence[int],
-    templates: Sequence[str],
-    pool: str = "last",
-    batch_tokens: int = 2048,
-    padding_side: str | None = None,
-    progress: Callable[[int], None] = lambda prompts: None,
-) -> Vectors:
-    """Read one vector a concept, template and layer.
 
-    Args:
-        teacher: the model.
-        catalogue: the concepts; the split is that of the whole catalogue, whatever ``count`` is.
-        count: extract only the first so many concepts, spread over the categories; all by default.
-        layers: block numbers, ascending; 0 is the embedding output.
-        templates: prompts, each with ``{concept}`` exactly once.
-        pool: "last" reads the last token of the prompt, "mean" averages over the concept's tokens (in float32).
-        batch_tokens: tokens of a batch, padding included.
-        padding_side: "left" or "right"; the tokenizer's own by default. It does not change the vectors.
-        progress: called after each batch with its number of prompts.
+def tokenize(teacher: Teacher, concepts: Sequence[str], template: str) -> list[Prompt]:
+    """Every concept in a template as tokens, with the positions of the concept's own.
 
     Raises:
-        InputError: a template without ``{concept}``, an unknown pool, too few concepts, or a concept without tokens.
+        InputError: a concept that leaves no token of its own, or a prompt longer than the teacher's context.
     """
-    check_request(catalogue, count, templates, pool)
-    rows = catalogue.first(count) if count is not None else list(range(len(catalogue)))
-    concepts = [catalogue.concepts[row] for row in rows]
-    prompts = tokenize(teacher, concepts, templates)
-    side = padding_side or teacher.tokenizer.padding_side
-    values = np.zeros((len(concepts), len(templates), len(layers), teacher.d_model), np.float32)
-    for batch in batches(prompts, batch_tokens):
-        token_ids, mask = pad(batch, side)  # [batch, tokens]
-        stream = residuals(teacher, token_ids.to(teacher.device), mask.to(teacher.device), layers)
-        pooled = pool_positions(stream, pool_weights(batch, token_ids.shape[1], side, pool).to(teacher.device))
-        where = [prompt.concept for prompt in batch], [prompt.template for prompt in batch]
-        values[where] = pooled.transpose(0, 1).cpu().numpy()
-        progress(len(batch))
-    if not np.isfinite(values).all():
-        raise InputError(f"--dtype {teacher.dtype}: the teacher's vectors overflow in it; try --dtype float32")
-    ids, offsets = _own_tokens(prompts)
-    vocab = np.unique(ids)
-    embeddings = teacher.embedding_table[torch.from_numpy(vocab).to(teacher.device)].float().cpu().numpy()
-    sides = split(catalogue)
-    return Vectors(
-        vectors=stored(values),
-        token_ids=ids,
-        token_offsets=offsets,
-        token_vocab=vocab,
-        token_embeddings=stored(embeddings),
-        concepts=tuple(concepts),
-        categories=tuple(catalogue.categories[row] for row in rows),
-        splits=tuple(sides[row] for row in rows),
-        layers=tuple(layers),
-        templates=tuple(templates),
-        teacher=teacher.name,
-        revision=teacher.revision,
-        pool=pool,
-        dtype=teacher.dtype,
-    )
-
-
-def check_request(catalogue: Catalogue, count: int | None, templates: Sequence[str], pool: str) -> None:
-    """Raise what `extract` would raise for a wrong request, before a teacher is loaded."""
-    for template in templates:
-        if template.count("{concept}") != 1:
-            raise InputError(f"--template {template!r}: expected {{concept}} in it, exactly once")
-    if pool not in POOLS:
-        raise choices("pool", pool, POOLS)
-    if count is not None:
-        catalogue.first(count)
-
-
-def tokenize(teacher: Teacher, concepts: Sequence[str], templates: Sequence[str]) -> list[Prompt]:
-    """Every concept in every template as tokens, with the positions of the concept's own.
-
-    Raises:
-        InputError: a concept that leaves no token of its own.
-    """
+    start = template.index("{concept}")
+    texts = [template.replace("{concept}", concept) for concept in concepts]
+    encoded = teacher.tokenizer(texts, return_offsets_mapping=True)
+    room = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
-    for number, template in enumerate(templates):
-        start = template.index("{concept}")
-        texts = [template.replace("{concept}", concept) for concept in concepts]
-        encoded = teacher.tokenizer(texts, return_offsets_mapping=True)
-        for row, (concept, ids, spans) in enumerate(
-            zip(concepts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ):
-            stop = start + len(concept)
-            own = [position for position, (left, right) in enumerate(spans) if left < stop and right > start]
-            if not own:
-                raise InputError(f"concept {concept!r}: the teacher's tokenizer gives it no token")
-            prompts.append(Prompt(row, number, list(ids), own))
+    for concept, ids, spans in zip(concepts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        stop = start + len(concept)
+        own = [position for position, (left, right) in enumerate(spans) if left < stop and right > start]
+        if not own:
+            raise InputError(f"concept {concept!r}: the teacher's tokenizer gives it no token")
+        if room is not None and len(ids) > room:
+            raise InputError(f"concept {concept[:60]!r}: its prompt has {len(ids)} tokens, the teacher takes {room}")
+        prompts.append(Prompt(list(ids), own))
     return prompts
 
 
-def batches(prompts: Sequence[Prompt], batch_tokens: int) -> Iterator[list[Prompt]]:
-    """Prompts of like length together, longest first, each batch within the budget (or of one prompt)."""
-    batch: list[Prompt] = []
-    for prompt in sorted(prompts, key=lambda prompt: -len(prompt.token_ids)):
-        if batch and (len(batch) + 1) * len(batch[0].token_ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(prompt)
-    if batch:
-        yield batch
+def read_parts(
+    teacher: Teacher,
+    request: Request,
+    plan: Plan,
+    parts: Sequence[Part],
+    batch_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda prompts: None,
+) -> Cost:
+    """Read parts of a request and write each as it is finished.
 
+    Tokenizing the next part and writing the one before go on in threads beside the teacher's work.
 
-def pad(batch: Sequence[Prompt], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask of a batch, ``[batch, tokens]`` each; the padding token is masked, so any id serves."""
-    width = max(len(prompt.token_ids) for prompt in batch)
-    token_ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros(len(batch), width, dtype=torch.long)
-    for row, prompt in enumerate(batch):
-        length = len(prompt.token_ids)
-        place = slice(width - length, width) if side == "left" else slice(0, length)
-        token_ids[row, place] = torch.tensor(prompt.token_ids)
-        mask[row, place] = 1
-    return token_ids, mask
+    Args:
+        teacher: the model.
+        request: what is asked for.
+        plan: how it is cut.
+        parts: the parts to read.
+        batch_tokens: tokens of a batch, instead of the plan's.
+        progress: called after each batch with its number of prompts.
 
-
-def pool_weights(batch: Sequence[Prompt], width: int, side: str, pool: str) -> torch.Tensor:
-    """How much each position counts in the vector of its row, ``[batch, tokens]``; rows sum to 1."""
-    weights = torch.zeros(len(batch), width)
-    for row, prompt in enumerate(batch):
-        start = width - len(prompt.token_ids) if side == "left" else 0
-        positions = prompt.own if pool == "mean" else [len(prompt.token_ids) - 1]
-        weights[row, [start + position for position in positions]] = 1 / len(positions)
-    return weights
-
-
-def pool_positions(stream: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean over positions in float32: ``[layers, batch, tokens, d_model]`` to ``[layers, batch, d_model]``.
-
-    Padding may hold anything, NaN too (a row of masked attention), so it is selected away and not multiplied by zero.
+    Raises:
+        InputError: a concept without tokens, or vectors that overflow in the teacher's precision.
+        WorkError: out of memory even with one prompt at a time.
     """
-    chosen = torch.where(weights[None, :, :, None] > 0, stream.float(), 0.0)
-    return torch.einsum("lbtd,bt->lbd", chosen, weights)
+    cost = Cost()
+    if not parts:
+        return cost
+    trial = [
+        prompt.token_ids
+        for template in request.templates
+        for prompt in tokenize(teacher, _trial(request.concepts), template)
+    ]
+    shared = shares_prefixes(teacher, trial, request.layers)
+    if not shared:
+        log.warning("teacher %s: its attention cannot share prefixes; every prompt runs whole", teacher.name)
+    batch_tokens = batch_tokens or plan.batch_tokens
+
+    def prepare(part: Part) -> list[list[Prompt]]:
+        concepts = request.concepts[part.start : part.stop]
+        return [tokenize(teacher, concepts, template) for template in request.templates]
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(1) as tokenizing, ThreadPoolExecutor(1) as writing:
+        ahead = tokenizing.submit(prepare, parts[0])
+        written = None
+        for number, part in enumerate(parts):
+            prompts = ahead.result()
+            if number + 1 < len(parts):
+                ahead = tokenizing.submit(prepare, parts[number + 1])
+            values, tokens, batch_tokens = _read_halving(teacher, request, prompts, batch_tokens, shared, progress)
+            if written is not None:
+                written.result()
+            held, copied = _to_host(values)
+            written = writing.submit(_write_part, teacher, request, part, prompts, held, copied)
+            cost.tokens += tokens
+            cost.prompts += len(prompts) * len(prompts[0])
+        assert written is not None
+        written.result()
+    cost.seconds = time.perf_counter() - begin
+    return cost
 
 
-def _own_tokens(prompts: Sequence[Prompt]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Each concept's own tokens in the first template, end to end, and where each begins."""
-    own = [[prompt.token_ids[position] for position in prompt.own] for prompt in prompts if prompt.template == 0]
-    offsets = np.cumsum([0, *map(len, own)], dtype=np.int64)
-    return np.array([token for tokens in own for token in tokens], np.int64), offsets
+def _trial(concepts: Sequence[str]) -> list[str]:
+    """Concepts on which the shared pass is tried: the first, and a long one."""
+    return sorted({concepts[0], max(concepts[:1000], key=len)})
+
+
+def _read_halving(
+    teacher: Teacher,
+    request: Request,
+    prompts: Sequence[Sequence[Prompt]],
+    batch_tokens: int,
+    shared: bool,
+    progress: Callable[[int], None],
+) -> tuple[Tensor, int, int]:
+    """`_read`, with half the tokens of a batch whenever memory runs out; gives also what it came to."""
+    while True:
+        try:
+            return *_read(teacher, request, prompts, batch_tokens, shared, progress), batch_tokens
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if batch_tokens == 1:
+                raise WorkError(
+                    "out of memory with one prompt at a time; use --dtype bfloat16 or --device-map auto "
+                    "(finished parts are kept, the same command goes on)"
+                ) from error
+        batch_tokens = max(1, batch_tokens // 2)
+        log.warning("out of memory: going on with %d tokens a batch", batch_tokens)
+        if teacher.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _read(
+    teacher: Teacher,
+    request: Request,
+    prompts: Sequence[Sequence[Prompt]],
+    batch_tokens: int,
+    shared: bool,
+    progress: Callable[[int], None],
+) -> tuple[Tensor, int]:
+    """The vectors of a part, ``[rows, templates, layers, d_model]`` in float32, and how many tokens ran for them."""
+    values: Tensor | None = None
+    tokens = 0
+    for column, of_template in enumerate(prompts):
+        for batch, paths, prefix, streams in _batches(teacher, request, of_template, batch_tokens, shared):
+            nodes, weights = _positions([of_template[row] for row in batch], paths, prefix, request.pool)
+            place, share = torch.from_numpy(nodes).to(teacher.device), torch.from_numpy(weights).to(teacher.device)
+            # [prompts, layers, d_model], the mean over a prompt's positions in float32
+            pooled = torch.stack([(stream[place].float() * share[..., None]).sum(1) for stream in streams], 1)
+            if values is None:
+                shape = (len(of_template), len(prompts), *pooled.shape[1:])
+                values = torch.empty(shape, device=teacher.device)
+            values[torch.from_numpy(batch).to(teacher.device), column] = pooled
+            tokens += len(streams[0])
+            progress(len(batch))
+    assert values is not None
+    return values, tokens
+
+
+def _batches(
+    teacher: Teacher, request: Request, prompts: Sequence[Prompt], batch_tokens: int, shared: bool
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int, Sequence[Tensor]]]:
+    """Batches of prompts run through the teacher.
+
+    Yields:
+        Which prompts, their nodes ``[prompts, positions]``, how many positions come before the first node, and for
+        each layer the residual stream ``[nodes, d_model]``.
+    """
+    token_ids = [prompt.token_ids for prompt in prompts]
+    if shared:
+        # The positions that are read stay out of the prefix: only the tree's are kept.
+        longest = min(prompt.read(request.pool)[0] for prompt in prompts)
+        prefix = common_prefix(token_ids, longest)
+        states = prefix_states(teacher, token_ids[0][:prefix], request.layers)
+        for tree in grow(token_ids, prefix, batch_tokens):
+            yield tree.prompts, tree.paths, prefix, tree_residuals(teacher, tree, states, request.layers)
+        return
+    lengths = np.array([len(ids) for ids in token_ids], np.int64)
+    for length in map(int, np.unique(lengths)):
+        rows = np.flatnonzero(lengths == length)
+        for batch in np.array_split(rows, math.ceil(len(rows) * length / max(batch_tokens, length))):
+            stream = residuals(teacher, torch.tensor([token_ids[row] for row in batch]), request.layers)
+            nodes = np.arange(batch.size * length, dtype=np.int64).reshape(-1, length)
+            yield batch.astype(np.int64), nodes, 0, list(stream.flatten(1, 2))
+
+
+def _positions(
+    prompts: Sequence[Prompt], paths: NDArray[np.int64], prefix: int, pool: str
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The nodes that make up each prompt's vector and how much each counts, ``[prompts, positions]`` both."""
+    chosen = [prompt.read(pool) for prompt in prompts]
+    nodes = np.zeros((len(prompts), max(map(len, chosen))), np.int64)
+    weights = np.zeros(nodes.shape, np.float32)
+    for row, positions in enumerate(chosen):
+        nodes[row, : len(positions)] = paths[row, np.array(positions) - prefix]
+        weights[row, : len(positions)] = 1 / len(positions)
+    return nodes, weights
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The values in host memory, and on a GPU the event after which they are there."""
+    if not values.is_cuda:
+        return values, None
+    held = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+    return held, copied
+
+
+def _write_part(
+    teacher: Teacher,
+    request: Request,
+    part: Part,
+    prompts: Sequence[Sequence[Prompt]],
+    values: Tensor,
+    copied: torch.cuda.Event | None,
+) -> None:
+    if copied is not None:
+        copied.synchronize()
+    vectors = values.numpy()
+    if not np.isfinite(vectors).all():
+        row = np.flatnonzero(~np.isfinite(vectors).all(axis=(1, 2, 3)))[0]
+        raise InputError(
+            f"--dtype {request.dtype}: the vector of {request.concepts[part.start + row]!r} is not finite in it; "
+            "try --dtype float32"
+        )
+    own = [[prompt.token_ids[position] for position in prompt.own] for prompt in prompts[0]]
+    starts = [[prompt.read(request.pool)[0] for prompt in of_template] for of_template in prompts]
+    ids = np.array([token for tokens in own for token in tokens], np.int64)
+    vocab = np.unique(ids)
+    embeddings = teacher.embedding_table[torch.from_numpy(vocab).to(teacher.device)].float().cpu().numpy()
+    tensors = {
+        "vectors": vectors,
+        "token_ids": ids,
+        "token_lengths": np.array([len(tokens) for tokens in own], np.int64),
+        "token_vocab": vocab,
+        "token_embeddings": embeddings,
+        "in_sink": (np.array(starts) == 0).any(0),
+        "peaks": np.array([np.abs(embeddings).max(initial=0), np.abs(vectors).max(initial=0)]),
+    }
+    write_atomically(part.path, lambda path: save_file(tensors, path))

@@ -97,9 +97,20 @@ class ExtractOptions:
         ("Tell me about {concept}",), "The prompt around the concept; repeat the option for several."
     )
     pool: str = option("last", "Read the last token of the prompt, or the mean over the concept's tokens (last, mean).")
-    dtype: str = option("auto", "Precision of the teacher: auto, float32, bfloat16, float16.")
-    batch_tokens: int = option(2048, "Tokens of a batch, padding included.", minimum=1)
+    dtype: str = option(
+        "auto",
+        "Precision of the teacher: float32, bfloat16, float16, int8 (8-bit weights, needs bitsandbytes); auto takes "
+        "bfloat16 for 16-bit weights where the hardware is faster in it.",
+    )
+    batch_tokens: int | None = option(
+        None, "Tokens of a batch; halved when memory runs out.  [default: found from the device]", minimum=1
+    )
     output: str | None = option(None, "Where to write.  [default: data/vectors/<teacher>.safetensors]")
+    shard: str = option("0/1", "The part i/n of the work, i from 0; the shard that finishes last merges.")
+    merge: bool = option(False, "Read nothing, only join the parts that shards have left.")
+    device_map: str | None = option(
+        None, "Spread a big teacher over devices: auto, balanced or sequential.  [default: one device]"
+    )
     trust_remote_code: bool = option(
         False, "Run model code that comes with the weights; only if you trust its authors."
     )

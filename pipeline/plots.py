@@ -185,3 +185,30 @@ def _scatter(axes: Axes, points: NDArray[np.floating[Any]], categories: Sequence
         own = points[[c == category for c in categories]]
         axes.scatter(own[:, 0], own[:, 1], s=28, color=colour, marker="os^"[place % 3], label=category, alpha=0.85)
     axes.grid(alpha=0.2)
+
+
+def norms(values: NDArray[np.floating[Any]], layers: Sequence[int]) -> Figure:
+    """Distribution of vector norms ``[concepts, templates, layers]`` at each block, outliers as points."""
+    figure, axes = plt.subplots(figsize=(max(4.5, min(16, 0.5 * len(layers) + 3)), 4.5), layout="constrained")
+    by_layer = [values[..., place].ravel() for place in range(len(layers))]
+    axes.boxplot(by_layer, tick_labels=[str(layer) for layer in layers], whis=(1, 99), flierprops={"markersize": 2})
+    axes.set(
+        yscale="log", xlabel="block", ylabel="norm of the activation vector", title="Norms (box: quartiles; 1 to 99 %)"
+    )
+    return figure
+
+
+def structure(values: NDArray[np.floating[Any]], layers: Sequence[int], categories: Sequence[str]) -> Figure:
+    """Mean centred cosine ``[layers, categories, categories]`` between concepts, for at most three blocks."""
+    shown = sorted({0, len(layers) // 2, len(layers) - 1})
+    size = max(3.5, 0.26 * len(categories) + 1.5)
+    figure, grid = plt.subplots(
+        1, len(shown), figsize=(size * len(shown) + 1, size), layout="constrained", sharey=True, squeeze=False
+    )
+    limit = float(np.abs(values[shown]).max()) or 1.0
+    for axes, place in zip(grid[0], shown, strict=True):
+        image = axes.imshow(values[place], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axes.set(title=f"block {layers[place]}", yticks=range(len(categories)), yticklabels=categories)
+        axes.set_xticks(range(len(categories)), categories, rotation=90)
+    figure.colorbar(image, ax=grid, label="mean cosine between two concepts (centred)", shrink=0.7)
+    return figure

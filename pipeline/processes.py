@@ -3,9 +3,47 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of ``count`` that share a work, the first being 0."""
+
+    index: int = 0
+    count: int = 1
+
+
+def parse_shard(text: str) -> Worker:
+    """A shard from ``i/n``.
+
+    Raises:
+        InputError: not of that form, or not one of the n.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(f"--shard {text}: expected i/n with i from 0 to n - 1, such as 0/4")
+    return Worker(int(match[1]), int(match[2]))
+
+
+def worker_of(shard: Worker, accelerator: Accelerator) -> Worker:
+    """This process among those of all shards; every shard has as many processes."""
+    here = accelerator.num_processes
+    return Worker(shard.index * here + accelerator.process_index, shard.count * here)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory that this process has held, in MB: of the GPU where it computes on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def start() -> Accelerator:

@@ -142,6 +142,7 @@ def run_sweep(
     if not resume and sweep_id is None:
         identity += f"-{moment}"
     tags = {"role": "sweep", "grid": name, "teacher": data.vectors.teacher, "vectors_sha256": sha256}
+    tags["extraction_key"] = data.vectors.extraction_key
     with closing(tracker.open_sweep(identity, name, tags)) as parent:
         parent.log_params(params)
         parent.log_dataset(f"vectors {data.vectors.teacher}", sha256, vectors_uri, _profile(data), "training")
@@ -227,6 +228,7 @@ class _Recorder:
         try:
             for cell in stack:
                 tags = {"role": "cell", "cell_key": keys[cell], "code_version": code_version()}
+                tags["extraction_key"] = self.data.vectors.extraction_key
                 run = self.open[keys[cell]] = self.tracker.open_child(self.parent, cell.name, tags)
                 run.log_params(asdict(cell) | {"teacher": self.data.vectors.teacher})
             yield

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +20,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from pipeline.concepts import SPLITS, Catalogue, split
 from pipeline.errors import InputError
 from pipeline.storage import write_atomically
 
-FORMAT = "activation-vectors-1"
+FORMAT = "activation-vectors-2"
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # as torch and pickle begin their files
-TENSORS = ("token_embeddings", "token_ids", "token_offsets", "token_vocab", "vectors")
+TENSORS = ("token_ids", "token_offsets", "token_vocab", "token_embeddings", "vectors")  # in the order of the file
 LISTS = ("concepts", "categories", "splits", "layers", "templates")
-STRINGS = ("teacher", "revision", "pool", "dtype")
+CHUNK_BYTES = 1 << 24  # how much of a large file is held at once
+STRINGS = ("teacher", "revision", "pool", "dtype", "extraction_key")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Vectors:
         teacher, revision: the model and the exact weights.
         pool: "last" (last token of the prompt) or "mean" (over the concept's tokens).
         dtype: the precision that the teacher computed in.
+        extraction_key: hash of all that decides the vectors: weights, concepts, templates, layers, pool and dtype.
     """
 
     vectors: NDArray[np.floating[Any]]
@@ -63,6 +66,7 @@ class Vectors:
     revision: str
     pool: str
     dtype: str
+    extraction_key: str
 
     @property
     def d_model(self) -> int:
@@ -75,7 +79,7 @@ class Vectors:
         digest = hashlib.sha256()
         for name in TENSORS:
             tensor = np.ascontiguousarray(getattr(self, name))
-            digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            digest.update(_announce(name, tensor.dtype, tensor.shape))
             digest.update(tensor.data)
         return digest.hexdigest()
 
@@ -112,22 +116,6 @@ class Vectors:
         start, stop = self.token_offsets[row : row + 2]
         return np.searchsorted(self.token_vocab, self.token_ids[start:stop])
 
-    def manifest(self) -> dict[str, Any]:
-        """What the file is, without its rows: for a person, a model card, or MLflow."""
-        return {
-            "format": FORMAT,
-            "teacher": self.teacher,
-            "revision": self.revision,
-            "concepts": len(self.concepts),
-            "templates": list(self.templates),
-            "layers": list(self.layers),
-            "d_model": self.d_model,
-            "pool": self.pool,
-            "dtype": self.dtype,
-            "stored_dtype": str(self.vectors.dtype),
-            "sha256": self.sha256,
-        }
-
 
 def write_vectors(vectors: Vectors, path: Path) -> None:
     """Write the file, whole or not at all; a name that ends in ``.pt`` gives older work's ``{"concepts", "vectors"}``.
@@ -141,17 +129,61 @@ def write_vectors(vectors: Vectors, path: Path) -> None:
         table = {"concepts": list(vectors.concepts), "vectors": torch.from_numpy(vectors.vectors[:, 0, 0].copy())}
         write_atomically(path, lambda part: torch.save(table, part))
         return
-    header = vectors.header | {"header_sha256": vectors.identity}
-    content = _in_order(save({name: np.ascontiguousarray(getattr(vectors, name)) for name in TENSORS}, header))
-    write_atomically(path, lambda part: part.write_bytes(content))
+    tensors = [in_memory(name, getattr(vectors, name)) for name in TENSORS]
+    header = {name: value for name, value in vectors.header.items() if name != "sha256"}
+    write_atomically(path, lambda part: write_streamed(part, header, tensors))
 
 
-def _in_order(content: bytes) -> bytes:
-    """The same safetensors file with its header sorted: the library's order changes from process to process."""
-    size = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)  # the tensors stay aligned
-    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that is written in chunks along its first axis, so that it need not fit in memory."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[NDArray[Any]]]
+
+
+def in_memory(name: str, tensor: NDArray[Any]) -> Streamed:
+    """A tensor that is there as a whole."""
+    return Streamed(name, tensor.dtype, tensor.shape, lambda: [tensor])
+
+
+def write_streamed(path: Path, header: dict[str, str], tensors: Sequence[Streamed]) -> None:
+    """Write a vectors file from a header without checksums and from its tensors in the order of `TENSORS`.
+
+    The checksums are known when all is written; their places in the header have the right length from the start.
+    The header is sorted, so the same content gives the same bytes.
+    """
+    described: dict[str, Any] = {}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
+        kind = {"i": "I", "f": "F"}[tensor.dtype.kind] + str(8 * tensor.dtype.itemsize)
+        described[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [begin, end]}
+
+    def encode(sha256: str) -> bytes:
+        complete = header | {"sha256": sha256}
+        complete["header_sha256"] = _header_sha256(complete)
+        text = json.dumps({"__metadata__": complete, **described}, sort_keys=True, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # the tensors stay aligned
+        return len(text).to_bytes(8, "little") + text
+
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        file.write(encode("0" * 64))
+        for tensor in tensors:
+            digest.update(_announce(tensor.name, tensor.dtype, tensor.shape))
+            for chunk in tensor.chunks():
+                data = np.ascontiguousarray(chunk, tensor.dtype).data
+                digest.update(data)
+                file.write(data)
+        file.seek(0)
+        file.write(encode(digest.hexdigest()))
+
+
+def _announce(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    return f"{name} {dtype} {tuple(shape)}\n".encode()
 
 
 def _header_sha256(header: dict[str, str]) -> str:
@@ -190,7 +222,7 @@ def _read_safetensors(path: Path) -> Vectors:
                 raise InputError(f"vectors file {path}: a pickle, which could run code; expected safetensors") from None
         raise InputError(f"vectors file {path}: damaged or not safetensors ({error})") from error
     if header.get("format") != FORMAT:
-        raise InputError(f"vectors file {path}: format {header.get('format')!r}, expected {FORMAT!r}")
+        raise InputError(f"vectors file {path}: format {header.get('format')!r}, expected {FORMAT!r}; extract again")
     claimed = header.pop("header_sha256", None)
     if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
         raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
@@ -209,6 +241,32 @@ def _read_safetensors(path: Path) -> Vectors:
     if not shapes_fit:
         raise InputError(f"vectors file {path}: shapes that do not fit together")
     return found
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The header of a vectors file, once all of the file is known to be whole; in memory that does not grow with it.
+
+    Raises:
+        InputError: missing, damaged, or not a vectors file.
+    """
+    digest = hashlib.sha256()
+    try:
+        with safe_open(path, framework="np") as file:
+            header: dict[str, str] = file.metadata() or {}
+            for name in TENSORS:
+                tensor = file.get_slice(name)
+                rows = tensor.get_shape()[0]
+                empty = tensor[:0]
+                digest.update(_announce(name, empty.dtype, tuple(tensor.get_shape())))
+                step = max(1, CHUNK_BYTES // max(1, empty.dtype.itemsize * math.prod(empty.shape[1:])))
+                for start in range(0, rows, step):
+                    digest.update(np.ascontiguousarray(tensor[start : min(start + step, rows)]).data)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"vectors file {path}: damaged or not safetensors ({error})") from error
+    claimed = header.pop("header_sha256", None)
+    if header.get("format") != FORMAT or claimed != _header_sha256(header) or header["sha256"] != digest.hexdigest():
+        raise InputError(f"vectors file {path}: damaged, or another format than {FORMAT!r}; extract again")
+    return header
 
 
 def _read_pt(path: Path) -> Vectors:
@@ -241,9 +299,10 @@ def _read_pt(path: Path) -> Vectors:
         revision="unknown",
         pool="unknown",
         dtype="float32",
+        extraction_key="unknown",
     )
 
 
-def stored(values: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
-    """The values as float16 where its range holds them (its rounding costs 1e-7 of a cosine), else unchanged."""
-    return values.astype(np.float16) if np.abs(values).max(initial=0.0) < np.finfo(np.float16).max else values
+def stored_dtype(peak: float) -> np.dtype[Any]:
+    """float16 where its range holds values up to ``peak`` (its rounding costs 1e-7 of a cosine), else float32."""
+    return np.dtype(np.float16 if peak < np.finfo(np.float16).max else np.float32)

@@ -15,9 +15,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
@@ -25,7 +28,7 @@ from transformers import (
 from pipeline import cli
 from pipeline.concepts import read_catalogue
 from pipeline.features import Catalogued
-from pipeline.teachers import load_teacher
+from pipeline.teachers import find_teacher, load_teacher
 from pipeline.vectors import read_vectors
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +41,16 @@ ARCHITECTURES = {
     "gpt2": GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=64, vocab_size=600),
     "qwen3": Qwen3Config(**SIZES, **HEADS, vocab_size=600),
     "llama": LlamaConfig(**SIZES, **HEADS, vocab_size=600),
-    "gemma3": Gemma3TextConfig(**SIZES, **HEADS, vocab_size=600, sliding_window=4),
+    # Every second block sees four tokens back.
+    "gemma3": Gemma3TextConfig(
+        **SIZES, **HEADS, vocab_size=600, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2
+    ),
+    "gpt_neox": GPTNeoXConfig(**SIZES, vocab_size=600),
+}
+# Architectures whose attention cannot be exchanged: a state-space model, and one with ALiBi biases.
+WHOLE = {
+    "mamba": MambaConfig(hidden_size=32, num_hidden_layers=4, state_size=8, vocab_size=600),
+    "bloom": BloomConfig(hidden_size=32, n_layer=4, n_head=4, vocab_size=600),
 }
 
 
@@ -60,7 +72,8 @@ def data(vectors):
 @pytest.fixture(scope="session")
 def smollm2():
     """The embedded teacher with its real weights."""
-    return load_teacher("smollm2-135m")
+    source = find_teacher("smollm2-135m")
+    return source, load_teacher(source)
 
 
 def _tokenizer(texts, begin):
@@ -86,7 +99,7 @@ def tiny_folder(catalogue, tmp_path_factory):
         if architecture not in made:
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp(architecture)
-            model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture])
+            model = AutoModelForCausalLM.from_config((ARCHITECTURES | WHOLE)[architecture])
             with torch.no_grad():  # random norms and biases too, so that nothing is right by accident
                 for parameter in model.parameters():
                     parameter.add_(0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)

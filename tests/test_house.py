@@ -16,9 +16,9 @@ COMMANDS = {"extract": ExtractOptions, "train": TrainOptions, "sweep": SweepOpti
 LAUNCHER = {"processes", "mixed_precision"}
 # A room imports only from rooms before it.
 ROOMS = [
-    "errors", "options", "storage", "processes", "concepts", "vectors", "teachers", "extraction", "metrics",
-    "objectives", "features", "students", "training", "grid", "tracking", "sweep", "plots", "report", "display", "cli",
-    "__main__",
+    "errors", "options", "storage", "processes", "concepts", "vectors", "teachers", "trees", "forward", "plan",
+    "extraction", "audit", "metrics", "objectives", "features", "students", "training", "grid", "tracking", "sweep",
+    "plots", "jobs", "report", "display", "cli", "__main__",
 ]  # fmt: skip
 SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
 

@@ -65,6 +65,7 @@ class Student:
             "layer": cell.layer,
             "template": vectors.templates[0],
             "pool": vectors.pool,
+            "extraction_key": vectors.extraction_key,
             "vectors_sha256": vectors.sha256,
             "metrics": metrics,
         }

@@ -1,0 +1,164 @@
+"""The extract command as one tracked job: find what is there, read what is missing, merge, audit, log."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from matplotlib import pyplot as plt
+
+from pipeline import plots
+from pipeline.audit import Audit, audit
+from pipeline.concepts import counts, read_catalogue
+from pipeline.errors import InputError
+from pipeline.extraction import Cost, automatic_batch_tokens, read_parts
+from pipeline.forward import flops_per_token
+from pipeline.options import ExtractOptions
+from pipeline.plan import Plan, Request, is_extracted, make_request, merge
+from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
+from pipeline.storage import writable
+from pipeline.teachers import find_teacher, load_teacher
+from pipeline.tracking import Run, closing, connect
+from pipeline.vectors import read_header
+
+Bar = Callable[[int], AbstractContextManager[Callable[[float], None]]]
+
+log = logging.getLogger(__name__)
+
+
+def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar) -> str | None:
+    """Extract as the options say; every process of the job calls it.
+
+    Args:
+        options: what the user asked for.
+        accelerator: this process among the others.
+        bar: given a number of concepts, a progress bar that is advanced by concepts.
+
+    Returns:
+        What to tell the user, from the main process.
+
+    Raises:
+        InputError: the options, the teacher or the catalogue are wrong.
+        WorkError: out of memory, or a merge without all parts.
+    """
+    shard = parse_shard(options.shard)
+    catalogue = read_catalogue(options.concepts)
+    source = find_teacher(options.teacher, options.dtype, accelerator.device, options.trust_remote_code)
+    slug = source.name.replace("/", "--")
+    output = writable(options.output or f"data/vectors/{slug}.safetensors")
+    request = make_request(
+        source, catalogue, layers=options.layers, templates=options.template, pool=options.pool,
+        count=options.num_concepts,
+    )  # fmt: skip
+    if output.suffix == ".pt" and (len(request.layers), len(request.templates)) != (1, 1):
+        raise InputError(f"--output {output}: a .pt file holds one layer and one template; write .safetensors")
+    held = is_extracted(output, request)
+    if not accelerator.is_main_process:
+        if not held:
+            _share(options, accelerator, source, request, output, shard, _no_bar)
+        return None
+    tags = {"role": "extract", "teacher": source.name, "revision": source.revision, "extraction_key": request.key}
+    with closing(connect().open_run(f"extract {source.name}", tags)) as run:
+        run.log_params(asdict(options))
+        if held:
+            run.set_tags({"cache": "hit", "vectors_sha256": read_header(output)["sha256"]})
+            return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
+        plan = _share(options, accelerator, source, request, output, shard, bar, run)
+        if not options.merge and (missing := len(plan.missing())):
+            return f"{output}: shard {options.shard} is done; {missing} parts are other shards', the last one merges"
+        in_sink = merge(request, plan, output)
+        return _log(run, request, output, options, in_sink)
+
+
+@contextmanager
+def _no_bar(_concepts: int) -> Iterator[Callable[[float], None]]:
+    yield lambda concepts: None
+
+
+def _share(
+    options: ExtractOptions,
+    accelerator: Accelerator,
+    source: Any,
+    request: Request,
+    output: Path,
+    shard: Worker,
+    bar: Bar,
+    run: Run | None = None,
+) -> Plan:
+    """Read this process's share of the parts; the main process waits for the others on its machine."""
+    me = worker_of(shard, accelerator)
+    tokens = options.batch_tokens or automatic_batch_tokens(source.config, accelerator.device)
+    d_model = source.config.get_text_config().hidden_size
+    plan = Plan.open(output, request, d_model, me.count, tokens)
+    accelerator.wait_for_everyone()  # nobody opens the plan of a finished and merged extraction
+    todo = [] if options.merge else plan.missing(me)
+    if done := len(plan.parts) - len(plan.missing()):
+        log.info("%d of %d parts were extracted before", done, len(plan.parts))
+    if todo:
+        teacher = load_teacher(source, accelerator.device, options.device_map)
+        templates = len(request.templates)
+        with bar(sum(part.stop - part.start for part in todo)) as advance:
+            cost = read_parts(
+                teacher, request, plan, todo, options.batch_tokens, lambda prompts: advance(prompts / templates)
+            )
+        if run is not None:
+            run.log_metrics(_speed(cost, templates, flops_per_token(teacher, request.layers), accelerator))
+    if run is not None and not options.merge:
+        here = [Worker(shard.index * accelerator.num_processes + n, me.count) for n in range(accelerator.num_processes)]
+        while any(plan.missing(worker) for worker in here):
+            time.sleep(0.2)
+    return plan
+
+
+def _speed(cost: Cost, templates: int, token_flops: float, accelerator: Accelerator) -> dict[str, float]:
+    """Speed of this process."""
+    return {
+        "seconds": cost.seconds,
+        "tokens": cost.tokens,
+        "concepts_per_second": cost.prompts / templates / cost.seconds,
+        "tokens_per_second": cost.tokens / cost.seconds,
+        "flops_per_second": cost.tokens * token_flops / cost.seconds,
+        "peak_memory_mb": peak_memory_mb(accelerator.device),
+    }
+
+
+def _log(run: Run, request: Request, output: Path, options: ExtractOptions, in_sink: list[str]) -> str:
+    """Audit the finished file, log it, and say what it is."""
+    sides = ", ".join(f"{number} {side}" for side, number in counts(request.splits).items())
+    told = f"{output}: {len(request.concepts)} concepts ({sides}), blocks {list(request.layers)}"
+    run.log_artifact(output)
+    run.log_metrics({"concepts": len(request.concepts)})
+    if output.suffix == ".pt":
+        return told
+    header = read_header(output)
+    found = audit(output, request, in_sink)
+    for line in found.warnings():
+        log.warning("warning: %s", line)
+    manifest = {name: value for name, value in header.items() if name not in ("concepts", "categories", "splits")}
+    run.log_json("manifest.json", manifest | {"number_of_concepts": len(request.concepts)} | found.manifest())
+    run.log_metrics(found.metrics())
+    _log_pictures(run, found)
+    run.log_dataset(f"vectors {request.teacher}", header["sha256"], str(output), options.concepts, "extraction")
+    run.set_tags({"vectors_sha256": header["sha256"]})
+    if found.agreement:
+        told += f", agreement of templates {min(found.agreement):.3f} to {max(found.agreement):.3f}"
+    return f"{told}, sha256 {header['sha256']}"
+
+
+def _log_pictures(run: Run, found: Audit) -> None:
+    figures = {"norms": plots.norms(found.norms, found.layers)}
+    if len(found.categories) > 1:
+        figures["structure"] = plots.structure(found.structure, found.layers, found.categories)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, figure in figures.items():
+            path = Path(folder) / f"{name}.png"
+            figure.savefig(path, dpi=130)
+            plt.close(figure)
+            run.log_artifact(path)

@@ -1,0 +1,239 @@
+"""What is asked of an extraction, how it is cut into parts, and how the parts become a vectors file.
+
+A request is known by a hash of all that decides its vectors. Its rows are cut into parts; every worker (process or
+machine) reads its own parts and writes each as it is finished, into a folder beside the output that is named by the
+hash. So memory does not grow with the number of concepts, and a run that was killed goes on with the parts that are
+missing. Whoever finds all parts there merges them. What is in a part depends on the request and on the folder's plan
+only, so the file is the same to the last byte, however often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from pipeline.concepts import Catalogue, split
+from pipeline.errors import InputError, WorkError, choices
+from pipeline.processes import Worker
+from pipeline.storage import write_atomically
+from pipeline.teachers import Source, parse_layers
+from pipeline.vectors import (
+    FORMAT,
+    TENSORS,
+    Streamed,
+    in_memory,
+    read_header,
+    read_vectors,
+    stored_dtype,
+    write_streamed,
+    write_vectors,
+)
+
+POOLS = ("last", "mean")
+PART_ROWS = 4096  # concepts of a part: what an interruption can cost
+PART_BYTES = 1 << 26  # and what a worker holds of its vectors at once
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be extracted, with all that decides the vectors."""
+
+    concepts: tuple[str, ...]
+    categories: tuple[str, ...]
+    splits: tuple[str, ...]
+    layers: tuple[int, ...]
+    templates: tuple[str, ...]
+    teacher: str
+    revision: str
+    pool: str
+    dtype: str
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the request; the teacher counts by its weights and not by its name."""
+        content = {name: value for name, value in asdict(self).items() if name != "teacher"} | {"format": FORMAT}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The header of its vectors file, without checksums."""
+        values = {
+            name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for name, value in asdict(self).items()
+        }
+        return values | {"format": FORMAT, "extraction_key": self.key}
+
+
+def make_request(
+    source: Source,
+    catalogue: Catalogue,
+    *,
+    layers: str,
+    templates: Sequence[str],
+    pool: str = "last",
+    count: int | None = None,
+) -> Request:
+    """Check what the user asks for, before anything slow begins.
+
+    Args:
+        source: the teacher.
+        catalogue: the concepts; the split is that of the whole catalogue, whatever ``count`` is.
+        layers: "mid", "all", or block numbers such as "8,15"; 0 is the embedding output.
+        templates: prompts, each with ``{concept}`` exactly once.
+        pool: "last" reads the last token of the prompt, "mean" averages over the concept's tokens (in float32).
+        count: extract only the first so many concepts, spread over the categories; all by default.
+
+    Raises:
+        InputError: a template without ``{concept}``, an unknown pool or layer, or too few concepts.
+    """
+    for template in templates:
+        if template.count("{concept}") != 1:
+            raise InputError(f"--template {template!r}: expected {{concept}} exactly once")
+    if len(set(templates)) < len(templates):
+        raise InputError("--template: the same template twice")
+    if pool not in POOLS:
+        raise choices("pool", pool, POOLS)
+    rows = catalogue.first(count) if count is not None else range(len(catalogue))
+    sides = split(catalogue)
+    return Request(
+        concepts=tuple(catalogue.concepts[row] for row in rows),
+        categories=tuple(catalogue.categories[row] for row in rows),
+        splits=tuple(sides[row] for row in rows),
+        layers=parse_layers(layers, source.depth),
+        templates=tuple(templates),
+        teacher=source.name,
+        revision=source.revision,
+        pool=pool,
+        dtype=source.dtype,
+    )
+
+
+def is_extracted(output: Path, request: Request) -> bool:
+    """Whether the output holds the answer to this very request already, whole."""
+    if output.suffix == ".pt" or not output.is_file():
+        return False
+    try:
+        return read_header(output)["extraction_key"] == request.key
+    except InputError:
+        return False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of a request, and the file that will hold them."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a request is cut into parts; the first worker writes it down and all others keep to it."""
+
+    folder: Path
+    rows: int
+    part_rows: int
+    batch_tokens: int
+
+    @classmethod
+    def open(cls, output: Path, request: Request, d_model: int, workers: int, batch_tokens: int) -> Plan:
+        """Take up the plan that is there, or make one.
+
+        Args:
+            output: the vectors file to be.
+            request: what is asked for.
+            d_model: width of the teacher's residual stream.
+            workers: how many there are; each should find work.
+            batch_tokens: tokens of a batch.
+        """
+        folder = output.with_name(f"{output.name}.parts-{request.key[:12]}")
+        plan = folder / "plan.json"
+        if not plan.is_file():
+            row_bytes = 4 * len(request.templates) * len(request.layers) * d_model
+            rows = min(PART_ROWS, PART_BYTES // row_bytes, math.ceil(len(request.concepts) / workers))
+            content = json.dumps({"part_rows": max(1, rows), "batch_tokens": batch_tokens})
+            own = folder / f"plan-{os.getpid()}-{os.urandom(4).hex()}.json"
+            write_atomically(own, lambda part: part.write_text(content))
+            with contextlib.suppress(FileExistsError):
+                os.link(own, plan)  # the first one wins
+            own.unlink()
+        return cls(folder, len(request.concepts), **json.loads(plan.read_text()))
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """All parts, in the order of their rows."""
+        starts = range(0, self.rows, self.part_rows)
+        return [
+            Part(self.folder / f"part-{number:06}.safetensors", start, min(start + self.part_rows, self.rows))
+            for number, start in enumerate(starts)
+        ]
+
+    def missing(self, worker: Worker | None = None) -> list[Part]:
+        """The parts that are still to be read, by this worker or by anybody."""
+        own = self.parts if worker is None else self.parts[worker.index :: worker.count]
+        return [part for part in own if not part.path.is_file()]
+
+
+def merge(request: Request, plan: Plan, output: Path) -> list[str]:
+    """Join all parts to the vectors file, in memory that does not grow with them, and remove them.
+
+    Several workers may do so at once: each writes the same bytes and renames them into place.
+
+    Returns:
+        The concepts whose vector was read at position 0.
+
+    Raises:
+        WorkError: parts are missing.
+    """
+    if missing := plan.missing():
+        raise WorkError(f"{output}: {len(missing)} of {len(plan.parts)} parts are not extracted yet")
+
+    def each(name: str) -> Iterator[NDArray[Any]]:
+        for part in plan.parts:
+            with safe_open(part.path, framework="np") as file:
+                yield file.get_tensor(name)
+
+    in_sink = np.zeros(plan.rows, bool)
+    try:
+        in_sink = np.concatenate(list(each("in_sink")))
+        peaks = np.stack(list(each("peaks"))).max(0)
+        offsets = np.cumsum([0, *np.concatenate(list(each("token_lengths")))], dtype=np.int64)
+        vocab = np.unique(np.concatenate(list(each("token_vocab"))))
+        d_model = next(each("vectors")).shape[-1]
+        embeddings = np.empty((len(vocab), d_model), stored_dtype(peaks[0]))
+        for types, values in zip(each("token_vocab"), each("token_embeddings"), strict=True):
+            embeddings[np.searchsorted(vocab, types)] = values
+        shape = (plan.rows, len(request.templates), len(request.layers), d_model)
+        tensors = [
+            Streamed("token_ids", np.dtype(np.int64), (int(offsets[-1]),), lambda: each("token_ids")),
+            in_memory("token_offsets", offsets),
+            in_memory("token_vocab", vocab),
+            in_memory("token_embeddings", embeddings),
+            Streamed("vectors", stored_dtype(peaks[1]), shape, lambda: each("vectors")),
+        ]
+        assert tuple(tensor.name for tensor in tensors) == TENSORS
+        if output.suffix == ".pt":
+            whole = plan.folder / "whole.safetensors"
+            write_atomically(whole, lambda path: write_streamed(path, request.header, tensors))
+            write_vectors(read_vectors(whole), output)
+        else:
+            write_atomically(output, lambda path: write_streamed(path, request.header, tensors))
+    except (OSError, InputError):
+        if not is_extracted(output, request):  # else another worker has merged and removed the parts meanwhile
+            raise
+    shutil.rmtree(plan.folder, ignore_errors=True)
+    return [request.concepts[row] for row in np.flatnonzero(in_sink)]
