@@ -21,6 +21,8 @@ ui: env ## look at the runs in the browser
 	mlflow ui
 
 bench: env ## measure against peers and limits
+	pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	python -m benchmarks.extract
 	python -m benchmarks.sweep
 
 vectors: env ## make the shipped vectors file again

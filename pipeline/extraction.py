@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from pipeline.errors import InputError, WorkError
-from pipeline.forward import prefix_states, residuals, shares_prefixes, tree_residuals
+from pipeline.forward import prefix_states, residuals, tree_residuals
 from pipeline.plan import Part, Plan, Request
 from pipeline.storage import write_atomically
 from pipeline.teachers import Teacher
@@ -25,6 +25,9 @@ from pipeline.trees import common_prefix, grow
 
 CPU_BATCH_TOKENS = 1024  # matrix products reach their full rate there, and activations still fit in the cache
 GPU_BATCH_TOKENS = 16384
+# How far a vector read through the tree may be from the plain pass, in units of its norm: rounding. A wrong mask or
+# position gives errors of the order of 1.
+TOLERANCE = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.1, "int8": 0.1}
 
 log = logging.getLogger(__name__)
 
@@ -115,15 +118,7 @@ def read_parts(
     cost = Cost()
     if not parts:
         return cost
-    trial = [
-        prompt.token_ids
-        for template in request.templates
-        for prompt in tokenize(teacher, _trial(request.concepts), template)
-    ]
-    shared = shares_prefixes(teacher, trial, request.layers)
-    if not shared:
-        log.warning("teacher %s: its attention cannot share prefixes; every prompt runs whole", teacher.name)
-    batch_tokens = batch_tokens or plan.batch_tokens
+    reader = _Reader(teacher, request, batch_tokens or plan.batch_tokens, progress)
 
     def prepare(part: Part) -> list[list[Prompt]]:
         concepts = request.concepts[part.start : part.stop]
@@ -137,7 +132,7 @@ def read_parts(
             prompts = ahead.result()
             if number + 1 < len(parts):
                 ahead = tokenizing.submit(prepare, parts[number + 1])
-            values, tokens, batch_tokens = _read_halving(teacher, request, prompts, batch_tokens, shared, progress)
+            values, tokens = reader.read(prompts)
             if written is not None:
                 written.result()
             held, copied = _to_host(values)
@@ -150,93 +145,124 @@ def read_parts(
     return cost
 
 
-def _trial(concepts: Sequence[str]) -> list[str]:
-    """Concepts on which the shared pass is tried: the first, and a long one."""
-    return sorted({concepts[0], max(concepts[:1000], key=len)})
+class _NotPlain(Exception):  # noqa: N818 (not an error)
+    """The token tree does not give this teacher's vectors."""
 
 
-def _read_halving(
-    teacher: Teacher,
-    request: Request,
-    prompts: Sequence[Sequence[Prompt]],
-    batch_tokens: int,
-    shared: bool,
-    progress: Callable[[int], None],
-) -> tuple[Tensor, int, int]:
-    """`_read`, with half the tokens of a batch whenever memory runs out; gives also what it came to."""
-    while True:
-        try:
-            return *_read(teacher, request, prompts, batch_tokens, shared, progress), batch_tokens
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if batch_tokens == 1:
-                raise WorkError(
-                    "out of memory with one prompt at a time; use --dtype bfloat16 or --device-map auto "
-                    "(finished parts are kept, the same command goes on)"
-                ) from error
-        batch_tokens = max(1, batch_tokens // 2)
-        log.warning("out of memory: going on with %d tokens a batch", batch_tokens)
-        if teacher.device.type == "cuda":
+class _Reader:
+    """Reads parts one after the other and remembers what it found out about the teacher and the device.
+
+    Args:
+        teacher: the model.
+        request: what is asked for.
+        batch_tokens: tokens of a batch; halved whenever memory runs out.
+        progress: called after each batch with its number of prompts.
+    """
+
+    def __init__(self, teacher: Teacher, request: Request, batch_tokens: int, progress: Callable[[int], None]) -> None:
+        self.teacher, self.request, self.progress = teacher, request, progress
+        self.batch_tokens = batch_tokens
+        self.shared: bool | None = None  # unknown until the first batch has been compared with the plain pass
+
+    def read(self, prompts: Sequence[Sequence[Prompt]]) -> tuple[Tensor, int]:
+        """The vectors of a part, ``[rows, templates, layers, d_model]`` in float32, and how many tokens ran for them.
+
+        Args:
+            prompts: of each template, those of the part's concepts.
+        """
+        while True:
+            try:
+                return self._read(prompts)
+            except (
+                _NotPlain,
+                ArithmeticError,
+                AttributeError,
+                LookupError,
+                TypeError,
+                ValueError,
+                RuntimeError,
+            ) as error:
+                if _is_out_of_memory(error):
+                    self._halve(error)
+                elif self.shared is None:
+                    # State-space models, ALiBi biases and the like.
+                    log.warning("teacher %s: cannot share what prompts begin with; each runs whole", self.teacher.name)
+                    log.debug("because", exc_info=error)
+                    self.shared = False
+                else:
+                    raise
+
+    def _halve(self, error: BaseException) -> None:
+        if self.batch_tokens == 1:
+            raise WorkError(
+                "out of memory with one prompt at a time; use --dtype bfloat16 or --device-map auto "
+                "(finished parts are kept, the same command goes on)"
+            ) from error
+        self.batch_tokens = max(1, self.batch_tokens // 2)
+        log.warning("out of memory: going on with %d tokens a batch", self.batch_tokens)
+        if self.teacher.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _read(self, prompts: Sequence[Sequence[Prompt]]) -> tuple[Tensor, int]:
+        device, pool = self.teacher.device, self.request.pool
+        values: Tensor | None = None
+        tokens = 0
+        for column, of_template in enumerate(prompts):
+            for batch, paths, prefix, streams in self._batches(of_template):
+                chosen = [of_template[row] for row in batch]
+                nodes, weights = _positions(chosen, paths, prefix, pool)
+                place, share = torch.from_numpy(nodes).to(device), torch.from_numpy(weights).to(device)
+                # [prompts, layers, d_model], the mean over a prompt's positions in float32
+                pooled = torch.stack([(stream[place].float() * share[..., None]).sum(1) for stream in streams], 1)
+                if self.shared is None:
+                    self._compare(chosen, pooled)
+                if values is None:
+                    values = torch.empty(len(of_template), len(prompts), *pooled.shape[1:], device=device)
+                values[torch.from_numpy(batch).to(device), column] = pooled
+                tokens += len(streams[0])
+                self.progress(len(batch))
+        assert values is not None
+        return values, tokens
+
+    def _compare(self, prompts: Sequence[Prompt], pooled: Tensor) -> None:
+        """Compare the longest prompt's vectors with those of the plain pass."""
+        row = max(range(len(prompts)), key=lambda row: len(prompts[row].token_ids))
+        stream = residuals(self.teacher, torch.tensor([prompts[row].token_ids]), self.request.layers)
+        plain = stream[:, 0, prompts[row].read(self.request.pool)].float().mean(1)  # [layers, d_model]
+        error = (pooled[row] - plain).norm(dim=-1) / plain.norm(dim=-1)
+        if not (error < TOLERANCE[self.request.dtype]).all():
+            raise _NotPlain
+        self.shared = True
+
+    def _batches(
+        self, prompts: Sequence[Prompt]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int, Sequence[Tensor]]]:
+        """Batches of prompts run through the teacher.
+
+        Yields:
+            Which prompts, their nodes ``[prompts, positions]``, how many positions come before the first node, and for
+            each layer the residual stream ``[nodes, d_model]``.
+        """
+        layers = self.request.layers
+        token_ids = [prompt.token_ids for prompt in prompts]
+        if self.shared is not False:
+            # The positions that are read stay out of the prefix: only the tree's are kept.
+            prefix = common_prefix(token_ids, min(prompt.read(self.request.pool)[0] for prompt in prompts))
+            states = prefix_states(self.teacher, token_ids[0][:prefix], layers)
+            for tree in grow(token_ids, prefix, self.batch_tokens):
+                yield tree.prompts, tree.paths, prefix, tree_residuals(self.teacher, tree, states, layers)
+            return
+        lengths = np.array([len(ids) for ids in token_ids], np.int64)
+        for length in map(int, np.unique(lengths)):
+            rows = np.flatnonzero(lengths == length)
+            for batch in np.array_split(rows, math.ceil(len(rows) * length / max(self.batch_tokens, length))):
+                stream = residuals(self.teacher, torch.tensor([token_ids[row] for row in batch]), layers)
+                nodes = np.arange(batch.size * length, dtype=np.int64).reshape(-1, length)
+                yield batch.astype(np.int64), nodes, 0, list(stream.flatten(1, 2))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def _read(
-    teacher: Teacher,
-    request: Request,
-    prompts: Sequence[Sequence[Prompt]],
-    batch_tokens: int,
-    shared: bool,
-    progress: Callable[[int], None],
-) -> tuple[Tensor, int]:
-    """The vectors of a part, ``[rows, templates, layers, d_model]`` in float32, and how many tokens ran for them."""
-    values: Tensor | None = None
-    tokens = 0
-    for column, of_template in enumerate(prompts):
-        for batch, paths, prefix, streams in _batches(teacher, request, of_template, batch_tokens, shared):
-            nodes, weights = _positions([of_template[row] for row in batch], paths, prefix, request.pool)
-            place, share = torch.from_numpy(nodes).to(teacher.device), torch.from_numpy(weights).to(teacher.device)
-            # [prompts, layers, d_model], the mean over a prompt's positions in float32
-            pooled = torch.stack([(stream[place].float() * share[..., None]).sum(1) for stream in streams], 1)
-            if values is None:
-                shape = (len(of_template), len(prompts), *pooled.shape[1:])
-                values = torch.empty(shape, device=teacher.device)
-            values[torch.from_numpy(batch).to(teacher.device), column] = pooled
-            tokens += len(streams[0])
-            progress(len(batch))
-    assert values is not None
-    return values, tokens
-
-
-def _batches(
-    teacher: Teacher, request: Request, prompts: Sequence[Prompt], batch_tokens: int, shared: bool
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int, Sequence[Tensor]]]:
-    """Batches of prompts run through the teacher.
-
-    Yields:
-        Which prompts, their nodes ``[prompts, positions]``, how many positions come before the first node, and for
-        each layer the residual stream ``[nodes, d_model]``.
-    """
-    token_ids = [prompt.token_ids for prompt in prompts]
-    if shared:
-        # The positions that are read stay out of the prefix: only the tree's are kept.
-        longest = min(prompt.read(request.pool)[0] for prompt in prompts)
-        prefix = common_prefix(token_ids, longest)
-        states = prefix_states(teacher, token_ids[0][:prefix], request.layers)
-        for tree in grow(token_ids, prefix, batch_tokens):
-            yield tree.prompts, tree.paths, prefix, tree_residuals(teacher, tree, states, request.layers)
-        return
-    lengths = np.array([len(ids) for ids in token_ids], np.int64)
-    for length in map(int, np.unique(lengths)):
-        rows = np.flatnonzero(lengths == length)
-        for batch in np.array_split(rows, math.ceil(len(rows) * length / max(batch_tokens, length))):
-            stream = residuals(teacher, torch.tensor([token_ids[row] for row in batch]), request.layers)
-            nodes = np.arange(batch.size * length, dtype=np.int64).reshape(-1, length)
-            yield batch.astype(np.int64), nodes, 0, list(stream.flatten(1, 2))
 
 
 def _positions(

@@ -7,7 +7,6 @@ and at the prefix, whose keys and values were computed once. Nothing past the de
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -21,15 +20,9 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.teachers import Teacher
-from pipeline.trees import TokenTree, common_prefix, grow
+from pipeline.trees import TokenTree
 
 TREE = "token-tree"
-# How far the tree may be from the plain pass before it is not used: rounding, in units of the vector's norm. A wrong
-# mask or position gives errors of the order of 1.
-TOLERANCE = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.1, "int8": 0.1}
-TRIAL_DEPTH = 8  # blocks; architectures that mix kinds of blocks have all kinds among the first
-
-log = logging.getLogger(__name__)
 
 
 class _Deepest(Exception):  # noqa: N818 (not an error)
@@ -208,29 +201,6 @@ def tree_residuals(
 def _to(values: Any, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def shares_prefixes(teacher: Teacher, prompts: Sequence[Sequence[int]], layers: Sequence[int]) -> bool:
-    """Whether the token tree gives this teacher's vectors: tried on these prompts against the plain pass.
-
-    Architectures whose attention cannot be exchanged (state-space models, ALiBi biases) fail the trial; their prompts
-    run whole.
-    """
-    layers = [min(TRIAL_DEPTH, layers[-1])]
-    prefix = common_prefix(prompts, min(map(len, prompts)) - 1)
-    plain = [residuals(teacher, torch.tensor([prompt]), layers)[:, 0, -1].float() for prompt in prompts]
-    try:
-        states = prefix_states(teacher, prompts[0][:prefix], layers)
-        for tree in grow(prompts, prefix, 1 << 30):
-            found = torch.stack(tree_residuals(teacher, tree, states, layers)).float()  # [layers, nodes, d_model]
-            for prompt, path in zip(tree.prompts, tree.paths, strict=True):
-                error = (found[:, path[path >= 0][-1]] - plain[prompt]).norm(dim=-1) / plain[prompt].norm(dim=-1)
-                if not (error < TOLERANCE[teacher.dtype]).all():
-                    return False
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
-        log.debug("teacher %s: %s", teacher.name, error)
-        return False
-    return True
 
 
 def flops_per_token(teacher: Teacher, layers: Sequence[int]) -> float:

@@ -21,7 +21,7 @@ from pipeline.errors import InputError
 from pipeline.extraction import Cost, automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
 from pipeline.options import ExtractOptions
-from pipeline.plan import Plan, Request, is_extracted, make_request, merge
+from pipeline.plan import Plan, Request, check_prompts, is_extracted, make_request, merge
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
 from pipeline.storage import writable
 from pipeline.teachers import find_teacher, load_teacher
@@ -49,6 +49,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar) -> 
         WorkError: out of memory, or a merge without all parts.
     """
     shard = parse_shard(options.shard)
+    check_prompts(options.template, options.pool)
     catalogue = read_catalogue(options.concepts)
     source = find_teacher(options.teacher, options.dtype, accelerator.device, options.trust_remote_code)
     slug = source.name.replace("/", "--")

@@ -9,7 +9,6 @@ only, so the file is the same to the last byte, however often the work was inter
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -99,13 +98,7 @@ def make_request(
     Raises:
         InputError: a template without ``{concept}``, an unknown pool or layer, or too few concepts.
     """
-    for template in templates:
-        if template.count("{concept}") != 1:
-            raise InputError(f"--template {template!r}: expected {{concept}} exactly once")
-    if len(set(templates)) < len(templates):
-        raise InputError("--template: the same template twice")
-    if pool not in POOLS:
-        raise choices("pool", pool, POOLS)
+    check_prompts(templates, pool)
     rows = catalogue.first(count) if count is not None else range(len(catalogue))
     sides = split(catalogue)
     return Request(
@@ -119,6 +112,21 @@ def make_request(
         pool=pool,
         dtype=source.dtype,
     )
+
+
+def check_prompts(templates: Sequence[str], pool: str) -> None:
+    """Check how concepts are to be put to the teacher.
+
+    Raises:
+        InputError: a template without ``{concept}``, one given twice, or an unknown pool.
+    """
+    for template in templates:
+        if template.count("{concept}") != 1:
+            raise InputError(f"--template {template!r}: expected {{concept}} exactly once")
+    if len(set(templates)) < len(templates):
+        raise InputError("--template: the same template twice")
+    if pool not in POOLS:
+        raise choices("pool", pool, POOLS)
 
 
 def is_extracted(output: Path, request: Request) -> bool:
@@ -168,9 +176,13 @@ class Plan:
             content = json.dumps({"part_rows": max(1, rows), "batch_tokens": batch_tokens})
             own = folder / f"plan-{os.getpid()}-{os.urandom(4).hex()}.json"
             write_atomically(own, lambda part: part.write_text(content))
-            with contextlib.suppress(FileExistsError):
+            try:
                 os.link(own, plan)  # the first one wins
-            own.unlink()
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links; workers that start together write the same plan
+                own.replace(plan)
+            own.unlink(missing_ok=True)
         return cls(folder, len(request.concepts), **json.loads(plan.read_text()))
 
     @cached_property

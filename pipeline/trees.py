@@ -58,6 +58,7 @@ def grow(prompts: Sequence[Sequence[int]], prefix: int, budget: int) -> Iterator
     order = np.lexsort(table.T[::-1])
     table, lengths = table[order], lengths[order]
     own = _first_occurrences(table).sum(1)  # [prompts] tokens that a prompt does not share with the one before it
+    budget = min(budget, -(-int(own.sum()) // -(-int(own.sum()) // budget)) + int(lengths.max()))  # of even size
     start = nodes = 0
     for row, (length, new) in enumerate(zip(lengths, own, strict=True)):
         if row > start and nodes + new > budget:

@@ -1,6 +1,7 @@
 """The command line: every wrong input ends with exit code 2, one line, and nothing half-written."""
 
 import json
+import os
 import pickle
 import socket
 import subprocess
@@ -138,14 +139,83 @@ def test_extract_writes_tracks_and_repeats_itself(workplace, run, tiny_folder):
     experiment = client.get_experiment_by_name("activation-distillation")
     runs = client.search_runs([experiment.experiment_id])
     assert {found.info.status for found in runs} == {"FINISHED"}
-    assert {item.path for item in client.list_artifacts(runs[0].info.run_id)} == {"b.safetensors", "manifest.json"}
+    assert {item.path for item in client.list_artifacts(runs[0].info.run_id)} == {
+        "b.safetensors", "manifest.json", "norms.png", "structure.png",
+    }  # fmt: skip
+    assert {"concepts_per_second", "tokens_per_second", "flops_per_second", "peak_memory_mb"} <= set(
+        runs[0].data.metrics
+    )
     assert runs[0].data.params["layers"] == "1,3"
     assert runs[0].inputs.dataset_inputs
     manifest = json.loads(Path(client.download_artifacts(runs[0].info.run_id, "manifest.json")).read_text())
     assert manifest["sha256"] == first.sha256
+    assert manifest["extraction_key"] == runs[0].data.tags["extraction_key"] == first.extraction_key
+    assert set(manifest["norms"]) == {"1", "3"}
+    written = Path("a.safetensors").stat().st_mtime_ns
+    code, out, _ = run(*common, "--layers", "1,3", "--output", "a.safetensors")
+    assert (code, Path("a.safetensors").stat().st_mtime_ns) == (0, written)
+    assert "nothing to do" in out
     code, _, err = run("train", "--vectors", f"runs:/{runs[0].info.run_id}/b.safetensors", "--concepts", 40,
                        "--epochs", 1, "--batch-size", 16, "--layer", 3)  # fmt: skip
     assert code == 0, err
+
+
+def test_shards_leave_parts_and_the_last_one_merges(workplace, run, tiny_folder):
+    concepts = ROOT / "data" / "concepts.csv"
+    common = ("extract", "--teacher", tiny_folder("gpt2"), "--concepts", concepts, "--num-concepts", "61")
+    common += ("--layers", "1,3", "--output", "out.safetensors")
+    for shard in ("2/3", "0/3"):
+        code, out, err = run(*common, "--shard", shard)
+        assert code == 0, err
+        assert f"shard {shard} is done" in out
+        assert not Path("out.safetensors").exists()
+    code, out, err = run(*common, "--shard", "1/3", "--merge")
+    assert (code, last_line(err)[:6]) == (1, "error:")
+    assert "1 of 3 parts" in err
+    code, out, err = run(*common, "--shard", "1/3")
+    assert code == 0, err
+    assert "61 concepts" in out
+    assert [path.name for path in workplace.glob("out*")] == ["out.safetensors"]
+    refused(run(*common, "--shard", "3/3"), "--shard 3/3", "0 to n - 1")
+
+
+def test_two_processes_divide_the_concepts(workplace, run, tiny_folder):
+    concepts = ROOT / "data" / "concepts.csv"
+    common = ["extract", "--teacher", str(tiny_folder("gpt2")), "--concepts", str(concepts), "--num-concepts", "61"]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "pipeline",
+        *common, "--output", "two.safetensors",
+    ]  # fmt: skip
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert run(*common, "--output", "one.safetensors")[0] == 0
+    one, two = read_vectors(Path("one.safetensors")), read_vectors(Path("two.safetensors"))
+    assert one.concepts == two.concepts
+    np.testing.assert_allclose(one.vectors, two.vectors, atol=4e-3)
+    client = MlflowClient()
+    found = client.search_runs([client.get_experiment_by_name("activation-distillation").experiment_id])
+    assert [entry.info.status for entry in found] == ["FINISHED"] * 2
+
+
+def test_a_vector_in_the_attention_sink_is_warned_of(workplace, run, tiny_folder, caplog):
+    (workplace / "mine.csv").write_text("concept,category\n" + "".join(f"{chr(97 + i)},Made\n" for i in range(20)))
+    code, _, err = run("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "mine.csv", "--layers", "2",
+                       "--template", "{concept}", "--output", "out.safetensors")  # fmt: skip
+    assert code == 0, err
+    assert "20 concepts are read at position 0, the attention sink (a, b, c, d, e, ...)" in caplog.text
+
+
+@pytest.mark.parametrize("option", [("--dtype", "int8"), ("--device-map", "auto")])
+def test_big_teachers_load_in_other_ways(workplace, run, tiny_folder, option):
+    concepts = ROOT / "data" / "concepts.csv"
+    common = ("extract", "--teacher", tiny_folder("qwen3"), "--concepts", concepts, "--num-concepts", "40")
+    assert run(*common, "--output", "plain.safetensors")[0] == 0
+    code, _, err = run(*common, "--output", "other.safetensors", *option)
+    assert code == 0, err
+    plain, other = (read_vectors(Path(f"{name}.safetensors")).vectors for name in ("plain", "other"))
+    assert np.linalg.norm(other - plain) < 0.05 * np.linalg.norm(plain)
 
 
 def test_the_default_output_is_named_after_the_teacher(workplace, run, tiny_folder):
