@@ -12,7 +12,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +19,11 @@ import torch
 
 from pipeline.features import Catalogued
 from pipeline.grid import read_grid
-from pipeline.options import Cell
 from pipeline.processes import start
+from pipeline.schedule import stacks_of, training_flops
 from pipeline.sweep import prepare, run_sweep
 from pipeline.tracking import connect
-from pipeline.training import stack_key, train_stack
+from pipeline.training import train_stack
 from pipeline.vectors import read_vectors
 
 
@@ -33,13 +32,6 @@ def seconds(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
-
-
-def products(cell: Cell, data: Catalogued) -> float:
-    """Floating-point operations of a cell's matrix products: 6 a weight and training row, 2 a validation row."""
-    features, d_model = data.features.shape[1], data.vectors.d_model
-    weights = features * cell.hidden_dim + cell.layers * cell.hidden_dim**2 + cell.hidden_dim * d_model
-    return float(cell.epochs * weights * (6 * cell.concepts + 2 * len(data.rows("val"))))
 
 
 def rate(rows: int = 128, width: int = 512, inner: int = 1152) -> float:
@@ -60,14 +52,12 @@ def main() -> None:
     data = Catalogued(read_vectors(Path(options.vectors).resolve()))
     name, cells = read_grid("scaling", options.epochs)
     cells = prepare(cells, data)
-    stacks: dict[object, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        stacks[stack_key(cell)].append(cell)
+    stacks = stacks_of(cells)
     # The grid's block is the file's middle one; `prepare` has named it.
     subsets = {cell: data.subset(cell.concepts, cell.layer or 0) for cell in cells}
 
     def stacked() -> None:
-        for stack in stacks.values():
+        for stack in stacks:
             list(train_stack(stack, [subsets[cell] for cell in stack], accelerator))
 
     def one_by_one() -> None:
@@ -81,7 +71,7 @@ def main() -> None:
                 output=Path(folder), resume=False,
             )  # fmt: skip
 
-    total = sum(products(cell, data) for cell in cells)
+    total = sum(training_flops(cell, data) for cell in cells)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"

@@ -113,8 +113,29 @@ def sweep(options: SweepOptions) -> None:
     from pipeline.grid import read_grid
 
     name, cells = read_grid(options.grid, options.epochs, options.seeds)
+    if options.dry_run:
+        _show_plan(name, cells, options.vectors)
+        return
     output = Path(options.output)
     _sweep(name, cells, asdict(options), options.vectors, output, None, options.sweep_id, options.resume)
+
+
+def _show_plan(name: str, cells: list[Cell], vectors_uri: str) -> None:
+    from pipeline import display
+    from pipeline.features import Catalogued
+    from pipeline.processes import start
+    from pipeline.schedule import expected_seconds, plan_rows
+    from pipeline.sweep import prepare
+    from pipeline.tracking import fetch
+    from pipeline.vectors import read_vectors
+
+    data = Catalogued(read_vectors(fetch(vectors_uri)))
+    cells = prepare(cells, data)
+    accelerator = start()
+    if accelerator.is_main_process:
+        display.table(*plan_rows(cells, data, accelerator.num_processes))
+        seconds = expected_seconds(cells, data, accelerator.device) / accelerator.num_processes
+        click.echo(f"{name}: {len(cells)} cells, about {seconds:,.0f} s here; nothing was trained")
 
 
 def _sweep(

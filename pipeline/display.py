@@ -85,10 +85,10 @@ def sweep() -> Iterator[Watcher]:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; rows whose first value is in parentheses are baselines and stand dimmed."""
-    shown = Table(header_style="bold", box=box.SIMPLE, pad_edge=False)
+    shown = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         title = {"hidden_dim": "hidden", "parameters": "params"}.get(name, name.replace("_", " "))
-        shown.add_column(title, justify="left" if name == "student" else "right", no_wrap=name == "student")
+        shown.add_column(title, justify="left" if name in ("student", "cell") else "right")
     for row in rows:
         shown.add_row(*row, style="dim" if row[0].startswith("(") else "")
     Console(highlight=False).print(shown)

@@ -23,7 +23,7 @@ from pipeline.storage import write_atomically
 from pipeline.teachers import Teacher
 from pipeline.trees import common_prefix, grow
 
-CPU_BATCH_TOKENS = 1024  # matrix products reach their full rate there, and activations still fit in the cache
+CPU_BATCH_TOKENS = 1536  # matrix products reach their full rate there, and activations still fit in the cache
 GPU_BATCH_TOKENS = 16384
 # How far a vector read through the tree may be from the plain pass, in units of its norm: rounding. A wrong mask or
 # position gives errors of the order of 1.

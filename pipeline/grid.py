@@ -1,14 +1,17 @@
 """Grids: an experiment as a YAML file that spans cells.
 
-``axes`` maps options of `Cell` to lists of values, ``fixed`` maps others to one value; the cells are every combination.
+``axes`` maps options of `Cell` to lists of values and ``fixed`` maps others to one value; the cells are every
+combination. ``exclude`` lists settings: a cell that has all of one is left out. ``include`` lists settings of further
+cells, on top of ``fixed``. ``seeds`` trains each cell so many times, with seeds counted up from its own. An axis that a
+student does not read (ridge has no hidden layers and no seed) does not multiply its cells.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,60 +21,171 @@ import yaml
 from pipeline.errors import InputError, choices
 from pipeline.options import Cell, check
 
-KEYS = ("axes", "fixed")
+KEYS = ("axes", "fixed", "include", "exclude", "seeds")
 OPTIONS = tuple(item.name for item in fields(Cell))
+# The options that closed-form students read; the rest stays at its default.
+READ = {"ridge": ("student", "concepts", "layer")}
+
+Place = tuple[str | int, ...]
 
 
-def read_grid(name_or_path: str, epochs: int | None = None, seeds: int = 1) -> tuple[str, list[Cell]]:
+def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = None) -> tuple[str, list[Cell]]:
     """Read a grid and span its cells.
 
     Args:
         name_or_path: a grid of ``pipeline/grids`` by name, or the path of a YAML file.
         epochs: replaces the grid's epochs in every cell.
-        seeds: how many seeds each cell is trained with, counted up from its own.
+        seeds: how many seeds each cell is trained with, counted up from its own; replaces the grid's.
 
     Returns:
-        The grid's name and its cells, in the order of the axes.
+        The grid's name and its cells, in the order of the axes, then those included.
 
     Raises:
-        InputError: no such grid, or one that is not valid; the message names the file and the key.
+        InputError: no such grid, or one that is not valid; the message names the file, the line and the key.
     """
-    path = _find(name_or_path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"grid {path}: {' '.join(str(error).split())}") from error
-    where = f"grid {path}"
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{where}: expected the keys {' and '.join(KEYS)}")
-    _known(content, KEYS, where)
-    fixed, axes = (content.get(key) or {} for key in ("fixed", "axes"))
-    for key, section in (("fixed", fixed), ("axes", axes)):
-        if not isinstance(section, dict):
-            raise InputError(f"{where}, {key}: expected options of a student, found {section!r}")
-        _known(section, OPTIONS, f"{where}, {key}")
-    for axis, values in axes.items():
-        if not isinstance(values, list) or not values:
-            raise InputError(f"{where}, axes, {axis}: expected a list of at least one value, found {values!r}")
-        if len(set(map(repr, values))) != len(values):
-            raise InputError(f"{where}, axes, {axis}: a value stands twice in {values}")
-        if axis in fixed:
-            raise InputError(f"{where}: {axis} is both fixed and an axis")
-    cells = [
-        _cell({**fixed, **dict(zip(axes, point, strict=True))}, where) for point in itertools.product(*axes.values())
-    ]
+    grid = _read(_find(name_or_path))
+    _check_sections(grid)
+    cells = _span(grid)
     if epochs is not None:
         cells = [replace(cell, epochs=epochs) for cell in cells]
-    return path.stem, [replace(cell, seed=cell.seed + offset) for offset in range(seeds) for cell in cells]
+    number = grid.content.get("seeds", 1) if seeds is None else seeds
+    seeded = [_canonical(replace(cell, seed=cell.seed + offset)) for offset in range(number) for cell in cells]
+    return grid.path.stem, list(dict.fromkeys(seeded))
 
 
-def _cell(values: dict[str, Any], where: str) -> Cell:
+@dataclass(frozen=True)
+class _Grid:
+    """A grid file: its content, and the line of every key and list item by its place."""
+
+    path: Path
+    content: Any
+    lines: dict[Place, int]
+
+    def section(self, name: str) -> Any:
+        """What stands under a key; an empty collection where there is nothing."""
+        return self.content.get(name) or ([] if name in ("include", "exclude") else {})
+
+    def wrong(self, message: str, *place: str | int) -> InputError:
+        """The error for something at a place, or at the nearest place around it that has a line."""
+        line = next((self.lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in self.lines), None)
+        return InputError(f"grid {self.path}{f', line {line}' if line else ''}: {message}")
+
+    def check_keys(self, known: tuple[str, ...], *place: str | int) -> None:
+        """Check the keys of the mapping at a place."""
+        found = self.content
+        for step in place:
+            found = found[step]
+        for key in found:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"available: {', '.join(known)}"
+                raise self.wrong(f"unknown key {key!r}; {hint}", *place, str(key))
+
+
+def _check_sections(grid: _Grid) -> None:
+    if not isinstance(grid.content, dict) or not grid.content:
+        raise grid.wrong(f"expected the keys {', '.join(KEYS)}")
+    grid.check_keys(KEYS)
+    for section in ("fixed", "axes"):
+        if not isinstance(grid.section(section), dict):
+            raise grid.wrong(f"{section}: expected options of a student, found {grid.section(section)!r}", section)
+        if grid.section(section):
+            grid.check_keys(OPTIONS, section)
+    _check_axes(grid)
+    _check_lists(grid)
+    seeds = grid.content.get("seeds", 1)
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
+        raise grid.wrong(f"seeds: expected a whole number of at least 1, found {seeds!r}", "seeds")
+
+
+def _check_axes(grid: _Grid) -> None:
+    for axis, values in grid.section("axes").items():
+        if not isinstance(values, list) or not values:
+            raise grid.wrong(f"axis {axis}: expected a list of at least one value, found {values!r}", "axes", axis)
+        if len(set(map(repr, values))) != len(values):
+            raise grid.wrong(f"axis {axis}: a value stands twice in {values}", "axes", axis)
+        if axis in grid.section("fixed"):
+            raise grid.wrong(f"{axis} is both fixed and an axis", "axes", axis)
+
+
+def _check_lists(grid: _Grid) -> None:
+    for section in ("include", "exclude"):
+        listed = grid.section(section)
+        if not isinstance(listed, list) or not all(isinstance(item, dict) and item for item in listed):
+            raise grid.wrong(f"{section}: expected a list of settings, found {listed!r}", section)
+        for number in range(len(listed)):
+            grid.check_keys(OPTIONS, section, number)
+
+
+def _span(grid: _Grid) -> list[Cell]:
+    """The cells, before epochs and seeds of the command line."""
+    cells, used = [], set()
+    excluded = grid.section("exclude")
+    for values, place in _settings(grid.section("axes"), grid.section("fixed"), grid.section("include")):
+        cell = _cell(grid, values, place)
+        matches = [n for n, item in enumerate(excluded) if all(getattr(cell, key) == item[key] for key in item)]
+        used.update(matches)
+        if place or not matches:
+            cells.append(cell)
+    for number, item in enumerate(excluded):
+        if number not in used:
+            raise grid.wrong(f"exclude: {item} matches no cell", "exclude", number)
+    if not cells:
+        raise grid.wrong("no cells are left", "exclude")
+    return cells
+
+
+def _cell(grid: _Grid, values: dict[str, Any], place: Place) -> Cell:
     cell = Cell(**values)
     try:
         check(cell)
     except InputError as error:
-        raise InputError(f"{where}: {str(error).removeprefix('--').replace('-', '_', 1)}") from None
+        flag, rest = str(error).split(" ", 1)
+        option = flag.removeprefix("--").replace("-", "_")
+        section = "axes" if option in grid.section("axes") else "fixed"
+        raise grid.wrong(f"{option} {rest}", *(place or (section,)), option) from None
     return cell
+
+
+def _settings(
+    axes: dict[str, list[Any]], fixed: dict[str, Any], include: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], Place]]:
+    """The settings of each cell, and the place in the file of those that are included."""
+    for point in itertools.product(*axes.values()):
+        yield {**fixed, **dict(zip(axes, point, strict=True))}, ()
+    for number, item in enumerate(include):
+        yield {**fixed, **item}, ("include", number)
+
+
+def _canonical(cell: Cell) -> Cell:
+    """The cell with all that its student does not read at the defaults, so that equal work is one cell."""
+    if cell.student not in READ:
+        return cell
+    return Cell(**{name: getattr(cell, name) for name in READ[cell.student]})
+
+
+def _read(path: Path) -> _Grid:
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return _Grid(path, yaml.safe_load(text), dict(_lines(root, (), path)) if root is not None else {})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"grid {path}: {' '.join(str(error).split())}") from error
+
+
+def _lines(node: yaml.Node, place: Place, path: Path) -> Iterator[tuple[Place, int]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if (before := seen.setdefault(key.value, line)) != line:
+                raise InputError(f"grid {path}, line {line}: {key.value!r} stands already at line {before}")
+            yield (*place, key.value), line
+            yield from _lines(value, (*place, key.value), path)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield (*place, number), item.start_mark.line + 1
+            yield from _lines(item, (*place, number), path)
 
 
 def _find(name_or_path: str) -> Path:
@@ -82,11 +196,3 @@ def _find(name_or_path: str) -> Path:
     if name_or_path not in shipped:
         raise InputError(f"{choices('grid', name_or_path, shipped)}; or the path of a YAML file")
     return shipped[name_or_path]
-
-
-def _known(found: Iterable[Any], known: tuple[str, ...], where: str) -> None:
-    for key in found:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"available: {', '.join(known)}"
-            raise InputError(f"{where}: unknown key {key!r}; {hint}")

@@ -135,6 +135,13 @@ class Cell:
     weight_decay: float = option(0.1, "AdamW's decoupled weight decay.", minimum=0)
     dropout: float = option(0.4, "Share of inputs and of block outputs dropped in training.", minimum=0, below=1)
 
+    patience: int | None = option(
+        None, "Stop after so many epochs without a better validation cosine.  [default: never]", minimum=1
+    )
+    precision: str = option(
+        "auto", "Matrix products of training: float32, bfloat16, or auto, the faster here (0.002 cosine apart at most)."
+    )
+
     @property
     def name(self) -> str:
         """Short name of the cell's run, such as ``c700-h256-l2-s0``; what is not an mlp under cosine says so."""
@@ -166,7 +173,9 @@ class SweepOptions:
     vectors: str = option(
         "data/vectors/smollm2-135m.safetensors", "The vectors file: a local path or runs:/<run id>/<artifact>."
     )
-    seeds: int = option(1, "Train each cell with so many seeds, counted up from the grid's.", minimum=1)
+    seeds: int | None = option(
+        None, "Train each cell with so many seeds, counted up from the grid's.  [default: the grid's, or 1]", minimum=1
+    )
     sweep_id: str | None = option(
         None,
         "Name of the sweep; the same name goes on with the same parent run.  [default: from grid and data]",
@@ -174,6 +183,7 @@ class SweepOptions:
     )
     output: str = option("results", "Folder for the results file, the plots and the best student.")
     resume: bool = option(True, "Skip cells that are finished already, with the same settings, data and code.")
+    dry_run: bool = option(False, "Train nothing; show the cells, how they are dealt out, and about how long it takes.")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,11 +20,12 @@ from pipeline.features import Catalogued, Subset
 from pipeline.metrics import by_category, faithfulness
 from pipeline.objectives import OBJECTIVES
 from pipeline.options import Cell
+from pipeline.schedule import shares, training_flops
 from pipeline.storage import write_atomically
 from pipeline.students import STUDENTS, Student, ridge
 from pipeline.students.baselines import BASELINES
 from pipeline.tracking import Run, Tracker, closing
-from pipeline.training import Progress, Trained, predict, stack_key, train_stack
+from pipeline.training import PRECISIONS, Progress, Trained, predict, train_stack
 
 # Whatever changes a number changes the key of a cell: these files are the code version in it.
 CODE = ("features.py", "metrics.py", "objectives.py", "training.py", "students/mlp.py", "students/ridge.py")
@@ -81,7 +81,7 @@ def prepare(cells: Sequence[Cell], data: Catalogued) -> list[Cell]:
     """Check every cell before any work begins, and name the block of those that name none.
 
     Raises:
-        InputError: an unknown student or objective, too many concepts, or a block that the vectors file lacks.
+        InputError: an unknown student, objective or precision, too many concepts, or a block that the file lacks.
     """
     ready = []
     for cell in cells:
@@ -89,6 +89,8 @@ def prepare(cells: Sequence[Cell], data: Catalogued) -> list[Cell]:
             raise choices("student", cell.student, STUDENTS)
         if cell.objective not in OBJECTIVES:
             raise choices("objective", cell.objective, OBJECTIVES)
+        if cell.precision not in ("auto", *PRECISIONS):
+            raise choices("precision", cell.precision, ["auto", *PRECISIONS])
         layer = data.vectors.middle_layer if cell.layer is None else cell.layer
         data.check(cell.concepts, layer)
         ready.append(replace(cell, layer=layer))
@@ -187,11 +189,9 @@ def _train(
 ) -> Iterator[dict[str, Any]]:
     """Train the cells that are not done, this process's share of the stacks; the main process yields all rows."""
     [done] = gather_object([done])[:1]  # what the main process knows
-    stacks: dict[object, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        if keys[cell] not in done:
-            stacks[stack_key(cell)].append(cell)
-    mine = list(stacks.values())[accelerator.process_index :: accelerator.num_processes]
+    todo = [cell for cell in cells if keys[cell] not in done]
+    dealt = shares(todo, accelerator.num_processes, lambda cell: training_flops(cell, data))
+    mine = dealt[accelerator.process_index]
     trained_elsewhere: list[Trained] = []
     for stack in mine:
         subsets = [data.subset(cell.concepts, _layer(cell)) for cell in stack]
@@ -247,6 +247,7 @@ class _Recorder:
             "name": trained.cell.name,
             **asdict(trained.cell),
             "parameters": trained.number_of_parameters,
+            "dtype": trained.dtype,
             **trained.metrics,
             "best_epoch": trained.best_epoch,
             "train_seconds": trained.train_seconds,
@@ -260,6 +261,7 @@ class _Recorder:
         sizes = {"parameters": trained.number_of_parameters, "best_epoch": trained.best_epoch}
         run.log_metrics(trained.metrics | sizes | {"train_seconds": trained.train_seconds}, trained.curves)
         run.log_student(student, vectors.d_model)
+        run.set_tags({"dtype": trained.dtype})
         run.log_json("cell.json", row)
         run.end("FINISHED")
         del self.open[key]

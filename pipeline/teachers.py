@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import InputError, choices
+from pipeline.processes import multiplies_faster
 
 HUB_IDS = {
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
@@ -234,27 +234,10 @@ def _resolve_dtype(dtype: str, device: torch.device, stored: object) -> str:
     if dtype == "auto":
         # Weights of 16 bits lose nothing in bfloat16 arithmetic but the rounding of activations; others lose more.
         short = stored in (torch.bfloat16, torch.float16)
-        return "bfloat16" if short and _multiplies_faster(torch.bfloat16, device) else "float32"
+        return "bfloat16" if short and multiplies_faster(torch.bfloat16, device) else "float32"
     if dtype not in (*DTYPES, "int8"):
         raise choices("dtype", dtype, ["auto", "int8", *DTYPES])
     return dtype
-
-
-def _multiplies_faster(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether matrix products in a short type take well under the time that float32 takes here, measured."""
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-    def seconds(kind: torch.dtype) -> float:
-        a, b = torch.ones(256, 512, dtype=kind), torch.ones(512, 512, dtype=kind)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    return seconds(dtype) < 0.8 * seconds(torch.float32)
 
 
 @contextmanager

@@ -4,6 +4,9 @@ Members of a stack have the same shapes and may differ in everything else (train
 epochs). One batched matrix product a layer serves them all. A member takes its own steps through its own batches and
 leaves the stack when it is done, so it ends up where it would have ended alone. A single student is a stack of one.
 
+In bfloat16 the matrix products, their inputs and their outputs are short; weights, moments, losses and all that is
+reported are float32 (Micikevicius et al., 2018, "Mixed precision training"; bfloat16 needs no loss scaling).
+
 ``S`` members, ``B`` concepts a batch, ``F`` features, ``D`` d_model.
 """
 
@@ -23,9 +26,11 @@ from pipeline.features import Side, Subset
 from pipeline.metrics import cosines, faithfulness
 from pipeline.objectives import OBJECTIVES
 from pipeline.options import Cell
+from pipeline.processes import multiplies_faster
 from pipeline.students import STUDENTS, mlp, ridge
 
 WARM_UP = 0.05  # share of a member's steps
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Trained:
         best_epoch: the epoch (from 1) with the highest validation cosine.
         train_seconds: its share of the stack's wall time, by training steps.
         number_of_parameters: weights and biases.
+        dtype: the type of the matrix products in training.
         metrics: ``val_*`` and ``test_*`` of `pipeline.metrics.NAMES`, at the best epoch.
         test_cosines: the centred cosine of each test concept, in the order of the subset's rows.
     """
@@ -49,6 +55,7 @@ class Trained:
     best_epoch: int
     train_seconds: float
     number_of_parameters: int
+    dtype: str
     metrics: dict[str, float] = field(default_factory=dict)
     test_cosines: list[float] = field(default_factory=list)
 
@@ -66,7 +73,14 @@ def stack_key(cell: Cell) -> tuple[object, ...]:
     """Cells with the same key have the same shapes and train in one stack."""
     if cell.student == "ridge":
         return (cell.student,)
-    return cell.student, cell.hidden_dim, cell.layers, cell.objective, cell.batch_size, cell.dropout
+    return cell.student, cell.hidden_dim, cell.layers, cell.objective, cell.batch_size, cell.dropout, cell.precision
+
+
+def precision_of(cell: Cell, device: torch.device) -> torch.dtype:
+    """The type of the cell's matrix products on a device."""
+    if cell.precision == "auto":
+        return torch.bfloat16 if multiplies_faster(torch.bfloat16, device) else torch.float32
+    return PRECISIONS[cell.precision]
 
 
 def epochs(cell: Cell) -> int:
@@ -130,18 +144,16 @@ def _solve_ridge(cell: Cell, subset: Subset) -> tuple[Trained, Subset]:
     parameters, _, val_cosine = ridge.fit(subset)
     seconds = time.perf_counter() - start
     size = sum(value.numel() for value in parameters.values())
-    return Trained(cell, parameters, {"val_cosine": [val_cosine]}, 1, seconds, size), subset
+    return Trained(cell, parameters, {"val_cosine": [val_cosine]}, 1, seconds, size, "float64"), subset
 
 
 @dataclass
 class _Member:
-    """One student of a stack, with views into the stacked parameters."""
+    """One student of a stack."""
 
     cell: Cell
     subset: Subset
     steps_per_epoch: int
-    val_inputs: Tensor  # [1, N, F]
-    val_targets: Tensor  # [N, D]
     best: dict[str, Tensor]
     best_epoch: int = 0
     losses: list[float] = field(default_factory=list)
@@ -151,6 +163,13 @@ class _Member:
     @property
     def steps(self) -> int:
         return self.cell.epochs * self.steps_per_epoch
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has had all its epochs, or enough of them without a better one."""
+        patience = self.cell.patience
+        idle = len(self.scores) - self.best_epoch
+        return len(self.scores) == self.cell.epochs or (patience is not None and idle >= patience)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero."""
@@ -164,118 +183,148 @@ def _descend(
     accelerator: Accelerator,
     progress: Callable[[Progress], None],
 ) -> Iterator[tuple[Trained, Subset]]:
-    """Gradient descent on a stack; yields members as they finish, those with the fewest steps first."""
-    device = accelerator.device
-    batch_size = cells[0].batch_size
-    # The longest first: who finishes is at the end, and the rest of the stack stays in place.
+    """Gradient descent on a stack; yields members as they finish."""
+    # The longest first: who finishes is mostly at the end, and the rest of the stack stays in place.
     pairs = sorted(zip(cells, subsets, strict=True), key=lambda pair: -_steps(*pair))
-    stack = _Stack([_start(cell, subset, device) for cell, subset in pairs], device)
-    apply, objective = STUDENTS[cells[0].student], OBJECTIVES[cells[0].objective]
-    order = _batch_plan(stack.members, batch_size)  # [S, steps, B], -1 pads
-    order = order.to(device)
-    inputs = _pad([member.subset.train.inputs for member in stack.members], device)  # [S, N, F]
-    targets = _pad([member.subset.train.targets / member.subset.scale for member in stack.members], device)  # [S, N, D]
-    dropout = _Dropout(stack.members, inputs.shape[-1], device)
-    losses = torch.zeros(len(stack.members), device=device)
+    stack = _Stack([_start(cell, subset) for cell, subset in pairs], accelerator.device)
     last = time.perf_counter()
     step = 0
     while stack.members:
-        active = len(stack.members)
-        rows = order[:active, step]  # [S, B]
-        weights = (rows >= 0).to(inputs.dtype)
-        pick = torch.arange(active, device=device)[:, None], rows.clamp(min=0)
-        with accelerator.autocast():
-            answer = apply(stack.parameters, inputs[pick], dropout.masks(batch_size))  # [S, B, D]
-        loss = objective(answer.float(), targets[pick], weights)  # [S]
-        stack.step(loss, step)
-        losses[:active] += loss.detach()
+        stack.train(step)
         step += 1
-        for number, member in enumerate(stack.members):
-            if step % member.steps_per_epoch == 0:
-                _end_epoch(stack, number, losses, apply, progress)
+        ended = [row for row, member in enumerate(stack.members) if step % member.steps_per_epoch == 0]
+        for rows in _runs(ended):
+            stack.validate(rows, progress)
         now = time.perf_counter()
         for member in stack.members:
-            member.seconds += (now - last) / active
+            member.seconds += (now - last) / len(stack.members)
         last = now
-        while stack.members and stack.members[-1].steps == step:
-            member = stack.members.pop()
-            yield _leave(member), member.subset
-        if len(stack.members) < active:
-            stack.shrink()
-            dropout.keep(stack.members)
+        if any(stack.members[row].is_done for row in ended):
+            for member in stack.release():
+                yield _leave(member, str(stack.dtype).removeprefix("torch.")), member.subset
             last = time.perf_counter()
+
+
+def _runs(numbers: Sequence[int]) -> list[slice]:
+    """Ascending numbers as slices of neighbours."""
+    edges = [place for place in range(1, len(numbers)) if numbers[place] != numbers[place - 1] + 1]
+    starts, ends = [0, *edges], [*edges, len(numbers)]
+    return [slice(numbers[a], numbers[b - 1] + 1) for a, b in zip(starts, ends, strict=True)] if numbers else []
 
 
 def _steps(cell: Cell, subset: Subset) -> int:
     return cell.epochs * -(-len(subset.train.rows) // cell.batch_size)
 
 
-def _start(cell: Cell, subset: Subset, device: torch.device) -> _Member:
+def _start(cell: Cell, subset: Subset) -> _Member:
     generator = torch.Generator().manual_seed(cell.seed)
     features, d_model = subset.train.inputs.shape[-1], subset.train.targets.shape[-1]
     parameters = mlp.init(features, d_model, cell.hidden_dim, cell.layers, generator)
-    return _Member(
-        cell,
-        subset,
-        steps_per_epoch=_steps(cell, subset) // cell.epochs,
-        val_inputs=subset.val.inputs[None].to(device),
-        val_targets=subset.val.targets.to(device),
-        best=parameters,
-    )
+    return _Member(cell, subset, steps_per_epoch=_steps(cell, subset) // cell.epochs, best=parameters)
 
 
 class _Stack:
-    """Stacked parameters with one optimizer, in which each member is a parameter group of its own.
+    """The members with all that they train on, stacked, on the device.
 
-    The optimizer updates views of the stack, one fused kernel a member: members keep their own learning rate and
-    weight decay, and the arithmetic is that of a student alone.
+    Args:
+        members: of one `stack_key`.
+        device: where they train.
     """
 
     def __init__(self, members: list[_Member], device: torch.device) -> None:
+        cell = members[0].cell
         self.members = members
-        names = members[0].best
+        self.batch_size = cell.batch_size
+        self.dtype = precision_of(cell, device)
+        self.apply, self.objective = STUDENTS[cell.student], OBJECTIVES[cell.objective]
+        # [S, rows, columns] each
         self.parameters = {
-            name: torch.stack([member.best[name] for member in members]).to(device).requires_grad_() for name in names
-        }  # [S, rows, columns]
-        for value in self.parameters.values():
-            value.grad = torch.zeros_like(value)
-        groups = [
-            {"params": [self._view(value, row) for value in self.parameters.values()], "weight_decay": w}
-            for row, w in enumerate(member.cell.weight_decay for member in members)
-        ]
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+            name: torch.stack([member.best[name] for member in members]).to(device) for name in members[0].best
+        }
+        self.moments = [{name: torch.zeros_like(value) for name, value in self.parameters.items()} for _ in range(2)]
+        self.data = {
+            "order": _batch_plan(members, self.batch_size),  # [S, steps, B], -1 pads
+            "inputs": _pad([member.subset.train.inputs.to(self.dtype) for member in members]),  # [S, N, F]
+            "targets": _pad([member.subset.train.targets / member.subset.scale for member in members]),  # [S, N, D]
+            "val_inputs": torch.stack([member.subset.val.inputs.to(self.dtype) for member in members]),  # [S, V, F]
+            "val_targets": torch.stack([member.subset.val.targets for member in members]),  # [S, V, D]
+            "losses": torch.zeros(len(members)),  # [S] summed over an epoch
+        }
+        self.data = {name: value.to(device) for name, value in self.data.items()}
         for member in members:
             member.best = {name: value.to(device) for name, value in member.best.items()}
+        self.count = torch.zeros((), device=device)
+        self.dropout = _Dropout(members, self.data["inputs"].shape[-1], self.dtype, device)
 
-    @staticmethod
-    def _view(value: Tensor, row: int) -> Tensor:
-        view = value.detach()[row]
-        assert value.grad is not None
-        view.grad = value.grad[row]
-        return view
+    def train(self, step: int) -> None:
+        """One AdamW step of every member (Loshchilov and Hutter, 2019)."""
+        rows = self.data["order"][:, step]  # [S, B]
+        weights = (rows >= 0).float()
+        pick = torch.arange(len(rows), device=rows.device)[:, None], rows.clamp(min=0)
+        # Leaves of the graph: the parameters themselves in float32, copies in bfloat16.
+        leaves = {name: value.detach().to(self.dtype).requires_grad_() for name, value in self.parameters.items()}
+        answer = self.apply(leaves, self.data["inputs"][pick], self.dropout.masks(self.batch_size))  # [S, B, D]
+        loss = self.objective(answer.float(), self.data["targets"][pick], weights)  # [S]
+        # Members share no parameter, so their losses may be summed.
+        gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        self.data["losses"] += loss.detach()
+        self._update(dict(zip(leaves, gradients, strict=True)), step)
 
-    def step(self, loss: Tensor, step: int) -> None:
-        """One AdamW step of every member. Members share no parameter, so their losses may be summed."""
-        for value in self.parameters.values():
-            assert value.grad is not None
-            value.grad.zero_()
-        loss.sum().backward()  # type: ignore[no-untyped-call]
-        for group, member in zip(self.optimizer.param_groups, self.members, strict=True):
-            group["lr"] = member.learning_rate(step)
-        self.optimizer.step()
+    def _update(self, gradients: dict[str, Tensor], step: int) -> None:
+        """AdamW, one fused kernel for the members that share learning rate and weight decay."""
+        gradients = {name: value.float() for name, value in gradients.items()}
+        alike: dict[tuple[float, float], list[int]] = {}
+        for row, member in enumerate(self.members):
+            alike.setdefault((member.learning_rate(step), member.cell.weight_decay), []).append(row)
+        for (learning_rate, weight_decay), rows in alike.items():
+            first, second = ([m[name][row] for row in rows for name in gradients] for m in self.moments)
+            parameters = [self.parameters[name][row] for row in rows for name in gradients]
+            torch._fused_adamw_(  # the kernel of torch.optim.AdamW(fused=True), here on views of the stack
+                parameters,
+                [gradients[name][row] for row in rows for name in gradients],
+                first,
+                second,
+                [],
+                [self.count.fill_(step + 1)] * len(parameters),
+                amsgrad=False,
+                lr=learning_rate,
+                beta1=0.9,
+                beta2=0.999,
+                weight_decay=weight_decay,
+                eps=1e-8,
+                maximize=False,
+            )
 
-    def shrink(self) -> None:
-        """Drop the members that left from the end of the stack; the others go on in the same memory."""
-        rest = len(self.members)
-        for name, value in self.parameters.items():
-            assert value.grad is not None
-            smaller = value.detach()[:rest].requires_grad_()
-            smaller.grad = value.grad[:rest]
-            self.parameters[name] = smaller
-        for group in self.optimizer.param_groups[rest:]:
-            for view in group["params"]:
-                self.optimizer.state.pop(view, None)
-        del self.optimizer.param_groups[rest:]
+    @torch.no_grad()
+    def validate(self, rows: slice, progress: Callable[[Progress], None]) -> None:
+        """End an epoch of some members: measure them, and keep their parameters where they are the best so far."""
+        own = {name: value[rows] for name, value in self.parameters.items()}
+        short = {name: value.to(self.dtype) for name, value in own.items()}
+        answer = self.apply(short, self.data["val_inputs"][rows]).float()  # [members, V, D]
+        scores = cosines(answer, self.data["val_targets"][rows]).mean(-1).tolist()
+        losses = self.data["losses"][rows].tolist()
+        self.data["losses"][rows] = 0.0
+        for place, (member, score) in enumerate(zip(self.members[rows], scores, strict=True)):
+            member.losses.append(losses[place] / member.steps_per_epoch)
+            if score > max(member.scores, default=-math.inf):
+                member.best_epoch = len(member.scores) + 1
+                for name, value in own.items():
+                    member.best[name].copy_(value[place])
+            member.scores.append(score)
+            progress(Progress(member.cell, len(member.scores), score))
+
+    def release(self) -> list[_Member]:
+        """Take the members that are done out of the stack; the others go on."""
+        done = [member for member in self.members if member.is_done]
+        rest = [row for row, member in enumerate(self.members) if not member.is_done]
+        # Those at the end leave the others in the same memory.
+        keep: slice | list[int] = slice(len(rest)) if rest == list(range(len(rest))) else rest
+        self.members = [self.members[row] for row in rest]
+        for tensors in (self.parameters, *self.moments, self.data):
+            for name in tensors:
+                tensors[name] = tensors[name][keep]
+        self.dropout.keep(self.members)
+        return done
 
 
 def _batch_plan(members: Sequence[_Member], batch_size: int) -> Tensor:
@@ -291,21 +340,24 @@ def _batch_plan(members: Sequence[_Member], batch_size: int) -> Tensor:
         for epoch in range(member.cell.epochs):
             epochs[epoch, :size] = torch.randperm(size, generator=generator)
         plans.append(epochs.view(member.steps, batch_size))
-    return pad_sequence(plans, batch_first=True, padding_value=-1)
+    return _pad(plans, -1)
 
 
-def _pad(values: Sequence[Tensor], device: torch.device) -> Tensor:
-    return pad_sequence(list(values), batch_first=True).to(device)
+def _pad(values: Sequence[Tensor], filler: float = 0.0) -> Tensor:
+    return pad_sequence(list(values), batch_first=True, padding_value=filler)
 
 
 class _Dropout:
-    """Dropout masks, drawn once a step and seed: members of one seed share them, as they would share them alone."""
+    """Dropout masks, drawn once a step and seed: members of one seed share them, as they would share them alone.
 
-    def __init__(self, members: Sequence[_Member], features: int, device: torch.device) -> None:
+    A mask is drawn as random bytes, eight at once, so a share is rounded to 1/256; the scale is exact for it.
+    """
+
+    def __init__(self, members: Sequence[_Member], features: int, dtype: torch.dtype, device: torch.device) -> None:
         cell = members[0].cell
-        self.keep_share = 1 - cell.dropout
+        self.kept = round(256 * (1 - cell.dropout))  # of 256
         self.widths = mlp.mask_widths(features, cell.hidden_dim, cell.layers)
-        self.device = device
+        self.dtype, self.device = dtype, device
         self.generators = {
             member.cell.seed: torch.Generator(device).manual_seed(member.cell.seed) for member in members
         }
@@ -320,44 +372,20 @@ class _Dropout:
 
     def masks(self, batch_size: int) -> list[Tensor] | None:
         """One mask a width, ``[1 or S, B, width]``, 0 or 1 / share kept."""
-        if self.keep_share == 1:
+        if self.kept == 256:
             return None
-        masks = []
-        for width in self.widths:
-            drawn = torch.stack(
-                [
-                    torch.empty(batch_size, width, device=self.device).bernoulli_(self.keep_share, generator=generator)
-                    for generator in self.generators.values()
-                ]
-            ).div_(self.keep_share)  # [seeds, B, width]
-            masks.append(drawn if self.members is None else drawn[self.members])
-        return masks
+        size = batch_size * sum(self.widths)
+        words = torch.empty(len(self.generators), -(-size // 8), dtype=torch.int64, device=self.device)
+        for row, generator in zip(words, self.generators.values(), strict=True):
+            row.random_(-(2**63), None, generator=generator)
+        drawn = (words.view(torch.uint8)[:, :size] < self.kept).view(-1, batch_size, sum(self.widths))
+        scaled = drawn.to(self.dtype).mul_(256 / self.kept)  # [seeds, B, all widths]
+        masks = scaled if self.members is None else scaled[self.members]
+        return list(torch.split(masks, self.widths, -1))
 
 
-@torch.no_grad()
-def _end_epoch(
-    stack: _Stack,
-    number: int,
-    losses: Tensor,
-    apply: Callable[..., Tensor],
-    progress: Callable[[Progress], None],
-) -> None:
-    """Validate one member and keep its parameters if they are the best so far."""
-    member = stack.members[number]
-    own = {name: value[number : number + 1] for name, value in stack.parameters.items()}
-    score = cosines(apply(own, member.val_inputs)[0], member.val_targets).mean().item()
-    member.losses.append(losses[number].item() / member.steps_per_epoch)
-    losses[number] = 0.0
-    if score > max(member.scores, default=-math.inf):
-        member.best_epoch = len(member.scores) + 1
-        for name, value in own.items():
-            member.best[name].copy_(value[0])
-    member.scores.append(score)
-    progress(Progress(member.cell, len(member.scores), score))
-
-
-def _leave(member: _Member) -> Trained:
+def _leave(member: _Member, dtype: str) -> Trained:
     parameters = {name: value[None].cpu() for name, value in member.best.items()}
     size = sum(value.numel() for value in parameters.values())
     curves = {"train_loss": member.losses, "val_cosine": member.scores}
-    return Trained(member.cell, parameters, curves, member.best_epoch, member.seconds, size)
+    return Trained(member.cell, parameters, curves, member.best_epoch, member.seconds, size, dtype)

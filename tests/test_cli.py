@@ -230,6 +230,16 @@ def test_the_default_output_is_named_after_the_teacher(workplace, run, tiny_fold
     assert np.isfinite(found.vectors).all()
 
 
+def test_a_dry_run_shows_the_cells_and_trains_nothing(workplace, run, small_grid):
+    before = sorted(workplace.iterdir())
+    code, out, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--dry-run")
+    assert code == 0, err
+    assert "small: 4 cells, about" in out
+    for name in ("c20-h8-l2-s0", "c40-h16-l2-s0"):
+        assert name in out
+    assert sorted(workplace.iterdir()) == before
+
+
 def test_help_teaches_without_loading_anything_heavy():
     code = "import sys; sys.argv = ['x', 'sweep', '--help']\n" \
            "from pipeline.cli import main\n" \

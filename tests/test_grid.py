@@ -28,15 +28,21 @@ def test_epochs_and_seeds_of_the_command_line_win():
     [
         ("", "expected the keys"),
         ("axis: {concepts: [1]}", "unknown key 'axis'; did you mean 'axes'"),
-        ("axes: {hiden_dim: [8]}", "axes: unknown key 'hiden_dim'; did you mean 'hidden_dim'"),
-        ("fixed: {epoch: 3}", "fixed: unknown key 'epoch'; did you mean 'epochs'"),
-        ("axes: {concepts: []}", "axes, concepts: expected a list of at least one value"),
-        ("axes: {concepts: 100}", "axes, concepts: expected a list of at least one value"),
+        ("axes:\n  hiden_dim: [8]", "line 2: unknown key 'hiden_dim'; did you mean 'hidden_dim'"),
+        ("\n\nfixed: {epoch: 3}", "line 3: unknown key 'epoch'; did you mean 'epochs'"),
+        ("axes: {concepts: []}", "line 1: axis concepts: expected a list of at least one value"),
+        ("axes: {concepts: 100}", "line 1: axis concepts: expected a list of at least one value"),
         ("axes: {concepts: [100, 100]}", "a value stands twice"),
         ("axes: {concepts: [100, many]}", "concepts 'many': expected a whole number"),
         ("axes: {seed: [1]}\nfixed: {seed: 1}", "both fixed and an axis"),
         ("fixed: {epochs: 0}", "epochs 0: expected at least 1"),
-        ("fixed: {dropout: 1.0}", "dropout 1.0: expected less than 1"),
+        ("axes:\n  seed: [1]\nfixed:\n  dropout: 1.0", "line 4: dropout 1.0: expected less than 1"),
+        ("fixed:\n  seed: 1\n  seed: 2", "line 3: 'seed' stands already at line 2"),
+        ("axes: {seed: [1]}\nexclude:\n  - seed: 2", "line 3: exclude: {'seed': 2} matches no cell"),
+        ("axes: {seed: [1]}\nexclude:\n  - seed: 1", "no cells are left"),
+        ("axes: {seed: [1]}\ninclude:\n  - seed: 2\n  - epochs: 0", "line 4: epochs 0: expected at least 1"),
+        ("axes: {seed: [1]}\ninclude: 7", "line 2: include: expected a list of settings"),
+        ("axes: {seed: [1]}\nseeds: 0", "line 2: seeds: expected a whole number of at least 1"),
         ("axes: {concepts: [1", "while parsing"),
     ],
 )
@@ -51,3 +57,32 @@ def test_a_mistake_is_named_with_the_file(tmp_path, content, complaint):
 def test_an_unknown_grid_lists_those_that_exist():
     with pytest.raises(InputError, match="unknown grid 'scalling'; available: scaling"):
         read_grid("scalling")
+
+
+def span(tmp_path, content, **options):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    return read_grid(str(path), **options)[1]
+
+
+def test_cells_can_be_left_out_and_added(tmp_path):
+    cells = span(
+        tmp_path,
+        """
+        fixed: {epochs: 5}
+        axes: {concepts: [100, 200], layers: [1, 2]}
+        exclude: [{concepts: 200, layers: 2}]
+        include: [{concepts: 50, hidden_dim: 64}]
+        """,
+    )
+    assert [(cell.concepts, cell.layers, cell.hidden_dim, cell.epochs) for cell in cells] == [
+        (100, 1, 256, 5), (100, 2, 256, 5), (200, 1, 256, 5), (50, 2, 64, 5),
+    ]  # fmt: skip
+
+
+def test_an_axis_that_ridge_does_not_read_does_not_multiply_it(tmp_path):
+    content = "axes: {student: [mlp, ridge], concepts: [50, 60], hidden_dim: [8, 16], layers: [1, 2]}\nseeds: 3"
+    cells = span(tmp_path, content)
+    assert sum(cell.student == "ridge" for cell in cells) == 2
+    assert sum(cell.student == "mlp" for cell in cells) == 2 * 2 * 2 * 3
+    assert len(span(tmp_path, content, seeds=1)) == 2 + 8

@@ -13,12 +13,12 @@ from pipeline.cli import cli
 from pipeline.options import Cell, ExtractOptions, ReportOptions, SweepOptions, TrainOptions
 
 COMMANDS = {"extract": ExtractOptions, "train": TrainOptions, "sweep": SweepOptions, "report": ReportOptions}
-LAUNCHER = {"processes", "mixed_precision"}
+LAUNCHER = {"processes"}
 # A room imports only from rooms before it.
 ROOMS = [
     "errors", "options", "storage", "processes", "concepts", "vectors", "teachers", "trees", "forward", "plan",
-    "extraction", "audit", "metrics", "objectives", "features", "students", "training", "grid", "tracking", "sweep",
-    "plots", "jobs", "report", "display", "cli", "__main__",
+    "extraction", "audit", "metrics", "objectives", "features", "students", "training", "schedule", "grid", "tracking",
+    "sweep", "plots", "jobs", "report", "display", "cli", "__main__",
 ]  # fmt: skip
 SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
 

@@ -13,7 +13,7 @@ from pipeline.options import Cell
 from pipeline.students import STUDENTS, Student, ridge
 from pipeline.training import predict, stack_key, train_stack
 
-SHORT = Cell(concepts=100, hidden_dim=32, layers=2, epochs=6, batch_size=48, layer=15)
+SHORT = Cell(concepts=100, hidden_dim=32, layers=2, epochs=6, batch_size=48, layer=15, precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,32 @@ def test_a_stacked_member_equals_the_student_alone(data, accelerator, objective,
             np.testing.assert_allclose(together[cell].curves[curve], alone.curves[curve], atol=1e-4)
         assert together[cell].metrics == pytest.approx(alone.metrics, abs=1e-3)
         assert together[cell].best_epoch == alone.best_epoch
+
+
+def test_members_that_stop_early_leave_the_others_alone(data, accelerator):
+    base = replace(SHORT, dropout=0.0, epochs=30, learning_rate=6e-2, concepts=60)
+    cells = [
+        replace(base, seed=1),
+        replace(base, concepts=20, patience=2),
+        replace(base, concepts=200),
+        replace(base, concepts=20, seed=3, patience=1),
+    ]
+    together = train(cells, data, accelerator)
+    lengths = {cell: len(together[cell].curves["val_cosine"]) for cell in cells}
+    assert lengths[cells[0]] == lengths[cells[2]] == 30 > min(lengths.values())
+    for cell in cells:
+        trained = together[cell]
+        if cell.patience:
+            assert lengths[cell] == min(30, trained.best_epoch + cell.patience)
+        alone = train([cell], data, accelerator)[cell]
+        np.testing.assert_allclose(trained.curves["val_cosine"], alone.curves["val_cosine"], atol=1e-4)
+
+
+def test_bfloat16_costs_little(data, accelerator):
+    exact = replace(SHORT, concepts=700, hidden_dim=256, epochs=60, batch_size=128)
+    cells = [exact, replace(exact, precision="bfloat16")]
+    cosines = [train([cell], data, accelerator)[cell].metrics["test_cosine"] for cell in cells]
+    assert cosines[0] == pytest.approx(cosines[1], abs=2e-3)
 
 
 def test_seeds_differ_and_repeat(data, accelerator):

@@ -1,0 +1,113 @@
+"""What cells cost, and who trains which: stacks dealt out to workers by their cost."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pipeline.features import Catalogued
+from pipeline.options import Cell
+from pipeline.training import epochs, stack_key
+
+UNEVEN = 1.2  # a worker may have so many times its share before a stack is split
+OVERHEAD = 1.5  # of training over its matrix products, as measured by benchmarks/sweep.py
+
+
+def training_flops(cell: Cell, data: Catalogued) -> float:
+    """Floating-point operations of a cell's matrix products.
+
+    Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the first
+    layer does without; two a weight and validation row, every epoch. A ridge regression counts as its factorisation.
+    """
+    features, d_model = data.features.shape[1], data.vectors.d_model
+    val = len(data.rows("val"))
+    if cell.student == "ridge":
+        return 8.0 * cell.concepts * features * min(cell.concepts, features)
+    first = features * cell.hidden_dim
+    rest = cell.layers * cell.hidden_dim**2 + cell.hidden_dim * d_model
+    return float(epochs(cell) * (cell.concepts * (4 * first + 6 * rest) + 2 * val * (first + rest)))
+
+
+def stacks_of(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that can train together."""
+    stacks: dict[object, list[Cell]] = {}
+    for cell in cells:
+        stacks.setdefault(stack_key(cell), []).append(cell)
+    return list(stacks.values())
+
+
+def shares(cells: Sequence[Cell], workers: int, cost: Callable[[Cell], float]) -> list[list[list[Cell]]]:
+    """Deal stacks out to workers, the most expensive first, each to the one that has the least.
+
+    A stack is split, in halves of like cost, only where a worker would otherwise have over `UNEVEN` times its share.
+
+    Args:
+        cells: what there is to do, in an order that all workers agree on.
+        workers: how many there are.
+        cost: what a cell costs, in any unit.
+
+    Returns:
+        For each worker its stacks. Their union is all cells, each once.
+    """
+    pieces = stacks_of(cells)
+    price = {cell: cost(cell) for cell in cells}
+    while True:
+        loads, dealt = _deal(pieces, workers, price)
+        splittable = [piece for piece in pieces if len(piece) > 1]
+        if max(loads) <= UNEVEN * sum(loads) / workers or not splittable:
+            return dealt
+        largest = max(splittable, key=lambda piece: sum(price[cell] for cell in piece))
+        _, halves = _deal([[cell] for cell in largest], 2, price)
+        pieces.remove(largest)
+        pieces += [[cell for [cell] in half] for half in halves]
+
+
+def _deal(
+    pieces: Sequence[list[Cell]], workers: int, price: dict[Cell, float]
+) -> tuple[list[float], list[list[list[Cell]]]]:
+    loads, dealt = [0.0] * workers, [list[list[Cell]]() for _ in range(workers)]
+    prices = [sum(price[cell] for cell in piece) for piece in pieces]
+    for number in sorted(range(len(pieces)), key=lambda number: -prices[number]):
+        least = loads.index(min(loads))
+        loads[least] += prices[number]
+        dealt[least].append(pieces[number])
+    return loads, dealt
+
+
+def expected_seconds(cells: Sequence[Cell], data: Catalogued, device: torch.device) -> float:
+    """About how long the cells take on one worker like this: their products at the rate measured now."""
+    a, b = torch.randn(128, 1024, device=device), torch.randn(1024, 512, device=device)
+    times = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        (a @ b).sum().item()
+        times.append(time.perf_counter() - begin)
+    rate = 2 * a.numel() * b.shape[1] / statistics.median(times)
+    return OVERHEAD * sum(training_flops(cell, data) for cell in cells) / rate
+
+
+def number_of_parameters(cell: Cell, data: Catalogued) -> int:
+    """Weights and biases of the cell's student."""
+    features, d_model = data.features.shape[1], data.vectors.d_model
+    if cell.student == "ridge":
+        return features * d_model
+    hidden = cell.hidden_dim
+    return (features + 1) * hidden + cell.layers * (hidden + 1) * hidden + (hidden + 1) * d_model
+
+
+def plan_rows(cells: Sequence[Cell], data: Catalogued, workers: int) -> tuple[list[str], list[list[str]]]:
+    """A table of what would be done: header and rows, stack by stack."""
+    header = ["cell", "objective", "epochs", "parameters", "GFLOP", "stack", "worker"]
+    rows = []
+    stack_number = 0
+    for worker, stacks in enumerate(shares(cells, workers, lambda cell: training_flops(cell, data))):
+        for stack in stacks:
+            stack_number += 1
+            for cell in stack:
+                size, work = number_of_parameters(cell, data), training_flops(cell, data) / 1e9
+                values = [cell.name, cell.objective, cell.epochs, f"{size:,}", f"{work:,.1f}", stack_number, worker]
+                rows.append([str(value) for value in values])
+    return header, rows
