@@ -5,7 +5,7 @@ epochs). One batched matrix product a layer serves them all. A member takes its 
 leaves the stack when it is done, so it ends up where it would have ended alone. A single student is a stack of one.
 
 In bfloat16 the matrix products, their inputs and their outputs are short; weights, moments, losses and the metrics of
-the finished student are float32 (Micikevicius et al., 2018, "Mixed precision training"; bfloat16 needs no loss scaling).
+the finished student are float32 (Micikevicius et al., 2018, "Mixed precision training"; no loss scaling is needed).
 
 ``S`` members, ``B`` concepts a batch, ``F`` features, ``D`` d_model.
 """

@@ -53,7 +53,7 @@ def test_a_sweep_leaves_one_parent_and_a_finished_child_a_cell(swept):
         assert {"val_cosine", "test_cosine", "test_r2", "test_retrieval_at_5"} <= set(child.data.metrics)
         history = client.get_metric_history(child.info.run_id, "val_cosine")
         assert {entry.step for entry in history} == {1, 2, 3}
-        # The last entry is the kept checkpoint's, measured in float32; the epochs before it in the training's precision.
+        # The last entry is the kept checkpoint's, measured in float32; the epochs have the training's precision.
         kept = child.data.metrics["val_cosine"]
         assert kept == pytest.approx(max(entry.value for entry in history), abs=2e-3)
         assert kept == max(history, key=lambda entry: entry.timestamp).value
