@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from matplotlib import pyplot as plt
@@ -24,7 +23,7 @@ from pipeline.options import ExtractOptions
 from pipeline.plan import Plan, Request, check_prompts, is_extracted, make_request, merge
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
 from pipeline.storage import writable
-from pipeline.teachers import find_teacher, load_teacher
+from pipeline.teachers import Source, find_teacher, load_teacher
 from pipeline.tracking import Run, closing, connect
 from pipeline.vectors import read_header
 
@@ -72,7 +71,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar) -> 
             run.set_tags({"cache": "hit", "vectors_sha256": read_header(output)["sha256"]})
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
         plan = _share(options, accelerator, source, request, output, shard, bar, run)
-        if not options.merge and (missing := len(plan.missing())):
+        if not options.merge and (missing := len(plan.missing())) and not plan.is_merged:
             return f"{output}: shard {options.shard} is done; {missing} parts are other shards', the last one merges"
         in_sink = merge(request, plan, output)
         return _log(run, request, output, options, in_sink)
@@ -86,7 +85,7 @@ def _no_bar(_concepts: int) -> Iterator[Callable[[float], None]]:
 def _share(
     options: ExtractOptions,
     accelerator: Accelerator,
-    source: Any,
+    source: Source,
     request: Request,
     output: Path,
     shard: Worker,
@@ -113,7 +112,7 @@ def _share(
             run.log_metrics(_speed(cost, templates, flops_per_token(teacher, request.layers), accelerator))
     if run is not None and not options.merge:
         here = [Worker(shard.index * accelerator.num_processes + n, me.count) for n in range(accelerator.num_processes)]
-        while any(plan.missing(worker) for worker in here):
+        while any(plan.missing(worker) for worker in here) and not plan.is_merged:
             time.sleep(0.2)
     return plan
 

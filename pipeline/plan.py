@@ -194,6 +194,11 @@ class Plan:
             for number, start in enumerate(starts)
         ]
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether another worker has merged the parts and removed them."""
+        return not (self.folder / "plan.json").is_file()
+
     def missing(self, worker: Worker | None = None) -> list[Part]:
         """The parts that are still to be read, by this worker or by anybody."""
         own = self.parts if worker is None else self.parts[worker.index :: worker.count]
@@ -212,6 +217,8 @@ def merge(request: Request, plan: Plan, output: Path) -> list[str]:
         WorkError: parts are missing.
     """
     if missing := plan.missing():
+        if is_extracted(output, request):  # another worker has merged
+            return []
         raise WorkError(f"{output}: {len(missing)} of {len(plan.parts)} parts are not extracted yet")
 
     def each(name: str) -> Iterator[NDArray[Any]]:

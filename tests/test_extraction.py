@@ -290,6 +290,21 @@ def test_a_merge_without_all_parts_says_so(tiny_folder, tmp_path):
         merge(request, plan, tmp_path / "out.safetensors")
 
 
+def test_a_worker_that_comes_after_the_merge_finds_the_file(tiny_folder, tmp_path):
+    source, model = load(tiny_folder("gpt2"))
+    request = make_request(source, FEW, layers="2", templates=TEMPLATES)
+    output = tmp_path / "out.safetensors"
+    first, second = (Plan.open(output, request, 32, 2, 64) for _ in range(2))
+    for plan, worker in ((first, Worker(0, 2)), (second, Worker(1, 2))):
+        read_parts(model, request, plan, plan.missing(worker))
+    assert not second.is_merged
+    merge(request, first, output)
+    written = output.stat().st_mtime_ns
+    assert second.is_merged
+    assert merge(request, second, output) == []
+    assert output.stat().st_mtime_ns == written
+
+
 def test_the_key_names_all_that_decides_the_vectors(tiny_folder, tmp_path):
     source = find_teacher(str(tiny_folder("gpt2")))
     asked = {"layers": "2", "templates": TEMPLATES, "pool": "last"}
