@@ -100,7 +100,7 @@ def train(options: TrainOptions) -> None:
     """
     cell = Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)})
     folder = Path(options.output) if options.output else None
-    _sweep("train", [cell], asdict(options), options.vectors, Path("results"), folder, None, options.resume)
+    _sweep("train", [cell], options, Path("results"), folder)
 
 
 @cli.command()
@@ -114,72 +114,79 @@ def sweep(options: SweepOptions) -> None:
 
     name, cells = read_grid(options.grid, options.epochs, options.seeds)
     if options.dry_run:
-        _show_plan(name, cells, options.vectors)
+        _show_plan(name, cells, options)
         return
-    output = Path(options.output)
-    _sweep(name, cells, asdict(options), options.vectors, output, None, options.sweep_id, options.resume)
+    if options.shard != "0/1" and not options.resume:
+        raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
+    _sweep(name, cells, options, Path(options.output), None, options.sweep_id, options.shard)
 
 
-def _show_plan(name: str, cells: list[Cell], vectors_uri: str) -> None:
+def _show_plan(name: str, cells: list[Cell], options: SweepOptions) -> None:
     from pipeline import display
     from pipeline.features import Catalogued
-    from pipeline.processes import start
+    from pipeline.processes import parse_shard, start
     from pipeline.schedule import expected_seconds, plan_rows
     from pipeline.sweep import prepare
     from pipeline.tracking import fetch
     from pipeline.vectors import read_vectors
 
-    data = Catalogued(read_vectors(fetch(vectors_uri)))
+    data = Catalogued(read_vectors(fetch(options.vectors)))
     cells = prepare(cells, data)
-    accelerator = start()
+    accelerator, shard = start(), parse_shard(options.shard)
     if accelerator.is_main_process:
-        display.table(*plan_rows(cells, data, accelerator.num_processes))
-        seconds = expected_seconds(cells, data, accelerator.device) / accelerator.num_processes
+        workers = shard.count * accelerator.num_processes
+        display.table(*plan_rows(cells, data, workers))
+        seconds = expected_seconds(cells, data, accelerator.device) / workers
         click.echo(f"{name}: {len(cells)} cells, about {seconds:,.0f} s here; nothing was trained")
 
 
 def _sweep(
     name: str,
     cells: list[Cell],
-    params: dict[str, object],
-    vectors_uri: str,
+    options: TrainOptions | SweepOptions,
     output: Path,
     student_folder: Path | None,
-    sweep_id: str | None,
-    resume: bool,
+    sweep_id: str | None = None,
+    shard: str = "0/1",
 ) -> None:
     from pipeline import display
     from pipeline.features import Catalogued
-    from pipeline.processes import start
+    from pipeline.processes import parse_shard, start
     from pipeline.report import SHORT, table_rows, verdict, write_report
     from pipeline.storage import writable
-    from pipeline.sweep import prepare, run_sweep
+    from pipeline.sweep import Incomplete, prepare, run_sweep
     from pipeline.tracking import connect, fetch
     from pipeline.vectors import read_vectors
 
-    data = Catalogued(read_vectors(fetch(vectors_uri)))
+    part = parse_shard(shard)
+    data = Catalogued(read_vectors(fetch(options.vectors)))
     cells = prepare(cells, data)
     for folder in (output, student_folder or output):
         writable(folder / "results.json")
-    accelerator = start()
-    tracker = connect() if accelerator.is_main_process else None
     with display.sweep() as watcher:
         done = run_sweep(
             name,
             cells,
             data,
-            tracker,
-            accelerator,
-            params=params,
-            vectors_uri=vectors_uri,
+            connect(),
+            start(),
+            params=asdict(options),
+            vectors_uri=options.vectors,
             output=output,
             student_folder=student_folder,
             sweep_id=sweep_id,
-            resume=resume,
+            resume=options.resume,
+            shard=part,
             report=lambda results, stem, student: write_report(results, stem, output, student, data.vectors),
             watcher=watcher,
         )
     if done is None:
+        return
+    if isinstance(done, Incomplete):
+        click.echo(
+            f"sweep {done.sweep_id}: shard {shard} is done, {done.finished} of {done.cells} cells are finished; "
+            "the shard that completes the sweep writes the report"
+        )
         return
     display.table(*table_rows(done.results, SHORT))
     click.echo(f"{verdict(done.results)}\n")

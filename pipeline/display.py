@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.options import Cell
+from pipeline.stack import Progress as Epoch
 from pipeline.sweep import Watcher
-from pipeline.training import Progress as Epoch
 from pipeline.training import epochs
 
 console = Console(stderr=True, highlight=False)
@@ -60,6 +60,7 @@ def sweep() -> Iterator[Watcher]:
     with _bar(TextColumn("{task.fields[cells]}"), TextColumn("{task.fields[best]}")) as bar:
         task = bar.add_task("train", total=None, cells="", best="")
         state = {"cells": 0, "todo": 0, "best": -2.0}
+        reached: dict[Cell, int] = {}  # of each cell the last epoch
 
         def start(todo: Sequence[Cell], done: Sequence[Cell]) -> None:
             state.update(cells=0, todo=len(todo))
@@ -74,7 +75,8 @@ def sweep() -> Iterator[Watcher]:
             if step.val_cosine > state["best"]:
                 state["best"] = step.val_cosine
                 bar.update(task, best=f"val cosine {step.val_cosine:.3f} ({step.cell.name})")
-            bar.advance(task, step.cell.concepts)
+            bar.advance(task, (step.epoch - reached.get(step.cell, 0)) * step.cell.concepts)
+            reached[step.cell] = step.epoch
 
         def finished(_row: dict[str, Any]) -> None:
             state["cells"] += 1

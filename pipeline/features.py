@@ -40,7 +40,7 @@ class Side:
     targets: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subset:
     """A training subset with the held-out concepts as a student of that subset sees them.
 
@@ -55,6 +55,16 @@ class Subset:
     scale: float
     feature_mean: Tensor
     feature_std: Tensor
+
+    @cached_property
+    def gram(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ``[N]`` and eigenvectors ``[N, N]`` of the inputs' Gram matrix, float64.
+
+        One factorisation serves every regularised linear map on this subset.
+        """
+        inputs = self.train.inputs.double()
+        values, vectors = torch.linalg.eigh(inputs @ inputs.mT)
+        return values.clamp(min=0), vectors
 
 
 @dataclass
@@ -82,8 +92,7 @@ class Catalogued:
     def features(self) -> Tensor:
         """``[concepts, 2 * d_model]``, not standardised."""
         table = torch.from_numpy(self.vectors.token_embeddings.astype(np.float32))
-        types = [torch.from_numpy(self.vectors.types(row)) for row in range(len(self.vectors.concepts))]
-        return token_features(table, types)
+        return token_features(table, [torch.from_numpy(rows) for rows in self.vectors.token_rows])
 
     def rows(self, side: str) -> list[int]:
         """Rows of one side of the split, in the order in which training subsets are taken."""

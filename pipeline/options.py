@@ -182,6 +182,7 @@ class SweepOptions:
         plain=True,
     )
     output: str = option("results", "Folder for the results file, the plots and the best student.")
+    shard: str = option("0/1", "The part i/n of the cells, i from 0; the shard that completes the sweep reports.")
     resume: bool = option(True, "Skip cells that are finished already, with the same settings, data and code.")
     dry_run: bool = option(False, "Train nothing; show the cells, how they are dealt out, and about how long it takes.")
 

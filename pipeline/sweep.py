@@ -1,34 +1,46 @@
-"""The sweep: cells into stacks, stacks through the trainer, every finished cell into MLflow, and one results file."""
+"""The sweep: cells dealt out to workers, trained and tracked, and one results file when all are finished."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
 
-from pipeline.errors import InputError, choices
+from pipeline.claims import Claims
+from pipeline.engine import Engine, Row
+from pipeline.errors import InputError, WorkError, choices
 from pipeline.features import Catalogued, Subset
-from pipeline.metrics import by_category, faithfulness
+from pipeline.metrics import faithfulness
 from pipeline.objectives import OBJECTIVES
 from pipeline.options import Cell
-from pipeline.schedule import shares, training_flops
+from pipeline.processes import Worker
+from pipeline.recorder import Recorder, read_row
+from pipeline.schedule import shares, stacks_of, training_flops
+from pipeline.spool import Spool
+from pipeline.stack import PRECISIONS, Progress
 from pipeline.storage import write_atomically
 from pipeline.students import STUDENTS, Student, ridge
 from pipeline.students.baselines import BASELINES
-from pipeline.tracking import Run, Tracker, closing
-from pipeline.training import PRECISIONS, Progress, Trained, predict, train_stack
+from pipeline.tracking import Run, Tracker, TrackingError, patiently
+from pipeline.training import predict
 
 # Whatever changes a number changes the key of a cell: these files are the code version in it.
-CODE = ("features.py", "metrics.py", "objectives.py", "training.py", "students/mlp.py", "students/ridge.py")
+CODE = ("features.py", "metrics.py", "objectives.py", "stack.py", "training.py", "students/mlp.py", "students/ridge.py")
+
+
+SPOOL = ".spool"  # in the output folder
+POLL_SECONDS = 2.0  # between two looks at what other workers do
+ALONE = Worker()
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A finished sweep.
+    """A complete sweep.
 
     Attributes:
         results: the content of the results file.
@@ -56,6 +68,23 @@ class Sweep:
     path: Path
     files: list[Path]
     student_folder: Path
+    run: Run
+
+
+@dataclass(frozen=True)
+class Incomplete:
+    """A sweep of which this shard is done and others are not.
+
+    Attributes:
+        sweep_id: the sweep.
+        finished: cells that are finished.
+        cells: all its cells.
+        run: the parent run.
+    """
+
+    sweep_id: str
+    finished: int
+    cells: int
     run: Run
 
 
@@ -101,7 +130,7 @@ def run_sweep(
     name: str,
     cells: Sequence[Cell],
     data: Catalogued,
-    tracker: Tracker | None,
+    tracker: Tracker,
     accelerator: Accelerator,
     *,
     params: dict[str, object],
@@ -110,67 +139,154 @@ def run_sweep(
     student_folder: Path | None = None,
     sweep_id: str | None = None,
     resume: bool = True,
+    shard: Worker = ALONE,
     report: Report = lambda results, stem, student: [],
     watcher: Watcher | None = None,
-) -> Sweep | None:
-    """Train all cells, track them, and write the results file and the best student's folder.
+) -> Sweep | Incomplete | None:
+    """Train a shard's cells and track them; once the sweep is complete, write the results file and the best student.
 
-    Several processes share the stacks; only the main process has a tracker, writes, and returns a result.
+    Any number of workers may be at one sweep: processes of ``accelerate launch``, shards, or the same command twice.
 
     Args:
         name: the grid's name.
-        cells: what to train, as `prepare` returns them.
+        cells: all cells of the sweep, as `prepare` returns them.
         data: the vectors.
-        tracker: where runs go; None in every process but the main one.
-        accelerator: device, precision and processes.
+        tracker: where runs go.
+        accelerator: device and processes.
         params: the command's options, for the parent run.
         vectors_uri: where the vectors came from, for the record.
         output: folder of the results file.
         student_folder: folder for the best student; beside the results file by default.
         sweep_id: a sweep to go on with; by default one that follows from the cells and the data.
         resume: take finished cells over instead of training them again.
+        shard: the part of the cells that this command trains.
         report: writes tables and pictures from the results, the beginning of the file names, and the best student.
         watcher: callbacks for a display.
+
+    Returns:
+        What has become of the sweep, from the main process.
+
+    Raises:
+        WorkError: MLflow stayed away; what is finished lies in the spool.
     """
+    if not cells:
+        raise InputError(f"grid {name}: no cells")
     watcher = watcher or Watcher()
-    sha256 = data.vectors.sha256
     keys = {cell: cell_key(cell, data.vectors.identity) for cell in cells}
-    moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    if tracker is None:
-        for _ in _train(cells, keys, set(), data, accelerator, watcher, None):
-            pass
-        return None
-    identity = sweep_id or f"{name}-{hashlib.sha256(''.join(keys.values()).encode()).hexdigest()[:8]}"
-    if not resume and sweep_id is None:
-        identity += f"-{moment}"
-    tags = {"role": "sweep", "grid": name, "teacher": data.vectors.teacher, "vectors_sha256": sha256}
-    tags["extraction_key"] = data.vectors.extraction_key
-    with closing(tracker.open_sweep(identity, name, tags)) as parent:
-        parent.log_params(params)
-        parent.log_dataset(f"vectors {data.vectors.teacher}", sha256, vectors_uri, _profile(data), "training")
-        known = tracker.finished_cells(parent.experiment_id) if resume else {}
-        rows = {
-            key: json.loads(tracker.artifact(known[key].info.run_id, "cell.json")) | {"run_id": known[key].info.run_id}
-            for key in keys.values()
-            if key in known
-        }
-        watcher.start([c for c in cells if keys[c] not in rows], [c for c in cells if keys[c] in rows])
-        recorder = _Recorder(tracker, parent, data)
-        for row in _train(cells, keys, set(rows), data, accelerator, watcher, recorder):
-            rows[row["cell_key"]] = row
-            watcher.finished(row)
-        results = _results(name, data, [rows[keys[cell]] for cell in cells], identity)
-        path = output / f"{name}_results_{moment}.json"
-        write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
-        best = results["best"]
-        folder = student_folder or path.with_name(f"{path.stem}_student")
-        student = recorder.students.get(best["run_id"]) or tracker.student_of(best["run_id"])
-        student.save(folder)
-        files = report(results, path.stem, student)
+    identity = _identity(name, sweep_id, list(keys.values()), resume)
+    finished = tracker.finished_cells() if resume else {}
+    rows = {key: read_row(tracker, finished[key]) for key in keys.values() if key in finished}
+    price = functools.partial(training_flops, data=data)
+    mine = [cell for stack in shares(cells, shard.count, price)[shard.index] for cell in stack]
+    todo = [cell for cell in mine if keys[cell] not in rows]
+    watcher.start(todo, [cell for cell in cells if keys[cell] in rows])
+    spool, claims = Spool(output / SPOOL), Claims(tracker, identity)
+    tags = {"teacher": data.vectors.teacher, "extraction_key": data.vectors.extraction_key}
+    recorder = Recorder(claims, data, spool, keys, tags | {"code_version": code_version()})
+
+    def progress(step: Progress) -> None:
+        recorder.progress(step)
+        watcher.progress(step)
+
+    with Engine(data, accelerator.device, keys, spool, progress) as engine:
+        engine.add(shares(todo, accelerator.num_processes, price)[accelerator.process_index], resume)
+        engine.begin()  # while it is being found out who else is there
+        tags |= {"grid": name, "vectors_sha256": data.vectors.sha256}
+        parent = _open_parent(claims, accelerator, name, tags)
+        with claims.join(parent), _closing(claims, recorder, engine):
+            if accelerator.is_main_process:
+                parent.log_params(params)
+                uses = (f"vectors {data.vectors.teacher}", data.vectors.sha256, vectors_uri, _profile(data), "training")
+                parent.log_dataset(*uses)
+            _train(engine, recorder, todo, rows, watcher, resume)
+            if not accelerator.is_main_process:
+                return None
+            rows |= recorder.finished_elsewhere([cell for cell in cells if keys[cell] not in rows])
+            if len(rows) < len(keys):
+                if not claims.others_at_work():
+                    parent.end("SCHEDULED")
+                return Incomplete(identity, len(rows), len(cells), parent)
+            results = _results(name, data, [rows[keys[cell]] for cell in cells], identity)
+            sweep = _conclude(results, parent, tracker, output, student_folder, report)
+            parent.end("FINISHED")
+            return sweep
+
+
+def _identity(name: str, sweep_id: str | None, keys: Sequence[str], resume: bool) -> str:
+    """The sweep's id, the same in all processes; one that repeats finished work is a new sweep."""
+    identity = sweep_id or f"{name}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:8]}"
+    if not resume:
+        identity += f"-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    [agreed] = broadcast_object_list([identity])
+    return str(agreed)
+
+
+def _train(
+    engine: Engine, recorder: Recorder, todo: list[Cell], rows: dict[str, Row], watcher: Watcher, resume: bool
+) -> None:
+    """Train until all of a shard's cells are finished, here or by another worker; ``rows`` takes their rows."""
+    keys = recorder.keys
+    while todo:
+        for row in engine.rows(recorder.take, recorder.flush):
+            if done := recorder.finish(row["cell_key"], row):
+                rows[done["cell_key"]] = done
+                watcher.finished(done)
+        # What is left is other workers': theirs until they finish it, ours if they die.
+        found = recorder.finished_elsewhere([cell for cell in todo if keys[cell] not in rows])
+        rows |= found
+        todo = [cell for cell in todo if keys[cell] not in rows]
+        if todo and not found:
+            time.sleep(POLL_SECONDS)
+        engine.add(stacks_of(todo), resume)
+
+
+def _open_parent(claims: Claims, accelerator: Accelerator, name: str, tags: dict[str, str]) -> Run:
+    """The parent run, found or made by the main process, the same for all."""
+    found = claims.open_parent(name, tags) if accelerator.is_main_process else None
+    [run_id] = broadcast_object_list([found.id if found else None])
+    return found or Run(claims.tracker.client, run_id, claims.tracker.experiment_id)
+
+
+@contextlib.contextmanager
+def _closing(claims: Claims, recorder: Recorder, engine: Engine) -> Iterator[None]:
+    """Close the runs when work is cut short: KILLED on an interruption, FAILED on any other error."""
+    try:
+        yield
+    except BaseException as error:
+        engine.lanes.stop()  # first of all, so that the state of the stacks is safe
+        if isinstance(error, WorkError):  # MLflow is away; the next to come finds that nobody is at the runs
+            raise
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        recorder.abandon(status)
+        with contextlib.suppress(*TrackingError):
+            if not claims.others_at_work():
+                recorder.claims.parent_run.end(status)
+        raise
+
+
+def _conclude(
+    results: dict[str, Any], parent: Run, tracker: Tracker, output: Path, student_folder: Path | None, report: Report
+) -> Sweep:
+    """Write the results file, the best student and the report, here and in MLflow.
+
+    All names follow from the results, so workers that end together write the same files.
+    """
+    best = results["best"]
+    path = output / f"{results['grid']}_results_{max(row['finished'] for row in results['cells'])}.json"
+    write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
+    folder = student_folder or path.with_name(f"{path.stem}_student")
+    student = patiently(lambda: tracker.student_of(best["run_id"]))
+    student.save(folder)
+    files = report(results, path.stem, student)
+
+    def log() -> None:
         for file in (path, *files):
             parent.log_artifact(file)
-        parent.log_metrics({"cells": len(cells), **{f"best_{k}": best[k] for k in ("val_cosine", "test_cosine")}})
+        best_values = {f"best_{name}": best[name] for name in ("val_cosine", "test_cosine")}
+        parent.log_metrics({"cells": len(results["cells"])} | best_values)
         parent.set_tags({"best_run_id": best["run_id"], "best_cell": best["name"]})
+
+    patiently(log)
     return Sweep(results, path, files, folder, parent)
 
 
@@ -178,102 +294,8 @@ def _profile(data: Catalogued) -> str:
     return json.dumps({"concepts": len(data.vectors.concepts), "layers": list(data.vectors.layers)})
 
 
-def _train(
-    cells: Sequence[Cell],
-    keys: dict[Cell, str],
-    done: set[str],
-    data: Catalogued,
-    accelerator: Accelerator,
-    watcher: Watcher,
-    recorder: _Recorder | None,
-) -> Iterator[dict[str, Any]]:
-    """Train the cells that are not done, this process's share of the stacks; the main process yields all rows."""
-    [done] = gather_object([done])[:1]  # what the main process knows
-    todo = [cell for cell in cells if keys[cell] not in done]
-    dealt = shares(todo, accelerator.num_processes, lambda cell: training_flops(cell, data))
-    mine = dealt[accelerator.process_index]
-    trained_elsewhere: list[Trained] = []
-    for stack in mine:
-        subsets = [data.subset(cell.concepts, _layer(cell)) for cell in stack]
-        if recorder is None:
-            trained_elsewhere += train_stack(stack, subsets, accelerator, watcher.progress)
-            continue
-        with recorder.running(stack, keys):
-            for trained in train_stack(stack, subsets, accelerator, watcher.progress):
-                yield recorder.record(trained, keys[trained.cell])
-    gathered = gather_object(trained_elsewhere)
-    if recorder is not None:
-        for trained in gathered:
-            with recorder.running([trained.cell], keys):
-                yield recorder.record(trained, keys[trained.cell])
-
-
-def _layer(cell: Cell) -> int:
-    assert cell.layer is not None, "prepare names the layer"
-    return cell.layer
-
-
-class _Recorder:
-    """Child runs: opened as their stack starts, logged and closed as each member finishes."""
-
-    def __init__(self, tracker: Tracker, parent: Run, data: Catalogued) -> None:
-        self.tracker, self.parent, self.data = tracker, parent, data
-        self.open: dict[str, Run] = {}
-        self.students: dict[str, Student] = {}
-        self.best = -2.0
-
-    @contextmanager
-    def running(self, stack: Sequence[Cell], keys: dict[Cell, str]) -> Iterator[None]:
-        """Open a run a cell; those that `record` has not closed by the end are closed as KILLED or FAILED."""
-        try:
-            for cell in stack:
-                tags = {"role": "cell", "cell_key": keys[cell], "code_version": code_version()}
-                tags["extraction_key"] = self.data.vectors.extraction_key
-                run = self.open[keys[cell]] = self.tracker.open_child(self.parent, cell.name, tags)
-                run.log_params(asdict(cell) | {"teacher": self.data.vectors.teacher})
-            yield
-        except BaseException as error:
-            interrupted = isinstance(error, KeyboardInterrupt | GeneratorExit)
-            for key in list(self.open):
-                self.open.pop(key).end("KILLED" if interrupted else "FAILED")
-            raise
-
-    def record(self, trained: Trained, key: str) -> dict[str, Any]:
-        """Log one finished cell with its student; returns its row of the results file."""
-        run, vectors = self.open[key], self.data.vectors
-        subset = self.data.subset(trained.cell.concepts, _layer(trained.cell))
-        student = Student.from_training(trained.cell, trained.parameters, subset, vectors, trained.metrics)
-        row = {
-            "name": trained.cell.name,
-            **asdict(trained.cell),
-            "parameters": trained.number_of_parameters,
-            "dtype": trained.dtype,
-            **trained.metrics,
-            "best_epoch": trained.best_epoch,
-            "train_seconds": trained.train_seconds,
-            "run_id": run.id,
-            "cell_key": key,
-            "test_cosine_by_category": by_category(
-                trained.test_cosines, [vectors.categories[row] for row in subset.test.rows]
-            ),
-            "curves": trained.curves,
-        }
-        sizes = {"parameters": trained.number_of_parameters, "best_epoch": trained.best_epoch}
-        run.log_metrics(trained.metrics | sizes | {"train_seconds": trained.train_seconds}, trained.curves)
-        run.log_student(student, vectors.d_model)
-        run.set_tags({"dtype": trained.dtype})
-        run.log_json("cell.json", row)
-        run.end("FINISHED")
-        del self.open[key]
-        if trained.metrics["val_cosine"] > self.best:  # the folder of the best is all that is wanted at the end
-            self.best, self.students = trained.metrics["val_cosine"], {run.id: student}
-        return row
-
-
 def _results(name: str, data: Catalogued, rows: list[dict[str, Any]], identity: str) -> dict[str, Any]:
     """The content of the results file. The best cell is the one with the highest validation cosine."""
-    if not rows:
-        raise InputError(f"grid {name}: no cells")
     subsets = dict.fromkeys((row["concepts"], row["layer"]) for row in rows)
     best = max(rows, key=lambda row: row["val_cosine"])
     return {
@@ -291,13 +313,13 @@ def _results(name: str, data: Catalogued, rows: list[dict[str, Any]], identity: 
 
 def baseline_rows(subset: Subset, concepts: int, layer: int) -> list[dict[str, Any]]:
     """The floor for one training subset: the constant mean, the nearest training concept, and ridge regression."""
-    parameters, strength, _ = ridge.fit(subset)
-    parameters["weight"] *= subset.scale
+    fitted = ridge.fit(subset)
+    parameters = {"weight": fitted.weight[None] * subset.scale}
     rows = []
     for student in (*BASELINES, "ridge"):
         row: dict[str, Any] = {"student": student, "concepts": concepts, "layer": layer}
         if student == "ridge":
-            row |= {"strength": strength, "parameters": parameters["weight"].numel()}
+            row |= {"strength": fitted.strength, "parameters": parameters["weight"].numel()}
         for side_name, side in (("val", subset.val), ("test", subset.test)):
             answer = BASELINES[student](subset, side) if student in BASELINES else predict("ridge", parameters, side)
             measured = faithfulness(answer, side.targets, subset.mean)

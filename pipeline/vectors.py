@@ -111,10 +111,10 @@ class Vectors:
         """The block of the file that stands in the middle of its list, for where the user names none."""
         return self.layers[len(self.layers) // 2]
 
-    def types(self, row: int) -> NDArray[np.int64]:
-        """Rows of ``token_embeddings`` that concept ``row`` consists of, in order."""
-        start, stop = self.token_offsets[row : row + 2]
-        return np.searchsorted(self.token_vocab, self.token_ids[start:stop])
+    @cached_property
+    def token_rows(self) -> list[NDArray[np.int64]]:
+        """Rows of ``token_embeddings`` that each concept consists of, in order."""
+        return np.split(np.searchsorted(self.token_vocab, self.token_ids), self.token_offsets[1:-1])
 
 
 def write_vectors(vectors: Vectors, path: Path) -> None:

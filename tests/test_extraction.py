@@ -137,7 +137,7 @@ def test_the_concepts_tokens_and_their_embeddings_are_in_the_file(tiny, tmp_path
         start, stop = found.token_offsets[row : row + 2]
         assert tiny[1].tokenizer.decode(found.token_ids[start:stop]).strip() == concept
         expected = table[found.token_ids[start:stop]]
-        np.testing.assert_allclose(found.token_embeddings[found.types(row)], expected, atol=1e-3)
+        np.testing.assert_allclose(found.token_embeddings[found.token_rows[row]], expected, atol=1e-3)
 
 
 def test_nothing_past_the_deepest_block_is_run(tiny):

@@ -17,8 +17,9 @@ LAUNCHER = {"processes"}
 # A room imports only from rooms before it.
 ROOMS = [
     "errors", "options", "storage", "processes", "concepts", "vectors", "teachers", "trees", "forward", "plan",
-    "extraction", "audit", "metrics", "objectives", "features", "students", "training", "schedule", "grid", "tracking",
-    "sweep", "plots", "jobs", "report", "display", "cli", "__main__",
+    "extraction", "audit", "metrics", "objectives", "features", "students", "stack", "training", "schedule", "grid",
+    "lanes", "spool", "engine", "tracking", "claims", "recorder", "sweep", "plots", "jobs", "report", "display", "cli",
+    "__main__",
 ]  # fmt: skip
 SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
 

@@ -37,7 +37,7 @@ def test_a_file_comes_back_as_it_was_written(tmp_path):
     write_vectors(SMALL, path)
     back = read_vectors(path)
     assert back.header == SMALL.header
-    assert back.types(1).tolist() == [0, 1]
+    assert back.token_rows[1].tolist() == [0, 1]
     np.testing.assert_array_equal(back.vectors, SMALL.vectors)
     assert read_header(path) == SMALL.header
     assert [file.name for file in path.parent.iterdir()] == ["small.safetensors"]

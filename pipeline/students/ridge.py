@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,22 +16,38 @@ from pipeline.metrics import cosines
 STRENGTHS = np.logspace(-4, 2, 49)
 
 
-def fit(subset: Subset) -> tuple[dict[str, Tensor], float, float]:
-    """Solve for every strength at once through one singular value decomposition (float64).
+@dataclass(frozen=True)
+class Fit:
+    """A ridge regression.
 
-    Returns:
-        The parameters (``weight``, ``[1, features, d_model]``), the chosen strength, and its validation cosine.
+    Attributes:
+        weight: ``[features, d_model]``, to targets in units of the subset's scale.
+        strength: the regularisation chosen.
+        val_cosine: validation cosine with it.
+    """
+
+    weight: Tensor
+    strength: float
+    val_cosine: float
+
+
+@functools.lru_cache(maxsize=64)
+def fit(subset: Subset) -> Fit:
+    """Solve for every strength at once, in the dual form through the Gram matrix's eigenvectors (float64).
+
+    ``w = X^T U (L + s)^-1 U^T Y`` for inputs ``X``, targets ``Y`` and ``X X^T = U L U^T`` (Saunders, Gammerman and
+    Vovk, 1998, "Ridge regression learning algorithm in dual variables").
     """
     x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    strengths = torch.from_numpy(STRENGTHS) * s.square().mean()
-    shrink = s / (s.square() + strengths[:, None])  # [strengths, rank]
-    projected = subset.val.inputs.double() @ vh.mT  # [val, rank]
-    answers = torch.einsum("nr,kr,rd->knd", projected, shrink, u.mT @ y)  # [strengths, val, d_model]
-    scores = cosines(answers, subset.val.targets.double()).mean(-1)  # [strengths]
-    best = int(scores.argmax())
-    weight = vh.mT @ (shrink[best, :, None] * (u.mT @ y))  # [features, d_model]
-    return {"weight": weight.float()[None]}, float(strengths[best]), float(scores[best])
+    values, u = subset.gram
+    strengths = torch.from_numpy(STRENGTHS) * values.sum() / min(x.shape)
+    shrink = 1 / (values + strengths[:, None])  # [strengths, N]
+    rotated = u.mT @ y  # [N, d_model]
+    projected = subset.val.inputs.double() @ (x.mT @ u)  # [val, N]
+    scores = [cosines(projected @ (s[:, None] * rotated), subset.val.targets.double()).mean() for s in shrink]
+    best = int(torch.stack(scores).argmax())
+    weight = x.mT @ (u @ (shrink[best, :, None] * rotated))  # [features, d_model]
+    return Fit(weight.float(), float(strengths[best]), float(scores[best]))
 
 
 def apply(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:

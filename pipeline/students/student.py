@@ -76,7 +76,7 @@ class Student:
             subset.feature_mean,
             subset.feature_std,
             torch.from_numpy(vectors.token_embeddings.copy()),
-            {name: torch.from_numpy(vectors.types(row)) for row, name in enumerate(vectors.concepts)},
+            {name: torch.from_numpy(rows) for name, rows in zip(vectors.concepts, vectors.token_rows, strict=True)},
         )
 
     @torch.inference_mode()

@@ -1,0 +1,158 @@
+"""Cells into rows: stacks through lanes, the most expensive first, each finished cell on disk before anything else."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from pipeline.features import Catalogued
+from pipeline.lanes import Handle, Lanes, room
+from pipeline.metrics import by_category
+from pipeline.options import Cell
+from pipeline.schedule import training_flops
+from pipeline.spool import Spool
+from pipeline.stack import Progress, Snapshot
+from pipeline.students import Student
+from pipeline.training import Keeping, Trained, train_stack
+
+Row = dict[str, Any]
+Take = Callable[[list[Cell]], list[Cell]]
+
+
+class Engine:
+    """Trains cells; a context, whose end stops what still trains and keeps its state.
+
+    Args:
+        data: the vectors.
+        device: where to train.
+        keys: the key of every cell.
+        spool: where finished cells and the states of stopped stacks go; None keeps nothing.
+        progress: called, from any thread, after each epoch of each cell.
+    """
+
+    def __init__(
+        self,
+        data: Catalogued,
+        device: torch.device,
+        keys: Mapping[Cell, str],
+        spool: Spool | None = None,
+        progress: Callable[[Progress], None] = lambda step: None,
+    ) -> None:
+        self.data, self.device, self.keys, self.spool, self.progress = data, device, keys, spool, progress
+        self.lanes: Lanes[Row] = Lanes(room(device), device)
+        self._waiting: deque[tuple[list[Cell], Snapshot | None]] = deque()
+        self._early: list[tuple[list[Cell], Snapshot | None, Handle]] = []
+        self._resume = True
+
+    def __enter__(self) -> Engine:
+        self.lanes.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.lanes.__exit__(*error)
+
+    def add(self, stacks: Sequence[list[Cell]], resume: bool = True) -> None:
+        """Cells to train, in stacks.
+
+        Args:
+            stacks: as `pipeline.schedule` makes them.
+            resume: go on from what the spool holds of them.
+        """
+        cells = [cell for stack in stacks for cell in stack]
+        found: list[tuple[list[Cell], Snapshot | None]] = []
+        if self.spool is not None and resume:
+            finished = [cell for cell in cells if self.spool.row(self.keys[cell])]
+            rest = [cell for cell in cells if cell not in finished]
+            found = [([cell], None) for cell in finished]
+            found += self.spool.unfinished(self.keys, rest)
+        known = {cell for stack, _ in found for cell in stack}
+        new = [[cell for cell in stack if cell not in known] for stack in stacks]
+        new.sort(key=lambda stack: -sum(training_flops(cell, self.data) for cell in stack))
+        self._waiting.extend(found + [(stack, None) for stack in new if stack])
+        self._resume = resume
+
+    def begin(self) -> None:
+        """Start on the first stacks at once; `rows` stops those that turn out to be others'."""
+        while self._waiting and len(self._early) < self.lanes.number:
+            stack, snapshot = self._waiting.popleft()
+            self._early.append((stack, snapshot, self._start(stack, snapshot)))
+
+    def rows(self, take: Take = lambda cells: cells, meanwhile: Callable[[], None] = lambda: None) -> Iterator[Row]:
+        """Train all that was added; the rows of the results file, as cells finish.
+
+        Args:
+            take: which of these cells to train after all.
+            meanwhile: called about every second.
+        """
+        self._claim_early(take)
+        ahead = 1
+        while self._waiting or self.lanes.open:
+            # One more than there are lanes, so that none waits while the next are claimed; more where that is too slow.
+            if self._waiting and self.lanes.open <= self.lanes.number:
+                ahead = ahead if self.lanes.open >= self.lanes.number else 2 * ahead
+                batch = [self._waiting.popleft() for _ in range(min(ahead, len(self._waiting)))]
+                won = set(take([cell for stack, _ in batch for cell in stack]))
+                for stack, snapshot in batch:
+                    if own := [cell for cell in stack if cell in won]:
+                        self._start(own, snapshot)
+            if self.lanes.open and (row := self.lanes.next(1.0)) is not None:
+                yield row
+            meanwhile()
+
+    def _claim_early(self, take: Take) -> None:
+        won = set(take([cell for stack, _, _ in self._early for cell in stack])) if self._early else set()
+        for stack, snapshot, job in self._early:
+            own = [cell for cell in stack if cell in won]
+            if own != stack:
+                job.cancelled = True
+                if own:
+                    self._start(own, snapshot)
+        self._early = []
+
+    def _start(self, stack: list[Cell], snapshot: Snapshot | None) -> Handle:
+        return self.lanes.start(lambda job: self._train(stack, snapshot, job))
+
+    def _train(self, stack: list[Cell], snapshot: Snapshot | None, job: Handle) -> Iterator[Row]:
+        if self.spool is not None and self._resume and (row := self.spool.row(self.keys[stack[0]])):
+            self.progress(Progress(stack[0], len(row["curves"]["val_cosine"]), row["val_cosine"]))
+            yield row
+            return
+
+        def save(state: Snapshot) -> None:
+            if self.spool is not None and not job.cancelled:
+                self.spool.keep(state, self.keys, self.keys[stack[0]])
+
+        keeping = Keeping(snapshot, save, lambda: job.pause() or job.cancelled)
+        subsets = [self.data.subset(cell.concepts, cell.layer or 0) for cell in stack]
+        for trained in train_stack(stack, subsets, self.device, self.progress, keeping):
+            yield self._row(trained)
+        if self.spool is not None and not keeping.pause():
+            self.spool.forget({self.keys[cell] for cell in stack})
+
+    def _row(self, trained: Trained) -> Row:
+        """The cell's row of the results file; the cell goes to the spool."""
+        cell, key, vectors = trained.cell, self.keys[trained.cell], self.data.vectors
+        subset = self.data.subset(cell.concepts, cell.layer or 0)
+        row = {
+            "name": cell.name,
+            **asdict(cell),
+            "parameters": trained.number_of_parameters,
+            "dtype": trained.dtype,
+            **trained.metrics,
+            "best_epoch": trained.best_epoch,
+            "train_seconds": trained.train_seconds,
+            "finished": f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}",
+            "cell_key": key,
+            "test_cosine_by_category": by_category(
+                trained.test_cosines, [vectors.categories[place] for place in subset.test.rows]
+            ),
+            "curves": trained.curves,
+        }
+        if self.spool is not None:
+            self.spool.add(key, row, Student.from_training(cell, trained.parameters, subset, vectors, trained.metrics))
+        return row

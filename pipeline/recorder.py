@@ -1,0 +1,145 @@
+"""A worker's cells in MLflow: claimed before they train, shown while they train, uploaded when they are finished.
+
+Everything is written by one thread, in order, in few large requests, while the lanes train on. Each upload may be
+repeated, so a server that went away costs the wait and no more; what is not uploaded stays in the spool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.claims import Claims
+from pipeline.features import Catalogued
+from pipeline.options import Cell
+from pipeline.spool import Spool
+from pipeline.stack import Progress
+from pipeline.tracking import Metric, MlflowRun, Run, Tracker, TrackingError, curve_metrics, final_metrics, patiently
+
+FLUSH_SECONDS = 10.0  # between two looks at what running cells have brought
+
+Row = dict[str, Any]
+
+
+class Recorder:
+    """The runs of the cells that this worker trains.
+
+    Args:
+        claims: this worker's claims, below an open parent run.
+        data: the vectors.
+        spool: where finished cells lie until they are uploaded.
+        keys: the key of every cell.
+        tags: tags of every cell's run.
+    """
+
+    def __init__(
+        self, claims: Claims, data: Catalogued, spool: Spool, keys: Mapping[Cell, str], tags: Mapping[str, str]
+    ) -> None:
+        self.claims, self.data, self.spool, self.keys, self.tags = claims, data, spool, keys, tags
+        self.open: dict[str, Run] = {}
+        self._epochs: dict[str, dict[int, tuple[int, Progress]]] = {key: {} for key in keys.values()}
+        self._logged: dict[str, int] = {}
+        self._flushed = time.monotonic()
+
+    def take(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Claim cells; those that are ours now."""
+        runs = self.claims.take([(self.keys[cell], cell.name) for cell in cells], self.tags)
+        self.open |= runs
+        return [cell for cell in cells if self.keys[cell] in runs]
+
+    def progress(self, step: Progress) -> None:
+        """Note an epoch; any thread may call it."""
+        self._epochs[self.keys[step.cell]][step.epoch] = (int(time.time() * 1000), step)
+
+    def flush(self) -> None:
+        """Log the epochs of running cells, now and then; what does not get through is logged later."""
+        if time.monotonic() - self._flushed < FLUSH_SECONDS:
+            return
+        for key, run in self.open.items():
+            with contextlib.suppress(*TrackingError):
+                steps = [step for _, step in list(self._epochs[key].values())]
+                losses = {step.epoch: step.train_loss for step in steps if step.train_loss is not None}
+                curves = {"train_loss": losses, "val_cosine": {step.epoch: step.val_cosine for step in steps}}
+                self._log_curves(key, run, curves)
+        self._flushed = time.monotonic()
+
+    def finish(self, key: str, row: Row) -> Row | None:
+        """Upload a finished cell, which lies in the spool; its row with the run's id.
+
+        None where the cell is another worker's: this one began early, or was thought dead.
+
+        Raises:
+            WorkError: MLflow stayed away; the cell stays in the spool.
+        """
+        if key not in self.open:
+            self.spool.drop_own(key)
+            return None
+        run = self.open[key]
+        row = {**row, "run_id": run.id}
+        now = int(time.time() * 1000)
+        done = patiently(lambda: self._upload(key, row, run, now))
+        del self.open[key]
+        self.spool.drop(key)
+        return row if done else None
+
+    def _upload(self, key: str, row: Row, run: Run, now: int) -> bool:
+        if not self.claims.is_ours(run):
+            return False
+        model_id = run.log_student(self.spool.student(key), self.data.vectors.d_model)
+        curves, names = row["curves"], [name for name in row if name.startswith(("val_", "test_"))]
+        numbers = [name for name in names if isinstance(row[name], float)]
+        final = {name: row[name] for name in [*numbers, "parameters", "best_epoch", "train_seconds"]}
+        options = {name: row[name] for name in Cell.__dataclass_fields__}
+        self._log_curves(
+            key, run, {name: dict(enumerate(values, 1)) for name, values in curves.items()},
+            metrics=final_metrics(final, max(map(len, curves.values())), model_id, now),
+            params=options | {"teacher": self.data.vectors.teacher},
+            tags={"dtype": row["dtype"]},
+        )  # fmt: skip
+        run.log_json("cell.json", row)
+        run.end("FINISHED")
+        return True
+
+    def _log_curves(
+        self, key: str, run: Run, curves: Mapping[str, Mapping[int, float]], metrics: Sequence[Metric] = (), **rest: Any
+    ) -> None:
+        """Log what of curves (values by epoch) is not logged yet, also by a worker that was stopped, and more."""
+        if key not in self._logged:
+            self._logged[key] = run.last_step("val_cosine")
+        times = {epoch: at for epoch, (at, _) in list(self._epochs[key].items())}
+        new = {
+            name: {epoch: value for epoch, value in values.items() if epoch > self._logged[key]}
+            for name, values in curves.items()
+        }
+        run.log(metrics=[*curve_metrics(new, times), *metrics], **rest)
+        self._logged[key] = max([self._logged[key], *(epoch for values in new.values() for epoch in values)])
+
+    def finished_elsewhere(self, cells: Sequence[Cell]) -> dict[str, Row]:
+        """Of those cells the rows, by key, that another worker has finished."""
+
+        def look() -> dict[str, Row]:
+            runs = self.claims.runs() if cells else {}
+            return {
+                self.keys[cell]: read_row(self.claims.tracker, run)
+                for cell in cells
+                for run in runs.get(self.keys[cell], [])
+                if run.info.status == "FINISHED"
+            }
+
+        return patiently(look)
+
+    def abandon(self, status: str) -> None:
+        """Close what this worker has claimed and not finished: "KILLED" or "FAILED"."""
+        with contextlib.suppress(*TrackingError):
+            for run in self.claims.unfinished():
+                run.end(status)
+
+
+def read_row(tracker: Tracker, run: MlflowRun) -> Row:
+    """The row of a finished cell's run."""
+    text = tracker.artifact(run.info.run_id, "cell.json")
+    row: Row = json.loads(text) | {"run_id": run.info.run_id}
+    return row

@@ -1,0 +1,306 @@
+"""A stack of students of one shape: their parameters, moments and data side by side, one step for all at once.
+
+In bfloat16 the matrix products, their inputs and their outputs are short; weights, moments, losses and the metrics of
+the finished student are float32 (Micikevicius et al., 2018, "Mixed precision training"; no loss scaling is needed).
+
+``S`` members, ``B`` concepts a batch, ``N`` training and ``V`` validation concepts, ``F`` features, ``D`` d_model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pipeline.features import Subset
+from pipeline.metrics import cosines
+from pipeline.objectives import OBJECTIVES
+from pipeline.options import Cell
+from pipeline.processes import multiplies_faster
+from pipeline.students import STUDENTS, mlp
+
+WARM_UP = 0.05  # share of a member's steps
+HISTORY = ("best_epoch", "losses", "scores", "seconds")  # of a member, in a snapshot
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One member after one of its epochs."""
+
+    cell: Cell
+    epoch: int
+    val_cosine: float
+    train_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stack between two steps: all that the rest of its training follows from.
+
+    Attributes:
+        step: steps taken.
+        members: the cell and the history of each, plain values.
+        tensors: parameters, moments and best parameters, the member axis first.
+        generators: the state of the dropout's generator, by seed.
+    """
+
+    step: int
+    members: list[dict[str, Any]]
+    tensors: dict[str, Tensor]
+    generators: dict[int, Tensor]
+
+
+def precision_of(cell: Cell, device: torch.device) -> torch.dtype:
+    """The type of the cell's matrix products on a device."""
+    if cell.precision == "auto":
+        return torch.bfloat16 if multiplies_faster(torch.bfloat16, device) else torch.float32
+    return PRECISIONS[cell.precision]
+
+
+@dataclass
+class Member:
+    """One student of a stack."""
+
+    cell: Cell
+    subset: Subset
+    steps_per_epoch: int
+    best: dict[str, Tensor]
+    best_epoch: int = 0
+    losses: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Steps of all its epochs."""
+        return self.cell.epochs * self.steps_per_epoch
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has had all its epochs, or enough of them without a better one."""
+        patience = self.cell.patience
+        idle = len(self.scores) - self.best_epoch
+        return len(self.scores) == self.cell.epochs or (patience is not None and idle >= patience)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to zero."""
+        warm = min(1.0, (step + 1) / max(1.0, WARM_UP * self.steps))
+        return self.cell.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def start(cell: Cell, subset: Subset) -> Member:
+    """A member before its first step."""
+    generator = torch.Generator().manual_seed(cell.seed)
+    features, d_model = subset.train.inputs.shape[-1], subset.train.targets.shape[-1]
+    parameters = mlp.init(features, d_model, cell.hidden_dim, cell.layers, generator)
+    return Member(cell, subset, steps_per_epoch=-(-len(subset.train.rows) // cell.batch_size), best=parameters)
+
+
+class Stack:
+    """The members with all that they train on, stacked, on the device.
+
+    Args:
+        members: of one `stack_key`.
+        device: where they train.
+    """
+
+    def __init__(self, members: list[Member], device: torch.device) -> None:
+        cell = members[0].cell
+        self.members = members
+        self.batch_size = cell.batch_size
+        self.dtype = precision_of(cell, device)
+        self.apply, self.objective = STUDENTS[cell.student], OBJECTIVES[cell.objective]
+        # [S, rows, columns] each
+        self.parameters = {
+            name: torch.stack([member.best[name] for member in members]).to(device) for name in members[0].best
+        }
+        self.moments = [{name: torch.zeros_like(value) for name, value in self.parameters.items()} for _ in range(2)]
+        self.data = {
+            "order": _batch_plan(members, self.batch_size),  # [S, steps, B], -1 pads
+            "inputs": _pad([member.subset.train.inputs.to(self.dtype) for member in members]),  # [S, N, F]
+            "targets": _pad([member.subset.train.targets / member.subset.scale for member in members]),  # [S, N, D]
+            "val_inputs": torch.stack([member.subset.val.inputs.to(self.dtype) for member in members]),  # [S, V, F]
+            "val_targets": torch.stack([member.subset.val.targets for member in members]),  # [S, V, D]
+            "losses": torch.zeros(len(members)),  # [S] summed over an epoch
+        }
+        self.data = {name: value.to(device) for name, value in self.data.items()}
+        for member in members:
+            member.best = {name: value.to(device) for name, value in member.best.items()}
+        self.count = torch.zeros((), device=device)
+        self.dropout = _Dropout(members, self.data["inputs"].shape[-1], self.dtype, device)
+
+    def train(self, step: int) -> None:
+        """One AdamW step of every member (Loshchilov and Hutter, 2019)."""
+        rows = self.data["order"][:, step]  # [S, B]
+        weights = (rows >= 0).float()
+        pick = torch.arange(len(rows), device=rows.device)[:, None], rows.clamp(min=0)
+        # Leaves of the graph: the parameters themselves in float32, copies in bfloat16.
+        leaves = {name: value.detach().to(self.dtype).requires_grad_() for name, value in self.parameters.items()}
+        answer = self.apply(leaves, self.data["inputs"][pick], self.dropout.masks(self.batch_size))  # [S, B, D]
+        loss = self.objective(answer.float(), self.data["targets"][pick], weights)  # [S]
+        # Members share no parameter, so their losses may be summed.
+        gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        self.data["losses"] += loss.detach()
+        self._update(dict(zip(leaves, gradients, strict=True)), step)
+
+    def _update(self, gradients: dict[str, Tensor], step: int) -> None:
+        """AdamW, one fused kernel for the members that share learning rate and weight decay."""
+        gradients = {name: value.float() for name, value in gradients.items()}
+        alike: dict[tuple[float, float], list[int]] = {}
+        for row, member in enumerate(self.members):
+            alike.setdefault((member.learning_rate(step), member.cell.weight_decay), []).append(row)
+        for (learning_rate, weight_decay), rows in alike.items():
+            first, second = ([m[name][row] for row in rows for name in gradients] for m in self.moments)
+            parameters = [self.parameters[name][row] for row in rows for name in gradients]
+            torch._fused_adamw_(  # the kernel of torch.optim.AdamW(fused=True), here on views of the stack
+                parameters,
+                [gradients[name][row] for row in rows for name in gradients],
+                first,
+                second,
+                [],
+                [self.count.fill_(step + 1)] * len(parameters),
+                amsgrad=False,
+                lr=learning_rate,
+                beta1=0.9,
+                beta2=0.999,
+                weight_decay=weight_decay,
+                eps=1e-8,
+                maximize=False,
+            )
+
+    @torch.no_grad()
+    def validate(self, rows: slice, progress: Callable[[Progress], None]) -> None:
+        """End an epoch of some members: measure them, and keep their parameters where they are the best so far."""
+        own = {name: value[rows] for name, value in self.parameters.items()}
+        short = {name: value.to(self.dtype) for name, value in own.items()}
+        answer = self.apply(short, self.data["val_inputs"][rows]).float()  # [members, V, D]
+        scores = cosines(answer, self.data["val_targets"][rows]).mean(-1).tolist()
+        losses = self.data["losses"][rows].tolist()
+        self.data["losses"][rows] = 0.0
+        for place, (member, score) in enumerate(zip(self.members[rows], scores, strict=True)):
+            member.losses.append(losses[place] / member.steps_per_epoch)
+            if score > max(member.scores, default=-math.inf):
+                member.best_epoch = len(member.scores) + 1
+                for name, value in own.items():
+                    member.best[name].copy_(value[place])
+            member.scores.append(score)
+            progress(Progress(member.cell, len(member.scores), score, member.losses[-1]))
+
+    def snapshot(self, step: int) -> Snapshot:
+        """The state after ``step`` steps."""
+        state = {"parameters": self.parameters, "first": self.moments[0], "second": self.moments[1]}
+        tensors = {
+            f"{part}.{name}": value.to("cpu", copy=True)
+            for part, values in state.items()
+            for name, value in values.items()
+        }
+        for name in self.parameters:
+            tensors[f"best.{name}"] = torch.stack([member.best[name] for member in self.members]).cpu()
+        tensors["losses"] = self.data["losses"].to("cpu", copy=True)
+        members = [
+            {"cell": member.cell} | {name: copy.copy(getattr(member, name)) for name in HISTORY}
+            for member in self.members
+        ]
+        return Snapshot(step, members, tensors, self.dropout.states())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take over the state of a stack that had these members, and perhaps more."""
+        place = {member["cell"]: row for row, member in enumerate(snapshot.members)}
+        rows = [place[member.cell] for member in self.members]
+        tensors = {name: value[rows] for name, value in snapshot.tensors.items()}
+        for part, values in (("parameters", self.parameters), ("first", self.moments[0]), ("second", self.moments[1])):
+            for name, value in values.items():
+                value.copy_(tensors[f"{part}.{name}"])
+        self.data["losses"].copy_(tensors["losses"])
+        for row, member in enumerate(self.members):
+            for name, value in member.best.items():
+                value.copy_(tensors[f"best.{name}"][row])
+            for name in HISTORY:
+                setattr(member, name, copy.copy(snapshot.members[rows[row]][name]))
+        self.dropout.restore(snapshot.generators)
+
+    def release(self) -> list[Member]:
+        """Take the members that are done out of the stack; the others go on."""
+        done = [member for member in self.members if member.is_done]
+        rest = [row for row, member in enumerate(self.members) if not member.is_done]
+        # Those at the end leave the others in the same memory.
+        keep: slice | list[int] = slice(len(rest)) if rest == list(range(len(rest))) else rest
+        self.members = [self.members[row] for row in rest]
+        for tensors in (self.parameters, *self.moments, self.data):
+            for name in tensors:
+                tensors[name] = tensors[name][keep]
+        self.dropout.keep(self.members)
+        return done
+
+
+def _batch_plan(members: Sequence[Member], batch_size: int) -> Tensor:
+    """Which training concepts each member sees at each of its steps, ``[S, steps, B]``; -1 pads.
+
+    Every epoch is a new shuffle from the member's own seed.
+    """
+    plans = []
+    for member in members:
+        generator = torch.Generator().manual_seed(member.cell.seed)
+        size = len(member.subset.train.rows)
+        epochs = torch.full((member.cell.epochs, member.steps_per_epoch * batch_size), -1)
+        for epoch in range(member.cell.epochs):
+            epochs[epoch, :size] = torch.randperm(size, generator=generator)
+        plans.append(epochs.view(member.steps, batch_size))
+    return _pad(plans, -1)
+
+
+def _pad(values: Sequence[Tensor], filler: float = 0.0) -> Tensor:
+    return pad_sequence(list(values), batch_first=True, padding_value=filler)
+
+
+class _Dropout:
+    """Dropout masks, drawn once a step and seed: members of one seed share them, as they would share them alone.
+
+    A mask is drawn as random bytes, eight at once, so a share is rounded to 1/256; the scale is exact for it.
+    """
+
+    def __init__(self, members: Sequence[Member], features: int, dtype: torch.dtype, device: torch.device) -> None:
+        cell = members[0].cell
+        self.kept = round(256 * (1 - cell.dropout))  # of 256
+        self.widths = mlp.mask_widths(features, cell.hidden_dim, cell.layers)
+        self.dtype, self.device = dtype, device
+        self.generators = {
+            member.cell.seed: torch.Generator(device).manual_seed(member.cell.seed) for member in members
+        }
+        self.keep(members)
+
+    def states(self) -> dict[int, Tensor]:
+        """What the next masks follow from, by seed."""
+        return {seed: generator.get_state() for seed, generator in self.generators.items()}
+
+    def restore(self, states: dict[int, Tensor]) -> None:
+        """Go on where others stopped."""
+        for seed, generator in self.generators.items():
+            generator.set_state(states[seed])
+
+    def keep(self, members: Sequence[Member]) -> None:
+        """Draw for these members only from now on."""
+        seeds = [member.cell.seed for member in members]
+        self.generators = {seed: self.generators[seed] for seed in dict.fromkeys(seeds)}
+        of_seed = {seed: number for number, seed in enumerate(self.generators)}
+        self.members = None if len(of_seed) <= 1 else torch.tensor([of_seed[s] for s in seeds], device=self.device)
+
+    def masks(self, batch_size: int) -> list[Tensor] | None:
+        """One mask a width, ``[1 or S, B, width]``, 0 or 1 / share kept."""
+        if self.kept == 256:
+            return None
+        size = batch_size * sum(self.widths)
+        words = torch.empty(len(self.generators), -(-size // 8), dtype=torch.int64, device=self.device)
+        for row, generator in zip(words, self.generators.values(), strict=True):
+            row.random_(-(2**63), None, generator=generator)
+        drawn = (words.view(torch.uint8)[:, :size] < self.kept).view(-1, batch_size, sum(self.widths))
+        scaled = drawn.to(self.dtype).mul_(256 / self.kept)  # [seeds, B, all widths]
+        masks = scaled if self.members is None else scaled[self.members]
+        return list(torch.split(masks, self.widths, -1))

@@ -1,0 +1,13 @@
+"""MLflow: the only room that knows it."""
+
+from mlflow.entities import Metric
+from mlflow.entities import Run as MlflowRun
+
+from pipeline.tracking.backend import HostBackend
+from pipeline.tracking.runs import Run, closing, curve_metrics, final_metrics
+from pipeline.tracking.tracker import Tracker, TrackingError, connect, fetch, patiently, settle
+
+__all__ = [
+    "HostBackend", "Metric", "MlflowRun", "Run", "Tracker", "TrackingError", "closing", "connect", "curve_metrics",
+    "fetch", "final_metrics", "patiently", "settle",
+]  # fmt: skip

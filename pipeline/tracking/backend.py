@@ -1,0 +1,99 @@
+"""The ``host`` backend of ``mlflow run``: a project's command in the current environment, without the container."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import ExecutionException, MlflowException
+from mlflow.projects.backend.abstract_backend import AbstractBackend
+from mlflow.projects.submitted_run import LocalSubmittedRun
+from mlflow.projects.utils import (
+    fetch_and_validate_project,
+    get_entry_point_command,
+    get_or_create_run,
+    get_run_env_vars,
+    load_project,
+)
+
+from pipeline.errors import InputError
+from pipeline.tracking.tracker import Tracker, connect
+
+STOP_SECONDS = 30  # how long an interrupted project may take to close its runs
+
+
+class HostBackend(AbstractBackend):
+    """``mlflow run . --backend host``: the MLproject command in the current environment, without the container."""
+
+    def run(
+        self,
+        project_uri: str,
+        entry_point: str,
+        params: dict[str, Any],
+        version: str | None,
+        backend_config: dict[str, Any],
+        tracking_uri: str,
+        experiment_id: str,
+    ) -> LocalSubmittedRun:
+        """Run the entry point to its end.
+
+        ``mlflow run`` does not wait for the backends of plugins, so this one waits itself.
+
+        Raises:
+            ExecutionException: the tracking server does not answer, or the command failed.
+        """
+        os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri)
+        try:
+            tracker = connect()
+        except InputError as error:
+            raise ExecutionException(str(error)) from None
+        with contextlib.suppress(MlflowException):
+            if tracker.client.get_experiment(experiment_id).name != "Default":
+                tracker = Tracker(tracker.client, experiment_id)
+        work_dir = fetch_and_validate_project(project_uri, version, entry_point, params)
+        project = load_project(work_dir)
+        run = get_or_create_run(None, project_uri, tracker.experiment_id, work_dir, version, entry_point, params)
+        command = get_entry_point_command(project, entry_point, params, backend_config.get("STORAGE_DIR"))
+        environment = {**os.environ, **get_run_env_vars(run.info.run_id, tracker.experiment_id)}
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        process = subprocess.Popen(
+            ["bash", "-c", " && ".join(command)], cwd=work_dir, env=environment, start_new_session=True
+        )
+        submitted = _HostRun(run.info.run_id, process)
+        try:
+            succeeded = submitted.wait()
+        except KeyboardInterrupt:
+            submitted.cancel()
+            _end_if_open(tracker.client, run.info.run_id, "KILLED")
+            raise
+        if not succeeded:
+            _end_if_open(tracker.client, run.info.run_id, "FAILED")
+            raise ExecutionException(f"the command of run {run.info.run_id} failed")
+        return submitted
+
+
+def _end_if_open(client: MlflowClient, run_id: str, status: str) -> None:
+    """For a command that ended before it could take over its run."""
+    if client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, status)
+
+
+class _HostRun(LocalSubmittedRun):
+    """A project in a process group of its own, which is interrupted as a whole and given time to close its runs."""
+
+    def cancel(self) -> None:
+        group = self.command_proc.pid
+        deadline = time.monotonic() + STOP_SECONDS
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGINT)
+            while time.monotonic() < deadline:
+                self.command_proc.poll()
+                os.killpg(group, 0)
+                time.sleep(0.1)
+            os.killpg(group, signal.SIGKILL)
+        self.command_proc.wait()

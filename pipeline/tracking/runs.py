@@ -1,0 +1,165 @@
+"""One MLflow run: parameters, metrics, artifacts and the student, in few, large requests."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mlflow import MlflowClient, pyfunc
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, Schema, TensorSpec
+
+ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
+STUDENT_NEEDS = ("numpy", "safetensors", "snowballstemmer", "torch")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open MLflow run, written to in few, large requests."""
+
+    client: MlflowClient
+    id: str
+    experiment_id: str
+
+    def log_params(self, params: Mapping[str, object]) -> None:
+        """Log what is not there yet (MLflow's parameters cannot change, and ``mlflow run`` logs some itself)."""
+        known = self.client.get_run(self.id).data.params
+        self.log(params={key: value for key, value in params.items() if key not in known})
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set all tags in one request."""
+        self.log(tags=tags)
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Log values that belong to no step."""
+        now = int(time.time() * 1000)
+        self.log(metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
+
+    def log(
+        self,
+        *,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, str] | None = None,
+        metrics: Sequence[Metric] = (),
+    ) -> None:
+        """Log everything in one request, or in few where it is more than MLflow takes. It may be repeated."""
+        all_params = [Param(key, str(value)) for key, value in (params or {}).items() if value is not None]
+        all_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
+        first = ENTRIES_PER_CALL - len(all_params) - len(all_tags)
+        if all_params or all_tags or metrics:
+            self.client.log_batch(self.id, metrics[:first], all_params, all_tags)
+        for start in range(first, len(metrics), ENTRIES_PER_CALL):
+            self.client.log_batch(self.id, metrics[start : start + ENTRIES_PER_CALL])
+
+    def last_step(self, metric: str) -> int:
+        """The highest step of a metric that is logged; 0 without one."""
+        return max((entry.step for entry in self.client.get_metric_history(self.id, metric)), default=0)
+
+    def log_artifact(self, path: Path) -> None:
+        """Upload a file."""
+        self.client.log_artifact(self.id, str(path))
+
+    def log_json(self, name: str, content: object) -> None:
+        """Upload plain values as a JSON file."""
+        self.client.log_text(self.id, json.dumps(content, indent=1), name)
+
+    def log_dataset(self, name: str, digest: str, source: str, profile: str, use: str) -> None:
+        """Name the data that the run used or made; ``use`` is MLflow's context, such as "training"."""
+        dataset = Dataset(name, digest[:36], "local", source, profile=profile)
+        self.client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", use)])])
+
+    def log_student(self, folder: Path, d_model: int) -> str:
+        """Log a student folder as an MLflow model that carries its code and needs no pickle; returns its id.
+
+        What `mlflow.pyfunc.log_model` does, with the parts that all students share made once. A model that an earlier
+        try has begun is used again.
+        """
+        outputs = self.client.get_run(self.id).outputs
+        if outputs and outputs.model_outputs:
+            model = self.client.get_logged_model(outputs.model_outputs[0].model_id)
+        else:
+            model = self.client.create_logged_model(self.experiment_id, "student", self.id)
+            self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
+        frame = _frame(d_model)
+        described = Model.load(frame.name)
+        described.run_id, described.model_id, described.model_uuid = self.id, model.model_id, model.model_id
+        described.artifact_path = model.artifact_location
+        with tempfile.TemporaryDirectory() as own:
+            described.save(str(Path(own) / "MLmodel"))
+            for part, place in ((frame.name, None), (str(folder), "data/student"), (own, None)):
+                self.client.log_model_artifacts(model.model_id, part, place)
+        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        return str(model.model_id)
+
+    def end(self, status: str) -> None:
+        """Close the run: "FINISHED", "FAILED" or "KILLED"."""
+        self.client.set_terminated(self.id, status)
+
+
+@functools.cache
+def _frame(d_model: int) -> tempfile.TemporaryDirectory[str]:
+    """A model folder without a student: description, code, requirements. It is removed as the process ends."""
+    signature = ModelSignature(
+        Schema([ColSpec("string", "concept")]), Schema([TensorSpec(np.dtype("float32"), (-1, d_model))])
+    )
+    frame = tempfile.TemporaryDirectory(prefix="student-model-")
+    with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*input example.*")
+        (Path(empty) / "student").mkdir()
+        pyfunc.save_model(
+            frame.name,
+            loader_module="pipeline.students.pyfunc",
+            data_path=str(Path(empty) / "student"),
+            code_paths=[str(Path(__file__).parent.parent)],
+            signature=signature,
+            pip_requirements=[f"{name}=={_public_version(name)}" for name in STUDENT_NEEDS],
+        )
+    return frame
+
+
+def curve_metrics(curves: Mapping[str, Mapping[int, float]], times: Mapping[int, int]) -> list[Metric]:
+    """Curves as MLflow's entries.
+
+    Args:
+        curves: values by epoch, which is the step.
+        times: when an epoch ended (ms since 1970), where known; the same time makes a repeated entry the same entry.
+    """
+    now = int(time.time() * 1000)
+    return [
+        Metric(key, value, times.get(step, now), step)
+        for key, values in curves.items()
+        for step, value in values.items()
+    ]
+
+
+def final_metrics(metrics: Mapping[str, float], step: int, model_id: str, now: int) -> list[Metric]:
+    """Values of the kept checkpoint, later than any curve's: of two of one name MLflow shows and sorts by the last."""
+    return [Metric(key, value, now + 1, step, model_id=model_id) for key, value in metrics.items()]
+
+
+def _public_version(package: str) -> str:
+    return importlib.metadata.version(package).split("+")[0]  # "+cpu" names a build that indexes do not offer
+
+
+@contextmanager
+def closing(run: Run) -> Iterator[Run]:
+    """Close the run as its work ends: KILLED on an interruption, FAILED on any other error."""
+    try:
+        yield run
+    except KeyboardInterrupt:
+        run.end("KILLED")
+        raise
+    except BaseException:
+        run.end("FAILED")
+        raise
+    run.end("FINISHED")

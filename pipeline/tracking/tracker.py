@@ -1,0 +1,294 @@
+"""The tracking server: reaching it, its experiment, and the runs of extractions and sweeps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.context import registry as context
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_POINT, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from requests import RequestException
+
+from pipeline.errors import InputError, WorkError
+from pipeline.students import Student
+from pipeline.tracking.runs import Run
+
+EXPERIMENT = "activation-distillation"
+DEFAULT_URI = "sqlite:///mlflow.db"
+SETTLE_SECONDS = 1.0  # longer than it takes a worker to look for a run and, where there is none, to make one
+PASSING = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
+
+TrackingError = (MlflowException, RequestException)
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """A reachable tracking server or database, and the project's experiment on it."""
+
+    client: MlflowClient
+    experiment_id: str
+
+    def open_run(self, name: str, tags: Mapping[str, str]) -> Run:
+        """The run of this command: the one that ``mlflow run`` opened, where it did, or a new one."""
+        if run_id := os.environ.get("MLFLOW_RUN_ID"):
+            self.client.update_run(run_id, name=name)
+            run = self._reopen(self.client.get_run(run_id))
+            run.set_tags(tags)
+            return run
+        return self._create(name, tags, self.experiment_id)
+
+    def open_sweep(
+        self, sweep_id: str, name: str, tags: Mapping[str, str], is_at_work: Callable[[MlflowRun], bool]
+    ) -> Run:
+        """The parent run of a sweep, the same for all workers that ask at the same time.
+
+        A sweep of the same id goes on in the same run. Under ``mlflow run`` the run that it opened is the parent,
+        unless others are at work on the sweep. Runs have no unique names, so workers that find no parent make one each,
+        wait until everyone who was about to must have done so, and agree on the least id; the others' are removed.
+
+        Args:
+            sweep_id: the sweep.
+            name: the run's name.
+            tags: the run's tags.
+            is_at_work: whether somebody works below a parent run.
+        """
+        begin = time.monotonic()
+        opened = os.environ.get("MLFLOW_RUN_ID")
+        before = self._parents(sweep_id)
+        known = {run.info.run_id for run in before}
+        going_on = before if opened is None or opened in known else [run for run in before if is_at_work(run)]
+        if going_on:
+            same = [run for run in going_on if run.info.run_id == opened]
+            parent = max(same or going_on, key=lambda run: (run.info.start_time, run.info.run_id))
+        else:
+            self.open_run(name, {**tags, "sweep_id": sweep_id, "role": "candidate"})
+            settle(begin)
+            elected = [run for run in self._parents(sweep_id) if run.info.run_id not in known]
+            parent = min(elected or self._candidates(sweep_id), key=lambda run: str(run.info.run_id))
+        run = self._reopen(parent)
+        run.set_tags({"role": "sweep"})
+        for candidate in self._candidates(sweep_id):
+            self._discard(candidate, f"took part in sweep {sweep_id}, whose cells are below run {run.id}")
+        unfinished = {old.info.run_id for old in before if old.info.status != "FINISHED"} - {run.id}
+        for cell in self.cells(sweep_id) if unfinished else []:
+            if cell.data.tags[MLFLOW_PARENT_RUN_ID] in unfinished:
+                self.client.set_tag(cell.info.run_id, MLFLOW_PARENT_RUN_ID, run.id)
+        if opened not in (None, run.id):
+            self._discard(self.client.get_run(opened), f"sweep {sweep_id} goes on in run {run.id}")
+        return run
+
+    def _discard(self, run: MlflowRun, why: str) -> None:
+        """Remove a run that lost an election; one that ``mlflow run`` opened stays, with a note."""
+        if MLFLOW_PROJECT_ENTRY_POINT not in run.data.tags:
+            with contextlib.suppress(MlflowException):  # somebody else has done it
+                self.client.delete_run(run.info.run_id)
+            return
+        left = Run(self.client, run.info.run_id, run.info.experiment_id)
+        left.set_tags({"role": "worker", MLFLOW_RUN_NOTE: why})
+        left.end("FINISHED")
+
+    def open_child(self, parent: Run, name: str, tags: Mapping[str, str]) -> Run:
+        """A new run below another."""
+        return self._create(name, {**tags, MLFLOW_PARENT_RUN_ID: parent.id}, parent.experiment_id)
+
+    def reopen_child(self, run: MlflowRun, tags: Mapping[str, str]) -> Run:
+        """A run that was left before it was finished."""
+        again = self._reopen(run)
+        again.set_tags(tags)
+        return again
+
+    def cells(self, sweep_id: str) -> list[MlflowRun]:
+        """All runs of a sweep's cells, whatever has become of them."""
+        return self._search(f"tags.sweep_id = '{sweep_id}' and tags.role = 'cell'")
+
+    def _parents(self, sweep_id: str) -> list[MlflowRun]:
+        return self._search(f"tags.sweep_id = '{sweep_id}' and tags.role = 'sweep'")
+
+    def _candidates(self, sweep_id: str) -> list[MlflowRun]:
+        return self._search(f"tags.sweep_id = '{sweep_id}' and tags.role = 'candidate'")
+
+    def find_sweep(self, sweep_id: str) -> MlflowRun | None:
+        """The newest parent run of that sweep id."""
+        return next(iter(self._parents(sweep_id)), None)
+
+    def finished_cells(self) -> dict[str, MlflowRun]:
+        """All finished cells of the experiment by their ``cell_key``."""
+        found = self._search("attributes.status = 'FINISHED' and tags.role = 'cell'")
+        return {run.data.tags["cell_key"]: run for run in found}
+
+    def _search(self, query: str) -> list[MlflowRun]:
+        found: list[MlflowRun] = []
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], query, page_token=token)
+            found += page
+            if not (token := page.token):
+                return found
+
+    def artifact(self, run_id: str, name: str) -> str:
+        """The text of one of a run's artifacts."""
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self.client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+
+    def newest_artifact(self, run_id: str, part: str) -> tuple[str, str]:
+        """Stem and text of the JSON artifact whose name contains ``part`` and sorts last."""
+        names = [item.path for item in self.client.list_artifacts(run_id) if part in item.path]
+        names = sorted(name for name in names if name.endswith(".json"))
+        if not names:
+            raise InputError(f"run {run_id} has no results file; the sweep did not finish")
+        return Path(names[-1]).stem, self.artifact(run_id, names[-1])
+
+    def student_of(self, run_id: str) -> Student:
+        """The student that a run logged."""
+        outputs = self.client.get_run(run_id).outputs
+        models = outputs.model_outputs if outputs else []
+        if not models:
+            raise InputError(f"run {run_id} has no logged student")
+        with tempfile.TemporaryDirectory() as folder:
+            path = mlflow.artifacts.download_artifacts(f"models:/{models[0].model_id}", dst_path=folder)
+            return Student.load(next(Path(path).glob("data/*")))
+
+    def _create(self, name: str, tags: Mapping[str, str], experiment_id: str) -> Run:
+        own = {**context.resolve_tags(), MLFLOW_RUN_NAME: name, **tags}
+        run = self.client.create_run(experiment_id, tags=own, run_name=name)
+        return Run(self.client, run.info.run_id, experiment_id)
+
+    def _reopen(self, run: MlflowRun) -> Run:
+        self.client.update_run(run.info.run_id, status="RUNNING")
+        return Run(self.client, run.info.run_id, run.info.experiment_id)
+
+
+def connect() -> Tracker:
+    """Reach the tracking server of the environment, or ``sqlite:///mlflow.db`` without one.
+
+    Raises:
+        InputError: it does not answer, or it refuses.
+    """
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every small file
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `patiently` does the rest
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    mlflow.set_tracking_uri(uri)
+    tries = (
+        1 if uri.startswith("http") else 5
+    )  # two processes that make one database at once may get in each other's way
+    for left in reversed(range(tries)):
+        try:
+            with _impatient():
+                client = MlflowClient()
+                return Tracker(client, _experiment(client))
+        except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
+            if left:
+                time.sleep(0.5)
+                continue
+            reason = (str(error).strip().split("\n") or [""])[-1][:200]
+            message = (
+                f"MLFLOW_TRACKING_URI {uri}: no MLflow server or database answers there "
+                f"({type(error).__name__}: {reason}); start it, or unset the variable to track to {DEFAULT_URI}"
+            )
+            raise InputError(_without_password(message)) from error
+    raise AssertionError("unreachable")
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """Do work on the tracking server; while it is out of reach, try again, for TRACKING_PATIENCE_SECONDS (300).
+
+    Args:
+        work: may be done again after it has failed half-way.
+
+    Raises:
+        WorkError: the server stayed away.
+    """
+    patience = float(os.environ.get("TRACKING_PATIENCE_SECONDS", "300"))
+    begin, pause = time.monotonic(), 0.5
+    while True:
+        try:
+            return work()
+        except TrackingError as error:
+            if isinstance(error, MlflowException) and error.error_code not in PASSING:
+                raise
+            if time.monotonic() - begin > patience:
+                uri = _without_password(mlflow.get_tracking_uri())
+                raise WorkError(f"MLFLOW_TRACKING_URI {uri}: has not answered for {patience:.0f} s") from error
+            if pause == 0.5:
+                log.warning("tracking is out of reach; trying again for %.0f s, training goes on", patience)
+            time.sleep(pause)
+            pause = min(2 * pause, 10)
+
+
+def settle(begin: float) -> None:
+    """Wait until everyone who looked at the same time as we did has made what was missing.
+
+    Args:
+        begin: when we began to look, by `time.monotonic`; how long we took tells how long others may take.
+    """
+    time.sleep(max(SETTLE_SECONDS, 2 * (time.monotonic() - begin)))
+
+
+def fetch(uri: str) -> Path:
+    """A local path for a file named by a local path or by ``runs:/<run id>/<artifact>``.
+
+    Raises:
+        InputError: MLflow has no such artifact, or the place is of another kind.
+    """
+    if "://" in uri or uri.startswith("models:"):
+        raise InputError(f"{uri}: expected a local path or runs:/<run id>/<artifact>")
+    if not uri.startswith("runs:"):
+        return Path(uri)
+    connect()
+    try:
+        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="artifact-")))
+    except (MlflowException, OSError) as error:
+        raise InputError(f"{uri}: MLflow has no such artifact ({error})") from error
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """One try of a few seconds, for finding out whether a server is there at all."""
+    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _experiment(client: MlflowClient) -> str:
+    """The experiment's id; whoever comes first creates it."""
+    if named := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return named
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:  # another process was faster
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return str(found.experiment_id)
