@@ -24,6 +24,7 @@ bench: env ## measure against peers and limits
 	pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	python -m benchmarks.extract
 	python -m benchmarks.sweep
+	python -m benchmarks.sweep --sizes --rounds 1
 
 vectors: env ## make the shipped vectors file again
 	python -m pipeline extract --teacher smollm2-135m --layers 8,15,22

@@ -8,6 +8,7 @@ see. A worker shows that it lives by a tag on the parent run that changes every 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.tracking import MlflowRun, Run, Tracker, patiently, settle
+from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, patiently, settle
 
 BEAT_SECONDS = 5.0
 GONE_SECONDS = 30.0  # without a beat
@@ -87,10 +88,10 @@ class Claims:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        try:
-            self.parent_run.client.delete_tag(self.parent_run.id, f"worker.{self.me}")
-        except Exception as reason:  # it only says that we are gone, which silence says too
-            log.debug("heartbeat: %s", reason)
+        gone = [owner for owner in self._seen if owner == self.me or not self._lives(owner)]
+        with contextlib.suppress(*TrackingError):  # the tags say that we are gone, which silence says too
+            for owner in {self.me, *gone}:
+                self.parent_run.client.delete_tag(self.parent_run.id, f"worker.{owner}")
 
     def take(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, Run]:
         """Claim cells that nobody has finished and nobody alive is at.
@@ -129,7 +130,7 @@ class Claims:
             chosen = min(runs, key=lambda run: (run.info.status != "FINISHED", _id(run)))
             for run in runs:  # what lost, and what crashes have left
                 if run is not chosen and not self._is_held(run):
-                    self.tracker.client.delete_run(run.info.run_id)
+                    self.tracker.discard(run, "claimed by another worker")
             if chosen.info.status != "FINISHED" and chosen.data.tags["owner"] == self.me:
                 ours[key] = Run(self.tracker.client, chosen.info.run_id, chosen.info.experiment_id)
         return ours

@@ -78,8 +78,13 @@ def sweep() -> Iterator[Watcher]:
             bar.advance(task, (step.epoch - reached.get(step.cell, 0)) * step.cell.concepts)
             reached[step.cell] = step.epoch
 
-        def finished(_row: dict[str, Any]) -> None:
+        def finished(row: dict[str, Any]) -> None:
             state["cells"] += 1
+            cell = Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
+            bar.advance(
+                task, (epochs(cell) - reached.get(cell, 0)) * cell.concepts
+            )  # stopped early, or by another worker
+            reached[cell] = epochs(cell)
             bar.update(task, cells=f"{state['cells']}/{state['todo']} cells")
 
         yield Watcher(start, progress, finished)

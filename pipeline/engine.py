@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -47,6 +48,7 @@ class Engine:
         self.lanes: Lanes[Row] = Lanes(room(device), device)
         self._waiting: deque[tuple[list[Cell], Snapshot | None]] = deque()
         self._early: list[tuple[list[Cell], Snapshot | None, Handle]] = []
+        self._lost: set[Cell] = set()
         self._resume = True
 
     def __enter__(self) -> Engine:
@@ -91,18 +93,23 @@ class Engine:
         """
         self._claim_early(take)
         ahead = 1
-        while self._waiting or self.lanes.open:
-            # One more than there are lanes, so that none waits while the next are claimed; more where that is too slow.
-            if self._waiting and self.lanes.open <= self.lanes.number:
-                ahead = ahead if self.lanes.open >= self.lanes.number else 2 * ahead
-                batch = [self._waiting.popleft() for _ in range(min(ahead, len(self._waiting)))]
-                won = set(take([cell for stack, _ in batch for cell in stack]))
-                for stack, snapshot in batch:
-                    if own := [cell for cell in stack if cell in won]:
-                        self._start(own, snapshot)
-            if self.lanes.open and (row := self.lanes.next(1.0)) is not None:
-                yield row
-            meanwhile()
+        batch: list[tuple[list[Cell], Snapshot | None]] = []
+        with ThreadPoolExecutor(1, "claims") as claims:  # a claim takes its time, and rows must not wait for it
+            while self._waiting or batch or self.lanes.open:
+                # One more than there are lanes, so that none waits for a claim; more where that is too slow.
+                if self._waiting and not batch and self.lanes.open <= self.lanes.number:
+                    ahead = ahead if self.lanes.open >= self.lanes.number else 2 * ahead
+                    batch = [self._waiting.popleft() for _ in range(min(ahead, len(self._waiting)))]
+                    claim = claims.submit(take, [cell for stack, _ in batch for cell in stack])
+                if batch and claim.done():
+                    won = set(claim.result())
+                    for stack, snapshot in batch:
+                        if own := [cell for cell in stack if cell in won]:
+                            self._start(own, snapshot)
+                    batch = []
+                elif (row := self.lanes.next(0.1 if batch else 1.0)) is not None:
+                    yield row
+                meanwhile()
 
     def _claim_early(self, take: Take) -> None:
         won = set(take([cell for stack, _, _ in self._early for cell in stack])) if self._early else set()
@@ -110,16 +117,27 @@ class Engine:
             own = [cell for cell in stack if cell in won]
             if own != stack:
                 job.cancelled = True
+                self._drop([cell for cell in stack if cell not in won])
                 if own:
                     self._start(own, snapshot)
         self._early = []
+
+    def _drop(self, lost: list[Cell]) -> None:
+        """Remove what was finished of cells that are others'."""
+        self._lost.update(lost)
+        if self.spool is not None:
+            for cell in lost:
+                self.spool.drop_own(self.keys[cell])
 
     def _start(self, stack: list[Cell], snapshot: Snapshot | None) -> Handle:
         return self.lanes.start(lambda job: self._train(stack, snapshot, job))
 
     def _train(self, stack: list[Cell], snapshot: Snapshot | None, job: Handle) -> Iterator[Row]:
         if self.spool is not None and self._resume and (row := self.spool.row(self.keys[stack[0]])):
-            self.progress(Progress(stack[0], len(row["curves"]["val_cosine"]), row["val_cosine"]))
+            scores = row["curves"]["val_cosine"]
+            losses = row["curves"].get("train_loss", [None] * len(scores))
+            for epoch, (score, loss) in enumerate(zip(scores, losses, strict=True), start=1):
+                self.progress(Progress(stack[0], epoch, score, loss))
             yield row
             return
 
@@ -131,6 +149,8 @@ class Engine:
         subsets = [self.data.subset(cell.concepts, cell.layer or 0) for cell in stack]
         for trained in train_stack(stack, subsets, self.device, self.progress, keeping):
             yield self._row(trained)
+        if job.cancelled:
+            self._drop([cell for cell in stack if cell in self._lost])
         if self.spool is not None and not keeping.pause():
             self.spool.forget({self.keys[cell] for cell in stack})
 

@@ -96,8 +96,11 @@ class Catalogued:
 
     def rows(self, side: str) -> list[int]:
         """Rows of one side of the split, in the order in which training subsets are taken."""
-        order = balanced_order(self.vectors.concepts, self.vectors.categories)
-        return [row for row in order if self.vectors.splits[row] == side]
+        return [row for row in self._order if self.vectors.splits[row] == side]
+
+    @cached_property
+    def _order(self) -> list[int]:
+        return balanced_order(self.vectors.concepts, self.vectors.categories)
 
     def subset(self, concepts: int, layer: int) -> Subset:
         """The first ``concepts`` training concepts with block ``layer`` as target (first template).

@@ -58,7 +58,7 @@ class Recorder:
         """Log the epochs of running cells, now and then; what does not get through is logged later."""
         if time.monotonic() - self._flushed < FLUSH_SECONDS:
             return
-        for key, run in self.open.items():
+        for key, run in list(self.open.items()):
             with contextlib.suppress(*TrackingError):
                 steps = [step for _, step in list(self._epochs[key].values())]
                 losses = {step.epoch: step.train_loss for step in steps if step.train_loss is not None}

@@ -204,9 +204,9 @@ def run_sweep(
             rows |= recorder.finished_elsewhere([cell for cell in cells if keys[cell] not in rows])
             if len(rows) < len(keys):
                 if not claims.others_at_work():
-                    parent.end("SCHEDULED")
+                    parent.leave()
                 return Incomplete(identity, len(rows), len(cells), parent)
-            results = _results(name, data, [rows[keys[cell]] for cell in cells], identity)
+            results = results_of(name, data, [rows[keys[cell]] for cell in cells], identity)
             sweep = _conclude(results, parent, tracker, output, student_folder, report)
             parent.end("FINISHED")
             return sweep
@@ -234,6 +234,8 @@ def _train(
         # What is left is other workers': theirs until they finish it, ours if they die.
         found = recorder.finished_elsewhere([cell for cell in todo if keys[cell] not in rows])
         rows |= found
+        for row in found.values():
+            watcher.finished(row)
         todo = [cell for cell in todo if keys[cell] not in rows]
         if todo and not found:
             time.sleep(POLL_SECONDS)
@@ -294,8 +296,8 @@ def _profile(data: Catalogued) -> str:
     return json.dumps({"concepts": len(data.vectors.concepts), "layers": list(data.vectors.layers)})
 
 
-def _results(name: str, data: Catalogued, rows: list[dict[str, Any]], identity: str) -> dict[str, Any]:
-    """The content of the results file. The best cell is the one with the highest validation cosine."""
+def results_of(name: str, data: Catalogued, rows: list[dict[str, Any]], identity: str) -> dict[str, Any]:
+    """The content of the results file, with the baselines; the best cell has the highest validation cosine."""
     subsets = dict.fromkeys((row["concepts"], row["layer"]) for row in rows)
     best = max(rows, key=lambda row: row["val_cosine"])
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import shutil
 import tempfile
 import time
 import warnings
@@ -20,6 +21,8 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema, TensorSpec
 
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
+# What a logged student carries: the room of the students, and those that it imports.
+STUDENT_CODE = ("__init__", "errors", "options", "storage", "concepts", "vectors", "metrics", "features")
 STUDENT_NEEDS = ("numpy", "safetensors", "snowballstemmer", "torch")
 
 
@@ -101,6 +104,10 @@ class Run:
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return str(model.model_id)
 
+    def leave(self) -> None:
+        """Leave the run open for others, who are not at work now: SCHEDULED."""
+        self.client.update_run(self.id, status="SCHEDULED")
+
     def end(self, status: str) -> None:
         """Close the run: "FINISHED", "FAILED" or "KILLED"."""
         self.client.set_terminated(self.id, status)
@@ -113,14 +120,19 @@ def _frame(d_model: int) -> tempfile.TemporaryDirectory[str]:
         Schema([ColSpec("string", "concept")]), Schema([TensorSpec(np.dtype("float32"), (-1, d_model))])
     )
     frame = tempfile.TemporaryDirectory(prefix="student-model-")
-    with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings():
+    package = Path(__file__).parent.parent
+    with tempfile.TemporaryDirectory() as parts, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input example.*")
-        (Path(empty) / "student").mkdir()
+        (Path(parts) / "student").mkdir()
+        code = Path(parts) / "pipeline"
+        shutil.copytree(package / "students", code / "students", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in STUDENT_CODE:
+            shutil.copy(package / f"{name}.py", code)
         pyfunc.save_model(
             frame.name,
             loader_module="pipeline.students.pyfunc",
-            data_path=str(Path(empty) / "student"),
-            code_paths=[str(Path(__file__).parent.parent)],
+            data_path=str(Path(parts) / "student"),
+            code_paths=[str(code)],
             signature=signature,
             pip_requirements=[f"{name}=={_public_version(name)}" for name in STUDENT_NEEDS],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -21,8 +22,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context import registry as context
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_POINT, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from requests import RequestException
+from sqlalchemy import make_url
 
 from pipeline.errors import InputError, WorkError
+from pipeline.storage import write_atomically
 from pipeline.students import Student
 from pipeline.tracking.runs import Run
 
@@ -83,24 +86,25 @@ class Tracker:
         run = self._reopen(parent)
         run.set_tags({"role": "sweep"})
         for candidate in self._candidates(sweep_id):
-            self._discard(candidate, f"took part in sweep {sweep_id}, whose cells are below run {run.id}")
+            self.discard(candidate, f"took part in sweep {sweep_id}, whose cells are below run {run.id}")
         unfinished = {old.info.run_id for old in before if old.info.status != "FINISHED"} - {run.id}
         for cell in self.cells(sweep_id) if unfinished else []:
             if cell.data.tags[MLFLOW_PARENT_RUN_ID] in unfinished:
                 self.client.set_tag(cell.info.run_id, MLFLOW_PARENT_RUN_ID, run.id)
         if opened not in (None, run.id):
-            self._discard(self.client.get_run(opened), f"sweep {sweep_id} goes on in run {run.id}")
+            self.discard(self.client.get_run(opened), f"sweep {sweep_id} goes on in run {run.id}")
         return run
 
-    def _discard(self, run: MlflowRun, why: str) -> None:
-        """Remove a run that lost an election; one that ``mlflow run`` opened stays, with a note."""
-        if MLFLOW_PROJECT_ENTRY_POINT not in run.data.tags:
-            with contextlib.suppress(MlflowException):  # somebody else has done it
-                self.client.delete_run(run.info.run_id)
-            return
+    def discard(self, run: MlflowRun, why: str) -> None:
+        """Remove a run that lost against another; one that ``mlflow run`` opened stays, with a note."""
         left = Run(self.client, run.info.run_id, run.info.experiment_id)
-        left.set_tags({"role": "worker", MLFLOW_RUN_NOTE: why})
-        left.end("FINISHED")
+        if MLFLOW_PROJECT_ENTRY_POINT in run.data.tags:
+            left.set_tags({"role": "worker", MLFLOW_RUN_NOTE: why})
+            left.end("FINISHED")
+            return
+        with contextlib.suppress(MlflowException):  # somebody else has done it
+            left.end("KILLED")
+            self.client.delete_run(left.id)
 
     def open_child(self, parent: Run, name: str, tags: Mapping[str, str]) -> Run:
         """A new run below another."""
@@ -185,25 +189,38 @@ def connect() -> Tracker:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `patiently` does the rest
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     mlflow.set_tracking_uri(uri)
-    tries = (
-        1 if uri.startswith("http") else 5
-    )  # two processes that make one database at once may get in each other's way
-    for left in reversed(range(tries)):
-        try:
-            with _impatient():
-                client = MlflowClient()
-                return Tracker(client, _experiment(client))
-        except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
-            if left:
-                time.sleep(0.5)
-                continue
-            reason = (str(error).strip().split("\n") or [""])[-1][:200]
-            message = (
-                f"MLFLOW_TRACKING_URI {uri}: no MLflow server or database answers there "
-                f"({type(error).__name__}: {reason}); start it, or unset the variable to track to {DEFAULT_URI}"
-            )
-            raise InputError(_without_password(message)) from error
-    raise AssertionError("unreachable")
+    try:
+        _make_sqlite_file(uri)
+        with _impatient():
+            client = MlflowClient()
+            return Tracker(client, _experiment(client))
+    except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
+        reason = (str(error).strip().split("\n") or [""])[-1][:200]
+        message = (
+            f"MLFLOW_TRACKING_URI {uri}: no MLflow server or database answers there "
+            f"({type(error).__name__}: {reason}); start it, or unset the variable to track to {DEFAULT_URI}"
+        )
+        raise InputError(_without_password(message)) from error
+
+
+def _make_sqlite_file(uri: str) -> None:
+    """Make the database of a ``sqlite`` address where there is none, whole or not at all.
+
+    MLflow migrates a new file table by table, and two processes at once, or a kill in the middle, leave a file that
+    nobody can open again.
+    """
+    url = make_url(uri) if uri.startswith("sqlite") else None
+    if url is None or not url.database or Path(url.database).exists():
+        return
+    path = Path(url.database)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not path.exists():
+            write_atomically(path, lambda part: MlflowClient(f"sqlite:///{part}").search_experiments())
+    finally:
+        os.close(folder)
 
 
 def patiently(work: Callable[[], T]) -> T:

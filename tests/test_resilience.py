@@ -1,0 +1,249 @@
+"""Workers that are killed, doubled, or cut off from their tracking server: nothing lost, nothing counted twice."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SHIPPED
+from mlflow import MlflowClient
+
+from pipeline.options import Cell
+from pipeline.spool import Spool
+from pipeline.training import Keeping, train_stack
+
+EPOCHS = 12
+GRID = f"""
+fixed: {{epochs: {EPOCHS}, hidden_dim: 192}}
+axes: {{layers: [0, 1, 2, 3], concepts: [150, 300, 450]}}
+include:
+  - {{student: ridge, concepts: 150}}
+"""
+CELLS = 13
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def grid(workplace):
+    Path("grid.yaml").write_text(GRID)
+    return workplace
+
+
+def sweep(*arguments, uri="sqlite:///mlflow.db", **environment):
+    """A sweep in a process of its own."""
+    command = [sys.executable, "-m", "pipeline", "sweep", "--grid", "grid.yaml", "--vectors", str(SHIPPED), *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri, **environment}
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out
+
+
+def tracked(uri="sqlite:///mlflow.db"):
+    """Parents and children, also those that were removed."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("activation-distillation")
+    found = client.search_runs([experiment.experiment_id]) if experiment else []
+    return [[run for run in found if run.data.tags.get("role") == role] for role in ("sweep", "cell")]
+
+
+def check_runs(uri="sqlite:///mlflow.db"):
+    """One parent, every cell once, all finished, every epoch logged once."""
+    [parent], children = tracked(uri)
+    assert parent.info.status == "FINISHED"
+    assert Counter(run.info.status for run in children) == {"FINISHED": CELLS}
+    assert set(Counter(run.data.tags["cell_key"] for run in children).values()) == {1}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert not [tag for tag in parent.data.tags if tag.startswith("worker.")]
+    client = MlflowClient(uri)
+    for run in children:
+        assert run.outputs.model_outputs
+        if run.data.params["student"] == "mlp":
+            losses = client.get_metric_history(run.info.run_id, "train_loss")
+            assert sorted(entry.step for entry in losses) == list(range(1, EPOCHS + 1))
+
+
+def results(folder="results"):
+    """What a sweep has found, without what differs from run to run."""
+    [path] = Path(folder).glob("*_results_*.json")
+    cells = json.loads(path.read_text())["cells"]
+    return {
+        cell["name"]: {key: cell[key] for key in ("val_cosine", "test_cosine", "test_r2", "best_epoch", "curves")}
+        for cell in cells
+    }
+
+
+def equal(one, other):
+    assert list(one) == list(other)
+    for name, cell in one.items():
+        for key in ("val_cosine", "test_cosine", "test_r2", "best_epoch"):
+            assert cell[key] == pytest.approx(other[name][key], abs=1e-6), name
+        for curve, values in cell["curves"].items():
+            np.testing.assert_allclose(values, other[name]["curves"][curve], atol=1e-6)
+
+
+def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid):
+    finish(sweep("--output", "whole", uri="sqlite:///whole.db"))
+    moments = random.Random(0)
+    finished = {}
+    for _ in range(5):
+        process = sweep()
+        time.sleep(moments.uniform(1, 9))
+        process.kill()
+        process.communicate()
+        _, children = tracked()
+        done = {run.data.tags["cell_key"]: run for run in children if run.info.status == "FINISHED"}
+        for key, run in finished.items():  # what was finished stays as it is
+            assert done[key].info.run_id == run.info.run_id
+            assert done[key].info.end_time == run.info.end_time
+        finished = done
+    finish(sweep())
+    check_runs()
+    equal(results(), results("whole"))
+    assert not Path("results/.spool").exists()
+
+
+def test_workers_that_start_at_once_agree_on_one_parent_and_train_every_cell_once(grid):
+    workers = [sweep("--sweep-id", "same", "--output", f"out{number}") for number in range(2)]
+    outputs = [finish(worker) for worker in workers]
+    check_runs()
+    equal(results("out0"), results("out1"))
+    assert len({line for out in outputs for line in out.splitlines() if line.startswith("MLflow")}) == 1
+    assert not list(Path().glob("out*/.spool"))
+
+
+def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid):
+    for shard, finished in (("1/3", False), ("0/3", False), ("2/3", True)):
+        out = finish(sweep("--shard", shard, "--sweep-id", "parts"))
+        assert ("the shard that completes the sweep writes the report" in out) != finished
+        assert bool(list(Path("results").glob("*.png"))) == finished
+        assert tracked()[0][0].info.status == ("FINISHED" if finished else "SCHEDULED")
+    check_runs()
+    finish(sweep("--output", "whole", uri="sqlite:///whole.db"))
+    equal(results(), results("whole"))
+
+
+def test_a_worker_takes_over_what_a_dead_one_has_left(grid):
+    left = sweep("--sweep-id", "left")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not tracked()[1]:
+        time.sleep(0.2)
+    other = sweep("--sweep-id", "left", "--output", "other")
+    time.sleep(4)
+    left.kill()
+    left.communicate()
+    finish(other)
+    check_runs()
+
+
+@contextmanager
+def server(port):
+    """A real tracking server on a database, with artifacts through it."""
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///server.db", "--port", str(port),
+        "--artifacts-destination", "artifacts", "--workers", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ}
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_tracking_server_that_goes_away_for_a_while_costs_nothing_but_the_wait(grid, port):
+    uri = f"http://127.0.0.1:{port}"
+    with server(port):
+        process = sweep(uri=uri)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not tracked(uri)[1]:
+            time.sleep(0.2)
+    time.sleep(10)
+    with server(port):
+        finish(process)
+        check_runs(uri)
+
+
+def test_a_tracking_server_that_stays_away_loses_nothing(grid, port):
+    uri = f"http://127.0.0.1:{port}"
+    with server(port):
+        process = sweep(uri=uri, TRACKING_PATIENCE_SECONDS="4")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not tracked(uri)[1]:
+            time.sleep(0.2)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert f"{uri}: has not answered for 4 s" in err.splitlines()[-1]
+    spooled = {path.name.split(".")[0]: json.loads(path.joinpath("cell.json").read_text())
+               for path in Path("results/.spool").iterdir() if path.is_dir()}  # fmt: skip
+    assert spooled
+    with server(port):
+        finish(sweep(uri=uri))
+        check_runs(uri)
+    [path] = Path("results").glob("*_results_*.json")
+    rows = {cell["cell_key"]: cell for cell in json.loads(path.read_text())["cells"]}
+    for key, row in spooled.items():
+        assert rows[key]["train_seconds"] == row["train_seconds"]  # uploaded, not trained again
+    assert not Path("results/.spool").exists()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_stack_that_is_stopped_goes_on_from_its_state(data, tmp_path, dropout):
+    base = Cell(concepts=100, hidden_dim=32, layers=1, epochs=8, batch_size=48, layer=15, dropout=dropout)
+    cells = [base, Cell(**{**vars(base), "concepts": 200, "seed": 1}), Cell(**{**vars(base), "epochs": 3})]
+    subsets = [data.subset(cell.concepts, 15) for cell in cells]
+    whole = {trained.cell: trained for trained in train_stack(cells, subsets, CPU)}
+    spool, keys = Spool(tmp_path / "spool"), {cell: f"key{number}" for number, cell in enumerate(cells)}
+    steps = iter(range(1000))
+    stop = Keeping(None, lambda state: spool.keep(state, keys, "key0"), lambda: next(steps) == 14)
+    early = [trained.cell for trained in train_stack(cells, subsets, CPU, keeping=stop)]
+    assert early == [cells[2]]
+    [(left, state)] = spool.unfinished(keys, cells[:2])
+    assert set(left) == set(cells[:2])
+    assert state.step == 14
+    told = []
+    again = train_stack(left, [data.subset(cell.concepts, 15) for cell in left], CPU, told.append, Keeping(start=state))
+    for trained in again:
+        assert trained.curves == whole[trained.cell].curves
+        assert trained.best_epoch == whole[trained.cell].best_epoch
+        for name, value in trained.parameters.items():
+            torch.testing.assert_close(value, whole[trained.cell].parameters[name], rtol=1e-6, atol=1e-8)
+    assert {step.epoch for step in told if step.cell == cells[0]} == set(range(1, 9))
+    spool.forget({"key0", "key1", "key2"})
+    assert not (tmp_path / "spool").exists()
+
+
+def test_a_state_that_is_damaged_is_passed_over(tmp_path):
+    spool = Spool(tmp_path)
+    (tmp_path / "key0.stack").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00nonsense")
+    assert spool.unfinished({Cell(): "key0"}, [Cell()]) == []
