@@ -63,13 +63,7 @@ def _click_option(item: Any, kind: Any) -> Callable[[Any], Any]:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 def cli() -> None:
-    r"""Small students that reproduce a language model's activation vectors from a concept's text.
-
-    \b
-    extract   teacher -> vectors file
-    sweep     a grid of students on one vectors file, with report
-    train     one student
-    report    tables and plots of a sweep
+    """Small students that reproduce a language model's activation vectors from a concept's text.
 
     Runs are tracked in MLflow: at MLFLOW_TRACKING_URI, or in sqlite:///mlflow.db (see them with: mlflow ui).
     """
@@ -163,12 +157,13 @@ def _sweep(
     cells = prepare(cells, data)
     for folder in (output, student_folder or output):
         writable(folder / "results.json")
+    tracker = connect()
     with display.sweep() as watcher:
         done = run_sweep(
             name,
             cells,
             data,
-            connect(),
+            tracker,
             start(),
             params=asdict(options),
             vectors_uri=options.vectors,

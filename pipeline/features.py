@@ -117,7 +117,9 @@ class Catalogued:
         """Raise what `subset` would raise, without its work."""
         self.vectors.layer_index(layer)
         if concepts > (available := len(self.rows("train"))):
-            raise InputError(f"--concepts {concepts}: the vectors file has {available} training concepts")
+            raise InputError(
+                f"--concepts {concepts}: the vectors file has {available} training concepts; ask for no more"
+            )
 
     def _cut(self, concepts: int, layer: int) -> Subset:
         self.check(concepts, layer)

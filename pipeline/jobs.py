@@ -20,7 +20,7 @@ from pipeline.errors import InputError
 from pipeline.extraction import Cost, automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
 from pipeline.options import ExtractOptions
-from pipeline.plan import Plan, Request, check_prompts, is_extracted, make_request, merge
+from pipeline.plan import Plan, Request, check_output, check_prompts, is_extracted, make_request, merge
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
 from pipeline.storage import writable
 from pipeline.teachers import Source, find_teacher, load_teacher
@@ -60,6 +60,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar) -> 
     if output.suffix == ".pt" and (len(request.layers), len(request.templates)) != (1, 1):
         raise InputError(f"--output {output}: a .pt file holds one layer and one template; write .safetensors")
     held = is_extracted(output, request)
+    check_output(output, request, options.concepts)
     if not accelerator.is_main_process:
         if not held:
             _share(options, accelerator, source, request, output, shard, _no_bar)
@@ -72,7 +73,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar) -> 
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
         plan = _share(options, accelerator, source, request, output, shard, bar, run)
         if not options.merge and (missing := len(plan.missing())) and not plan.is_merged:
-            return f"{output}: shard {options.shard} is done; {missing} parts are other shards', the last one merges"
+            return f"{output}: shard {options.shard} is done; the last shard merges, {missing} parts are left to others"
         in_sink = merge(request, plan, output)
         return _log(run, request, output, options, in_sink)
 
@@ -102,6 +103,7 @@ def _share(
     if done := len(plan.parts) - len(plan.missing()):
         log.info("%d of %d parts were extracted before", done, len(plan.parts))
     if todo:
+        log.info("loading %s", source.name)
         teacher = load_teacher(source, accelerator.device, options.device_map)
         templates = len(request.templates)
         with bar(sum(part.stop - part.start for part in todo)) as advance:
@@ -133,6 +135,8 @@ def _log(run: Run, request: Request, output: Path, options: ExtractOptions, in_s
     """Audit the finished file, log it, and say what it is."""
     sides = ", ".join(f"{number} {side}" for side, number in counts(request.splits).items())
     told = f"{output}: {len(request.concepts)} concepts ({sides}), blocks {list(request.layers)}"
+    if "val" not in request.splits or "test" not in request.splits:
+        log.warning("warning: too few concepts to hold any out; students need 10 at the least")
     run.log_artifact(output)
     run.log_metrics({"concepts": len(request.concepts)})
     if output.suffix == ".pt":
@@ -149,7 +153,7 @@ def _log(run: Run, request: Request, output: Path, options: ExtractOptions, in_s
     run.set_tags({"vectors_sha256": header["sha256"]})
     if found.agreement:
         told += f", agreement of templates {min(found.agreement):.3f} to {max(found.agreement):.3f}"
-    return f"{told}, sha256 {header['sha256']}"
+    return f"{told}, sha256 of the tensors {header['sha256']}"
 
 
 def _log_pictures(run: Run, found: Audit) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -44,6 +45,8 @@ from pipeline.vectors import (
 POOLS = ("last", "mean")
 PART_ROWS = 4096  # concepts of a part: what an interruption can cost
 PART_BYTES = 1 << 26  # and what a worker holds of its vectors at once
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,28 @@ def is_extracted(output: Path, request: Request) -> bool:
         return False
 
 
+def check_output(output: Path, request: Request, concepts: str) -> None:
+    """Refuse to write over a file that is not a vectors file; say so where other vectors will be replaced.
+
+    Raises:
+        InputError: something else stands there.
+    """
+    if not output.is_file():
+        return
+    if Path(concepts).exists() and output.samefile(concepts):
+        raise InputError(f"--output {output}: that is the file of the concepts")
+    if output.suffix == ".pt":
+        return
+    try:
+        header = read_header(output)
+    except InputError as error:
+        raise InputError(
+            f"--output {output}: exists, and is no whole vectors file; remove it or name another"
+        ) from error
+    if header["extraction_key"] != request.key:
+        log.warning("%s: replaces other vectors (extraction key %s)", output, header["extraction_key"][:12])
+
+
 @dataclass(frozen=True)
 class Part:
     """Consecutive rows of a request, and the file that will hold them."""
@@ -219,7 +244,9 @@ def merge(request: Request, plan: Plan, output: Path) -> list[str]:
     if missing := plan.missing():
         if is_extracted(output, request):  # another worker has merged
             return []
-        raise WorkError(f"{output}: {len(missing)} of {len(plan.parts)} parts are not extracted yet")
+        raise WorkError(
+            f"{output}: {len(missing)} of {len(plan.parts)} parts are not extracted yet; run the shards that are left"
+        )
 
     def each(name: str) -> Iterator[NDArray[Any]]:
         for part in plan.parts:

