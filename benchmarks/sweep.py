@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.engine import Engine
-from pipeline.features import Catalogued, Subset
+from pipeline.features import Catalogued, Side, Subset
 from pipeline.grid import read_grid
 from pipeline.metrics import cosines
 from pipeline.options import Cell
@@ -81,10 +81,10 @@ class PlainStudent(nn.Module):
         return answer
 
 
-def plain_training(cell: Cell, subset: Subset) -> Iterator[dict[str, float]]:
+def plain_training(cell: Cell, train: Side, val: Side, scale: float) -> Iterator[dict[str, float]]:
     """Train one student; the losses and scores of each epoch."""
     torch.manual_seed(cell.seed)
-    inputs, targets = subset.train.inputs, subset.train.targets / subset.scale
+    inputs, targets = train.inputs, train.targets / scale
     student = PlainStudent(inputs.shape[1], targets.shape[1], cell)
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=cell.learning_rate, weight_decay=cell.weight_decay, fused=True
@@ -107,7 +107,7 @@ def plain_training(cell: Cell, subset: Subset) -> Iterator[dict[str, float]]:
             losses.append(loss.item())
         student.eval()
         with torch.no_grad():
-            score = cosines(student(subset.val.inputs), subset.val.targets).mean().item()
+            score = cosines(student(val.inputs), val.targets).mean().item()
         best = max(best, score)
         yield {"train_loss": statistics.mean(losses), "val_cosine": score, "best": best}
 
@@ -124,8 +124,7 @@ def ray_tune(cells: Sequence[Cell], subsets: Sequence[Subset], folder: Path, cpu
 
         torch.set_num_threads(cpus)
         train, val, scale = get(data)[config["number"]]
-        subset = Subset(train, val, val, train.targets, scale, train.targets, train.targets)
-        for row in plain_training(cells[config["number"]], subset):
+        for row in plain_training(cells[config["number"]], train, val, scale):
             tune.report(row)
 
     tuner = tune.Tuner(
@@ -171,7 +170,7 @@ class Benchmark:
         self.data = Catalogued(read_vectors(vectors))
         self.name, cells = read_grid("scaling", epochs, seeds)
         self.cells = prepare(cells, self.data)
-        self.subsets = [self.data.subset(cell.concepts, cell.layer or 0) for cell in self.cells]
+        self.subsets = [self.data.subset(cell) for cell in self.cells]
         self.accelerator = start()
 
     def tracked(self, folder: Path) -> float:
@@ -199,7 +198,11 @@ class Benchmark:
         """One student after another as a user of PyTorch writes it, in float32."""
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         pairs = zip(self.cells, self.subsets, strict=True)
-        return max(row["best"] for cell, subset in pairs for row in plain_training(cell, subset))
+        return max(
+            row["best"]
+            for cell, subset in pairs
+            for row in plain_training(cell, subset.train, subset.val, subset.scale)
+        )
 
     def process_a_cell(self, folder: Path) -> float:
         """``train`` once a cell."""

@@ -7,14 +7,23 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
 from pipeline.errors import InputError, WorkError
-from pipeline.options import Cell, ExtractOptions, ReportOptions, SweepOptions, TrainOptions, check, flag
+from pipeline.options import (
+    Cell,
+    EvaluateOptions,
+    ExtractOptions,
+    ReportOptions,
+    SweepOptions,
+    TrainOptions,
+    check,
+    flag,
+)
 
 
 def options_of(settings: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
@@ -92,7 +101,9 @@ def train(options: TrainOptions) -> None:
 
     Example: python -m pipeline train --student mlp --hidden-dim 512 --concepts 700
     """
-    cell = Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)})
+    from pipeline.grid import canonical
+
+    cell = canonical(Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)}))
     folder = Path(options.output) if options.output else None
     _sweep("train", [cell], options, Path("results"), folder)
 
@@ -104,9 +115,12 @@ def sweep(options: SweepOptions) -> None:
 
     Example: python -m pipeline sweep --grid scaling --seeds 3
     """
-    from pipeline.grid import read_grid
+    from pipeline.grid import read_grid, vectors_of
 
     name, cells = read_grid(options.grid, options.epochs, options.seeds)
+    options = replace(options, vectors=options.vectors or vectors_of(options.grid))
+    if options.max_concepts is not None:
+        cells = [cell for cell in cells if cell.concepts <= options.max_concepts]
     if options.dry_run:
         _show_plan(name, cells, options)
         return
@@ -124,7 +138,7 @@ def _show_plan(name: str, cells: list[Cell], options: SweepOptions) -> None:
     from pipeline.tracking import fetch
     from pipeline.vectors import read_vectors
 
-    data = Catalogued(read_vectors(fetch(options.vectors)))
+    data = Catalogued(read_vectors(fetch(str(options.vectors))))
     cells = prepare(cells, data)
     accelerator, shard = start(), parse_shard(options.shard)
     if accelerator.is_main_process:
@@ -153,7 +167,7 @@ def _sweep(
     from pipeline.vectors import read_vectors
 
     part = parse_shard(shard)
-    data = Catalogued(read_vectors(fetch(options.vectors)))
+    data = Catalogued(read_vectors(fetch(str(options.vectors))))
     cells = prepare(cells, data)
     for folder in (output, student_folder or output):
         writable(folder / "results.json")
@@ -166,7 +180,7 @@ def _sweep(
             tracker,
             start(),
             params=asdict(options),
-            vectors_uri=options.vectors,
+            vectors_uri=str(options.vectors),
             output=output,
             student_folder=student_folder,
             sweep_id=sweep_id,
@@ -199,15 +213,36 @@ def report(options: ReportOptions) -> None:
     Example: python -m pipeline report --results results/scaling_results_20260101T000000Z.json
     """
     from pipeline import display
-    from pipeline.report import SHORT, load_sweep, table_rows, verdict, write_report
-    from pipeline.tracking import fetch
-    from pipeline.vectors import read_vectors
+    from pipeline.features import Catalogued
+    from pipeline.report import SHORT, load_sweep, table_rows, vectors_for, verdict, write_predictions, write_report
 
-    vectors = read_vectors(fetch(options.vectors))
     stem, results, student = load_sweep(options.results, options.sweep_id)
+    vectors = vectors_for(results["grid"], options.vectors)
+    if options.predict is not None:
+        path, lines = write_predictions(results, options.predict, Catalogued(vectors), Path(options.output))
+        for line in (*lines, path):
+            click.echo(line)
+        return
     written = write_report(results, stem, Path(options.output), student, vectors)
     display.table(*table_rows(results, SHORT))
     click.echo(verdict(results))
+    for path in written:
+        click.echo(path)
+
+
+@cli.command()
+@options_of(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> None:
+    """Measure trained students on the test concepts, and in the teacher.
+
+    Example: python -m pipeline evaluate --teacher smollm2-135m
+    """
+    from pipeline import display
+    from pipeline.evaluation import run_evaluate
+    from pipeline.processes import start
+
+    head, rows, written = run_evaluate(options, start())
+    display.table(head, rows)
     for path in written:
         click.echo(path)
 

@@ -215,6 +215,26 @@ def split(catalogue: Catalogue) -> list[str]:
     return sides
 
 
+def by_categories(concepts: Sequence[str], categories: Sequence[str]) -> list[str]:
+    """A second split that holds out whole categories, one in five each for validation and test, at least one.
+
+    Concepts of another category that share a word stem with a held-out one are left out of training ("none").
+    """
+    names = sorted(set(categories), key=lambda category: _digest("category", category))
+    held = max(1, len(names) // 5)
+    if len(names) < 3:
+        raise InputError(f"--split categories: needs 3 categories at the least, found {len(names)}")
+    side_of = dict.fromkeys(names, "train") | dict.fromkeys(names[:held], "test")
+    side_of |= dict.fromkeys(names[held : 2 * held], "val")
+    found = [side_of[category] for category in categories]
+    for group in stem_groups(concepts):
+        if len(own := {found[row] for row in group}) > 1:
+            kept = "test" if "test" in own else "val"
+            for row in group:
+                found[row] = found[row] if found[row] == kept else "none"
+    return found
+
+
 def _quotas(sizes: Counter[str]) -> Counter[str]:
     """Held-out concepts by category, in proportion to its size (largest remainders)."""
     total = sum(sizes.values())

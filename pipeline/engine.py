@@ -15,7 +15,7 @@ from pipeline.features import Catalogued
 from pipeline.lanes import Handle, Lanes, room
 from pipeline.metrics import by_category
 from pipeline.options import Cell
-from pipeline.schedule import training_flops
+from pipeline.schedule import flops_of_prediction, training_flops
 from pipeline.spool import Spool
 from pipeline.stack import Progress, Snapshot
 from pipeline.students import Student
@@ -134,9 +134,9 @@ class Engine:
 
     def _train(self, stack: list[Cell], snapshot: Snapshot | None, job: Handle) -> Iterator[Row]:
         if self.spool is not None and self._resume and (row := self.spool.row(self.keys[stack[0]])):
-            scores = row["curves"]["val_cosine"]
+            epochs, scores = row["curves"]["epoch"], row["curves"]["val_cosine"]
             losses = row["curves"].get("train_loss", [None] * len(scores))
-            for epoch, (score, loss) in enumerate(zip(scores, losses, strict=True), start=1):
+            for epoch, score, loss in zip(epochs, scores, losses, strict=True):
                 self.progress(Progress(stack[0], epoch, score, loss))
             yield row
             return
@@ -146,7 +146,7 @@ class Engine:
                 self.spool.keep(state, self.keys, self.keys[stack[0]])
 
         keeping = Keeping(snapshot, save, lambda: job.pause() or job.cancelled)
-        subsets = [self.data.subset(cell.concepts, cell.layer or 0) for cell in stack]
+        subsets = [self.data.subset(cell) for cell in stack]
         for trained in train_stack(stack, subsets, self.device, self.progress, keeping):
             yield self._row(trained)
         if job.cancelled:
@@ -157,11 +157,12 @@ class Engine:
     def _row(self, trained: Trained) -> Row:
         """The cell's row of the results file; the cell goes to the spool."""
         cell, key, vectors = trained.cell, self.keys[trained.cell], self.data.vectors
-        subset = self.data.subset(cell.concepts, cell.layer or 0)
+        subset = self.data.subset(cell)
         row = {
             "name": cell.name,
             **asdict(cell),
             "parameters": trained.number_of_parameters,
+            "flops": flops_of_prediction(cell, self.data),
             "dtype": trained.dtype,
             **trained.metrics,
             "best_epoch": trained.best_epoch,
@@ -174,5 +175,7 @@ class Engine:
             "curves": trained.curves,
         }
         if self.spool is not None:
-            self.spool.add(key, row, Student.from_training(cell, trained.parameters, subset, vectors, trained.metrics))
+            self.spool.add(
+                key, row, Student.from_training(cell, trained.parameters, subset, self.data, trained.metrics)
+            )
         return row

@@ -64,6 +64,11 @@ class Prompt:
     token_ids: list[int]
     own: list[int]
 
+    @property
+    def own_ids(self) -> list[int]:
+        """The concept's own tokens."""
+        return [self.token_ids[position] for position in self.own]
+
     def read(self, pool: str) -> list[int]:
         """The positions whose residual stream makes the vector."""
         return self.own if pool == "mean" else [len(self.token_ids) - 1]
@@ -133,10 +138,11 @@ def read_parts(
             if number + 1 < len(parts):
                 ahead = tokenizing.submit(prepare, parts[number + 1])
             values, tokens = reader.read(prompts)
+            alone = reader.read_alone(prompts[0])
             if written is not None:
                 written.result()
             held, copied = _to_host(values)
-            written = writing.submit(_write_part, teacher, request, part, prompts, held, copied)
+            written = writing.submit(_write_part, teacher, request, part, prompts, held, copied, alone)
             cost.tokens += tokens
             cost.prompts += len(prompts) * len(prompts[0])
         assert written is not None
@@ -191,6 +197,26 @@ class _Reader:
                     self.shared = False
                 else:
                     raise
+
+    def read_alone(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
+        """The residual stream at the request's token block for each distinct token of the concepts by itself.
+
+        The token stands after what the template begins with, and no other token of a concept is before it.
+
+        Returns:
+            ``[types, d_model]``, by ascending token id; ``[0, d_model]`` where none is asked for.
+        """
+        block, width = self.request.token_block, self.teacher.embedding_table.shape[1]
+        if block is None:
+            return np.empty((0, width), np.float32)
+        types = np.unique([token for prompt in prompts for token in prompt.own_ids])
+        before = prompts[0].token_ids[: prompts[0].own[0]]
+        values = np.empty((len(types), width), np.float32)
+        step = max(1, self.batch_tokens // (len(before) + 1))
+        for start in range(0, len(types), step):
+            batch = torch.tensor([[*before, token] for token in types[start : start + step].tolist()])
+            values[start : start + step] = residuals(self.teacher, batch, [block])[0, :, -1].float().cpu().numpy()
+        return values
 
     def _halve(self, error: BaseException) -> None:
         if self.batch_tokens == 1:
@@ -295,6 +321,7 @@ def _write_part(
     prompts: Sequence[Sequence[Prompt]],
     values: Tensor,
     copied: torch.cuda.Event | None,
+    alone: NDArray[np.float32],
 ) -> None:
     if copied is not None:
         copied.synchronize()
@@ -305,7 +332,7 @@ def _write_part(
             f"--dtype {request.dtype}: the vector of {request.concepts[part.start + row]!r} is not finite in it; "
             "try --dtype float32"
         )
-    own = [[prompt.token_ids[position] for position in prompt.own] for prompt in prompts[0]]
+    own = [prompt.own_ids for prompt in prompts[0]]
     starts = [[prompt.read(request.pool)[0] for prompt in of_template] for of_template in prompts]
     ids = np.array([token for tokens in own for token in tokens], np.int64)
     vocab = np.unique(ids)
@@ -316,7 +343,8 @@ def _write_part(
         "token_lengths": np.array([len(tokens) for tokens in own], np.int64),
         "token_vocab": vocab,
         "token_embeddings": embeddings,
+        "token_activations": alone,
         "in_sink": (np.array(starts) == 0).any(0),
-        "peaks": np.array([np.abs(embeddings).max(initial=0), np.abs(vectors).max(initial=0)]),
+        "peaks": np.array([np.abs(held).max(initial=0) for held in (embeddings, vectors, alone)]),
     }
     write_atomically(part.path, lambda path: save_file(tensors, path))

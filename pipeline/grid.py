@@ -3,7 +3,8 @@
 ``axes`` maps options of `Cell` to lists of values and ``fixed`` maps others to one value; the cells are every
 combination. ``exclude`` lists settings: a cell that has all of one is left out. ``include`` lists settings of further
 cells, on top of ``fixed``. ``seeds`` trains each cell so many times, with seeds counted up from its own. An axis that a
-student does not read (ridge has no hidden layers and no seed) does not multiply its cells.
+student does not read (ridge has no hidden layers and no seed) does not multiply its cells. ``vectors`` names the
+vectors file that the grid is made for.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from typing import Any
 import yaml
 
 from pipeline.errors import InputError, choices
-from pipeline.options import Cell, check
+from pipeline.options import SHIPPED, Cell, check
+from pipeline.students import KINDS
 
-KEYS = ("axes", "fixed", "include", "exclude", "seeds")
+KEYS = ("vectors", "axes", "fixed", "include", "exclude", "seeds")
 OPTIONS = tuple(item.name for item in fields(Cell))
-# The options that closed-form students read; the rest stays at its default.
-READ = {"ridge": ("student", "concepts", "layer")}
 
 Place = tuple[str | int, ...]
 
@@ -49,8 +49,13 @@ def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = 
     if epochs is not None:
         cells = [replace(cell, epochs=epochs) for cell in cells]
     number = grid.content.get("seeds", 1) if seeds is None else seeds
-    seeded = [_canonical(replace(cell, seed=cell.seed + offset)) for offset in range(number) for cell in cells]
+    seeded = [canonical(replace(cell, seed=cell.seed + offset)) for offset in range(number) for cell in cells]
     return grid.path.stem, list(dict.fromkeys(seeded))
+
+
+def vectors_of(name_or_path: str) -> str:
+    """The vectors file that a grid is made for: its ``vectors``, or the shipped one."""
+    return str(_read(_find(name_or_path)).content.get("vectors", SHIPPED))
 
 
 @dataclass(frozen=True)
@@ -157,11 +162,9 @@ def _settings(
         yield {**fixed, **item}, ("include", number)
 
 
-def _canonical(cell: Cell) -> Cell:
+def canonical(cell: Cell) -> Cell:
     """The cell with all that its student does not read at the defaults, so that equal work is one cell."""
-    if cell.student not in READ:
-        return cell
-    return Cell(**{name: getattr(cell, name) for name in READ[cell.student]})
+    return KINDS[cell.student].canonical(cell) if cell.student in KINDS else cell
 
 
 def _read(path: Path) -> _Grid:

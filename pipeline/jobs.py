@@ -55,7 +55,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar) -> 
     output = writable(options.output or f"data/vectors/{slug}.safetensors")
     request = make_request(
         source, catalogue, layers=options.layers, templates=options.template, pool=options.pool,
-        count=options.num_concepts,
+        count=options.num_concepts, token_block=options.token_block,
     )  # fmt: skip
     if output.suffix == ".pt" and (len(request.layers), len(request.templates)) != (1, 1):
         raise InputError(f"--output {output}: a .pt file holds one layer and one template; write .safetensors")

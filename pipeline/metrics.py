@@ -7,9 +7,12 @@ residual stream has a large constant part, so without centring a constant predic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 NAMES = ("cosine", "cosine_raw", "r2", "retrieval_at_1", "retrieval_at_5")
@@ -65,3 +68,41 @@ def by_category(values: Sequence[float], categories: Sequence[str]) -> dict[str,
     for category, value in zip(categories, values, strict=True):
         groups.setdefault(category, []).append(value)
     return {category: sum(own) / len(own) for category, own in sorted(groups.items())}
+
+
+def linear_cka(predicted: Tensor, truth: Tensor) -> float:
+    """Linear centred kernel alignment of two sets of vectors, ``[N, d_model]`` each, from 0 to 1.
+
+    Kornblith et al. (2019), "Similarity of neural network representations revisited". 0 where either does not vary.
+    """
+    x, y = (values.double() - values.double().mean(0) for values in (predicted, truth))
+    across, own_x, own_y = (x.mT @ y).norm(), (x.mT @ x).norm(), (y.mT @ y).norm()
+    return (across.square() / (own_x * own_y)).item() if own_x > 0 and own_y > 0 else 0.0
+
+
+def norm_error(predicted: Tensor, truth: Tensor) -> Tensor:
+    """How far each prediction's length is from the true one, as a share of it, ``[N, d_model]`` to ``[N]``.
+
+    Of vectors that are not centred; a true vector of no length counts the prediction's length.
+    """
+    true = truth.norm(dim=-1)
+    return (predicted.norm(dim=-1) - true).abs() / true.where(true > 0, 1.0)
+
+
+def interval(values: NDArray[np.floating[Any]], level: float = 0.95, samples: int = 2000) -> tuple[float, float]:
+    """A bootstrap interval of the mean over concepts and seeds.
+
+    Args:
+        values: ``[seeds, N]``; concepts are drawn anew for all seeds alike, and seeds are drawn anew too (percentile
+            bootstrap: Efron and Tibshirani, 1993, chapter 13).
+        level: coverage.
+        samples: bootstrap samples.
+    """
+    draw = np.random.default_rng(0)
+    seeds, concepts = values.shape
+    means = []
+    for _ in range(samples):
+        rows = draw.integers(seeds, size=seeds)
+        means.append(values[rows][:, draw.integers(concepts, size=concepts)].mean())
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

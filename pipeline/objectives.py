@@ -1,31 +1,85 @@
-"""What training minimises: pure functions from a stack's predictions to one loss a member.
+"""What training minimises: pure functions from a stack's predictions to one loss a member, and weighted sums of them.
 
 ``S`` members, ``B`` concepts a batch; ``weights`` is 0 for the rows that pad a last, shorter batch.
 """
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.errors import InputError, choices
 from pipeline.metrics import cosines
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+TERM = re.compile(r"(?:(\d+\.?\d*|\.\d+)\*)?([a-z]+)")
 
 
-def cosine(predicted: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+def cosine(predicted: Tensor, truth: Tensor, weights: Tensor, _temperature: float) -> Tensor:
     """1 - cosine, averaged over the batch: ``[S, B, d_model]`` twice and ``[S, B]`` to ``[S]``."""
     return _average(1 - cosines(predicted, truth), weights)
 
 
-def mse(predicted: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+def mse(predicted: Tensor, truth: Tensor, weights: Tensor, _temperature: float) -> Tensor:
     """Squared error over the vector's dimensions, averaged over the batch, in units of the target's variance."""
     return _average((predicted - truth).square().mean(-1), weights)
+
+
+def infonce(predicted: Tensor, truth: Tensor, weights: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of telling a concept's true vector from the others of the batch, by cosine, in both directions.
+
+    van den Oord, Li and Vinyals (2018), "Representation learning with contrastive predictive coding", with the
+    symmetric form of Radford et al. (2021). The length of an answer is left free.
+    """
+    similarity = F.normalize(predicted, dim=-1) @ F.normalize(truth, dim=-1).mT / temperature  # [S, B, B]
+    absent = weights == 0
+    similarity = similarity.masked_fill(absent[:, None, :] | absent[:, :, None], -1e9)
+    own = similarity.diagonal(dim1=-2, dim2=-1)  # [S, B]
+    lost = similarity.logsumexp(-1) + similarity.logsumexp(-2) - 2 * own
+    return _average(lost / 2, weights)
 
 
 def _average(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum(-1) / weights.sum(-1)
 
 
-OBJECTIVES: dict[str, Objective] = {"cosine": cosine, "mse": mse}
+TERMS = {"cosine": cosine, "mse": mse, "infonce": infonce}
+
+
+@functools.cache
+def terms(objective: str) -> dict[str, float]:
+    """The weight of each term of an objective such as ``cosine`` or ``cosine+0.1*infonce``.
+
+    Raises:
+        InputError: not a sum of known terms, or a weight that is not positive.
+    """
+    found: dict[str, float] = {}
+    for part in objective.replace(" ", "").split("+"):
+        if not (match := TERM.fullmatch(part)) or match[2] not in TERMS:
+            name = match[2] if match else part
+            raise choices("objective", name, [*TERMS, "sums such as cosine+0.1*infonce"])
+        weight = float(match[1] or 1)
+        if weight <= 0 or match[2] in found:
+            raise InputError(f"--objective {objective}: expected positive weights, and each term once")
+        found[match[2]] = weight
+    return found
+
+
+def keeps_length(objective: str) -> bool:
+    """Whether the objective says how long an answer should be; cosines do not."""
+    return "mse" in terms(objective)
+
+
+def objective_of(objective: str, temperature: float) -> Objective:
+    """The loss of each member, ``[S]``, from predictions, truths and weights."""
+    weighted = [(TERMS[name], weight) for name, weight in terms(objective).items()]
+
+    def loss(predicted: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
+        return torch.stack([weight * term(predicted, truth, weights, temperature) for term, weight in weighted]).sum(0)
+
+    return loss

@@ -97,6 +97,12 @@ class ExtractOptions:
         ("Tell me about {concept}",), "The prompt around the concept; repeat the option for several."
     )
     pool: str = option("last", "Read the last token of the prompt, or the mean over the concept's tokens (last, mean).")
+    token_block: int = option(
+        1,
+        "Also read every token of the concepts by itself after this early block: a table from which students read "
+        "more than from the embeddings, without running the teacher. 0 reads the embedding output.",
+        minimum=0,
+    )
     dtype: str = option(
         "auto",
         "Precision of the teacher: float32, bfloat16, float16, int8 (8-bit weights, needs bitsandbytes); auto takes "
@@ -116,6 +122,15 @@ class ExtractOptions:
     )
 
 
+SHIPPED = "data/vectors/smollm2-135m.safetensors"
+# Options that a cell's name shows where they are not the default.
+SHORT_NAMES = {
+    "inputs": "", "skip": "skip", "temperature": "t", "targets": "targets-", "token_dropout": "td", "noise": "n",
+    "mixup": "mix", "curriculum": "by-", "pace": "p", "split": "split-", "learning_rate": "lr", "weight_decay": "wd",
+    "dropout": "d", "batch_size": "b",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Cell:
     """One student configuration of a grid. Every field can be an axis."""
@@ -123,8 +138,10 @@ class Cell:
     concepts: int = option(700, "Training concepts; smaller sets are contained in larger ones.", minimum=2)
     hidden_dim: int = option(256, "Width of the student's hidden layers.", minimum=1)
     layers: int = option(2, "Hidden layers (residual blocks) of the student.", minimum=0)
-    student: str = option("mlp", "Kind of student: mlp or ridge.")
-    objective: str = option("cosine", "What training minimises: cosine or mse.")
+    student: str = option("mlp", "Kind of student: mlp, transformer, ridge, kernel or truncated.")
+    objective: str = option(
+        "cosine", "What training minimises: cosine, mse, infonce, or a weighted sum such as cosine+0.1*infonce."
+    )
     layer: int | None = option(
         None, "Block of the teacher whose vectors to learn.  [default: the middle one of the file]", minimum=0
     )
@@ -135,6 +152,23 @@ class Cell:
     weight_decay: float = option(0.1, "AdamW's decoupled weight decay.", minimum=0)
     dropout: float = option(0.4, "Share of inputs and of block outputs dropped in training.", minimum=0, below=1)
 
+    inputs: str = option(
+        "activations",
+        "What the student reads of a concept: activations (each of its tokens by itself after the teacher's first "
+        "block, from the file's table), embeddings (their input embeddings; also embeddings-first, "
+        "embeddings-whitened), ngrams (hashed characters), bag (learned embeddings), block<k>, or several joined by +.",
+    )
+    blocks: int = option(2, "Early blocks of the teacher that a truncated student runs.", minimum=0)
+    skip: bool = option(False, "Give an mlp a linear skip that starts as ridge regression.")
+    temperature: float = option(0.05, "Temperature of infonce.", above=0)
+    targets: str = option("first", "Templates to learn: first, their mean, or all of them as targets in turn.")
+    token_dropout: float = option(0.0, "Share of a concept's tokens dropped in training.", minimum=0, below=1)
+    noise: float = option(0.0, "Standard deviation of noise on the standardised inputs in training.", minimum=0)
+    mixup: float = option(0.0, "Mix pairs of training concepts with weights from Beta(mixup, mixup).", minimum=0)
+    curriculum: str = option("none", "Easy concepts first: none, frequency (of words), or ridge (its error).")
+    pace: float = option(0.5, "Share of training after which a curriculum shows all concepts.", above=0)
+    split: str = option("concepts", "What is held out: concepts, or whole categories.")
+    evaluations: str = option("every", "Validate after every epoch, or after log-spaced ones: every, log.")
     patience: int | None = option(
         None, "Stop after so many epochs without a better validation cosine.  [default: never]", minimum=1
     )
@@ -145,19 +179,22 @@ class Cell:
     @property
     def name(self) -> str:
         """Short name of the cell's run, such as ``c700-h256-l2-s0``; what is not an mlp under cosine says so."""
-        size = f"-h{self.hidden_dim}-l{self.layers}" if self.student == "mlp" else ""
-        kind = "" if self.student == "mlp" else f"-{self.student}"
-        goal = "" if self.objective == "cosine" or self.student != "mlp" else f"-{self.objective}"
-        return f"c{self.concepts}{size}{kind}{goal}-s{self.seed}"
+        size = f"-h{self.hidden_dim}-l{self.layers}" if self.student in ("mlp", "transformer") else ""
+        kind = {"mlp": "", "truncated": f"-truncated{self.blocks}"}.get(self.student, f"-{self.student}")
+        goal = "" if self.objective == "cosine" else f"-{self.objective.replace('*', '')}"
+        rest = "".join(
+            f"-{short}{value if value is not True else ''}"
+            for option, short in SHORT_NAMES.items()
+            if (value := getattr(self, option)) != Cell.__dataclass_fields__[option].default
+        )
+        return f"c{self.concepts}{size}{kind}{goal}{rest}-s{self.seed}"
 
 
 @dataclass(frozen=True)
 class TrainOptions(Cell):
     """Train one student."""
 
-    vectors: str = option(
-        "data/vectors/smollm2-135m.safetensors", "The vectors file: a local path or runs:/<run id>/<artifact>."
-    )
+    vectors: str = option(SHIPPED, "The vectors file: a local path or runs:/<run id>/<artifact>.")
     output: str | None = option(None, "Folder for the student.  [default: results/<time>_student]")
     resume: bool = option(True, "Take over a student that was trained before with the same settings and data.")
 
@@ -170,11 +207,14 @@ class SweepOptions:
     epochs: int | None = option(
         None, "Passes over the training concepts, for every cell.  [default: the grid's]", minimum=1
     )
-    vectors: str = option(
-        "data/vectors/smollm2-135m.safetensors", "The vectors file: a local path or runs:/<run id>/<artifact>."
+    vectors: str | None = option(
+        None, "The vectors file: a local path or runs:/<run id>/<artifact>.  [default: the grid's, or " + SHIPPED + "]"
     )
     seeds: int | None = option(
         None, "Train each cell with so many seeds, counted up from the grid's.  [default: the grid's, or 1]", minimum=1
+    )
+    max_concepts: int | None = option(
+        None, "Train only the cells with at most so many concepts.  [default: all cells]", minimum=2
     )
     sweep_id: str | None = option(
         None,
@@ -193,5 +233,30 @@ class ReportOptions:
 
     results: str | None = option(None, "A results file.  [default: the newest in results/]")
     sweep_id: str | None = option(None, "A sweep in MLflow, instead of a results file.", plain=True)
-    vectors: str = option("data/vectors/smollm2-135m.safetensors", "The vectors file that the sweep was trained on.")
+    vectors: str | None = option(
+        None, "The vectors file that the sweep was trained on.  [default: the grid's, or " + SHIPPED + "]"
+    )
+    predict: int | None = option(
+        None,
+        "Fit the scaling law on the cells with at most so many concepts, and write down what it expects of the larger "
+        "ones of the grid; a later report shows how that fared.",
+        minimum=2,
+    )
     output: str = option("results", "Folder for the tables and plots.")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure trained students on the test concepts."""
+
+    run: str | None = option(
+        None, "A student folder, or an MLflow run: a cell's or a whole sweep's.  [default: newest sweep in results/]"
+    )
+    teacher: str | None = option(
+        None,
+        "Also put the vectors into this teacher and compare what it says next (kl_recovered): a name as for extract.",
+    )
+    vectors: str | None = option(
+        None, "The vectors file that the students were trained on.  [default: the grid's, or " + SHIPPED + "]"
+    )
+    output: str = option("results", "Folder for the table and the JSON file.")

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,7 @@ class Request:
     revision: str
     pool: str
     dtype: str
+    token_block: int | None = None
 
     @cached_property
     def key(self) -> str:
@@ -87,6 +88,7 @@ def make_request(
     templates: Sequence[str],
     pool: str = "last",
     count: int | None = None,
+    token_block: int | None = None,
 ) -> Request:
     """Check what the user asks for, before anything slow begins.
 
@@ -97,11 +99,14 @@ def make_request(
         templates: prompts, each with ``{concept}`` exactly once.
         pool: "last" reads the last token of the prompt, "mean" averages over the concept's tokens (in float32).
         count: extract only the first so many concepts, spread over the categories; all by default.
+        token_block: an early block at which to read each of the concepts' tokens by itself as well.
 
     Raises:
         InputError: a template without ``{concept}``, an unknown pool or layer, or too few concepts.
     """
     check_prompts(templates, pool)
+    if token_block is not None and token_block > source.depth:
+        raise InputError(f"--token-block {token_block}: the teacher has {source.depth} blocks")
     rows = catalogue.first(count) if count is not None else range(len(catalogue))
     sides = split(catalogue)
     return Request(
@@ -114,6 +119,7 @@ def make_request(
         revision=source.revision,
         pool=pool,
         dtype=source.dtype,
+        token_block=token_block,
     )
 
 
@@ -260,15 +266,19 @@ def merge(request: Request, plan: Plan, output: Path) -> list[str]:
         offsets = np.cumsum([0, *np.concatenate(list(each("token_lengths")))], dtype=np.int64)
         vocab = np.unique(np.concatenate(list(each("token_vocab"))))
         d_model = next(each("vectors")).shape[-1]
-        embeddings = np.empty((len(vocab), d_model), stored_dtype(peaks[0]))
-        for types, values in zip(each("token_vocab"), each("token_embeddings"), strict=True):
-            embeddings[np.searchsorted(vocab, types)] = values
+
+        def table(name: str, types: NDArray[Any], peak: float) -> NDArray[Any]:
+            pairs = zip(each("token_vocab"), each(name), strict=True)
+            return _token_table(types, pairs, np.empty((len(types), d_model), stored_dtype(peak)))
+
+        alone = vocab if request.token_block is not None else vocab[:0]
         shape = (plan.rows, len(request.templates), len(request.layers), d_model)
         tensors = [
             Streamed("token_ids", np.dtype(np.int64), (int(offsets[-1]),), lambda: each("token_ids")),
             in_memory("token_offsets", offsets),
             in_memory("token_vocab", vocab),
-            in_memory("token_embeddings", embeddings),
+            in_memory("token_embeddings", table("token_embeddings", vocab, peaks[0])),
+            in_memory("token_activations", table("token_activations", alone, peaks[2])),
             Streamed("vectors", stored_dtype(peaks[1]), shape, lambda: each("vectors")),
         ]
         assert tuple(tensor.name for tensor in tensors) == TENSORS
@@ -283,3 +293,13 @@ def merge(request: Request, plan: Plan, output: Path) -> list[str]:
             raise
     shutil.rmtree(plan.folder, ignore_errors=True)
     return [request.concepts[row] for row in np.flatnonzero(in_sink)]
+
+
+def _token_table(
+    vocab: NDArray[Any], parts: Iterable[tuple[NDArray[Any], NDArray[Any]]], values: NDArray[Any]
+) -> NDArray[Any]:
+    """Fill one table of all tokens, ``[types, d_model]``, from the parts' own."""
+    for types, own in parts:
+        if len(own):
+            values[np.searchsorted(vocab, types)] = own
+    return values

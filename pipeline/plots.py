@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from pipeline.options import SHORT_NAMES, Cell
+from pipeline.scaling import Law
+
 Row = dict[str, Any]
 COLOURS = plt.get_cmap("viridis")
 BASELINE_STYLES = {"ridge": ("black", "--"), "nearest": ("dimgrey", ":"), "mean": ("darkgrey", "-.")}
@@ -24,9 +27,14 @@ BASELINE_STYLES = {"ridge": ("black", "--"), "nearest": ("dimgrey", ":"), "mean"
 
 def label(row: Row) -> str:
     """What a cell is, apart from its concepts and its seed."""
-    size = f"{row['hidden_dim']} wide, {row['layers']} deep" if row["student"] == "mlp" else ""
-    goal = "" if row["objective"] == "cosine" or row["student"] == "ridge" else f" ({row['objective']})"
-    return f"{row['student']} {size}{goal}".strip()
+    name = f"{row['student']} {row['blocks']}" if row["student"] == "truncated" else row["student"]
+    if row["student"] in ("mlp", "transformer"):
+        name += f" {row['hidden_dim']} wide, {row['layers']} deep"
+    defaults = Cell()
+    own = [
+        f"{option}={row[option]}" for option in ("objective", *SHORT_NAMES) if row[option] != getattr(defaults, option)
+    ]
+    return f"{name} ({', '.join(own)})" if own else name
 
 
 def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -38,7 +46,7 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 def _colours(cells: list[Row]) -> dict[str, Any]:
     """A colour for each kind of student, the same for those that differ in depth only."""
-    kinds = _groups(cells, lambda row: (row["student"], row["objective"], row["hidden_dim"]))
+    kinds = _groups(cells, lambda row: (label({**row, "layers": 0}),))
     return {
         label(row): COLOURS(0.9 * place / max(1, len(kinds) - 1))
         for place, rows in enumerate(kinds.values())
@@ -58,7 +66,8 @@ def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
         axes.plot(numbers, means, label=name, color=colours[name], **_style(rows[0], cells))
         low, high = ([float(edge(points[n])) for n in numbers] for edge in (np.min, np.max))
         axes.fill_between(numbers, low, high, color=colours[name], alpha=0.2, linewidth=0)
-    for name, rows in _groups(baselines, lambda row: row["student"]).items():
+    usual = min(row["inputs"] for row in baselines)
+    for name, rows in _groups([row for row in baselines if row["inputs"] == usual], lambda row: row["student"]).items():
         rows = sorted(rows, key=lambda row: row["concepts"])
         colour, style = BASELINE_STYLES[name]
         x, y = [row["concepts"] for row in rows], [row["test_cosine"] for row in rows]
@@ -121,7 +130,7 @@ def curves(cells: list[Row]) -> Figure:
             for panel, curve in zip(panels[:, place], ("val_cosine", "train_loss"), strict=True):
                 values = row["curves"][curve]
                 panel.plot(
-                    range(1, len(values) + 1),
+                    row["curves"]["epoch"],
                     values,
                     color=colours[name],
                     label=shown,
@@ -211,4 +220,91 @@ def structure(values: NDArray[np.floating[Any]], layers: Sequence[int], categori
         axes.set(title=f"block {layers[place]}", yticks=range(len(categories)), yticklabels=categories)
         axes.set_xticks(range(len(categories)), categories, rotation=90)
     figure.colorbar(image, ax=grid, label="mean cosine between two concepts (centred)", shrink=0.7)
+    return figure
+
+
+def pareto(cells: list[Row], teacher_flops: float | None = None) -> Figure:
+    """Test cosine against parameters and against operations of a prediction, for the largest training set.
+
+    Args:
+        cells: rows with ``flops``; of equal students the mean over seeds is drawn.
+        teacher_flops: of the teacher up to the block, drawn as the reference with a cosine of 1.
+    """
+    most = max(row["concepts"] for row in cells)
+    kinds = _groups([row for row in cells if row["concepts"] == most], label)
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    titles = {"parameters": "parameters of the student", "flops": "operations of a prediction, early blocks included"}
+    for panel, (key, title) in zip(panels, titles.items(), strict=True):
+        points = sorted(
+            (rows[0][key], float(np.mean([r["test_cosine"] for r in rows])), n) for n, rows in kinds.items()
+        )
+        best = -np.inf
+        front = [best := point[1] for point in points if point[1] > best]
+        on_front = [point for point in points if point[1] in front]
+        panel.plot([p[0] for p in on_front], [p[1] for p in on_front], color="lightgrey", zorder=0)
+        for place, (x, y, name) in enumerate(points):
+            panel.scatter(x, y, color=plt.get_cmap("tab20")(place % 20), s=36)
+            panel.annotate(name, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        if key == "flops" and teacher_flops:
+            panel.scatter(teacher_flops, 1.0, marker="*", s=120, color="black")
+            panel.annotate("teacher", (teacher_flops, 1.0), fontsize=8, xytext=(-8, -12), textcoords="offset points")
+        panel.set(xscale="log", xlabel=title)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(f"test cosine (centred), {most} training concepts")
+    return figure
+
+
+def fitted(cells: list[Row], law: Law) -> Figure:
+    """The scaling law with its cells, and the residuals."""
+    figure, (main, rest) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    numbers = np.geomspace(min(r["concepts"] for r in cells), max(r["concepts"] for r in cells), 50)
+    sizes = sorted({row["parameters"] for row in cells})
+    for place, size in enumerate(sizes):
+        colour = COLOURS(0.9 * place / max(1, len(sizes) - 1))
+        own = [row for row in cells if row["parameters"] == size]
+        main.plot(numbers, [1 - law.cosine(n, size) for n in numbers], color=colour, label=f"{size:,} parameters")
+        main.scatter([r["concepts"] for r in own], [1 - r["test_cosine"] for r in own], color=colour, s=14)
+    main.set(xscale="log", yscale="log", xlabel="training concepts", ylabel="1 - test cosine", title="Scaling law")
+    main.legend(fontsize=7)
+    order = [row["concepts"] for row in cells]
+    rest.scatter(order, 100 * law.residuals, s=16, color="black")
+    rest.axhline(0, color="grey", linewidth=1)
+    rest.set(xscale="log", xlabel="training concepts", ylabel="residual of the error (%)", title="Residuals")
+    for panel in (main, rest):
+        panel.grid(alpha=0.3)
+    return figure
+
+
+def categories(values: dict[str, dict[str, float]]) -> Figure:
+    """Test cosine by category, a bar a student."""
+    names = sorted(next(iter(values.values())), key=lambda name: next(iter(values.values()))[name])
+    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.3 * len(names)), layout="constrained")
+    height = 0.8 / len(values)
+    for place, (student, scores) in enumerate(values.items()):
+        places = np.arange(len(names)) + place * height
+        axes.barh(places, [scores[name] for name in names], height, label=student)
+    axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, names)
+    axes.set(xlabel="test cosine (centred)", title="By category")
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def transitions(cells: list[Row]) -> Figure:
+    """Training loss and validation cosine over log epochs, a panel for each number of training concepts."""
+    columns = _groups(cells, lambda row: row["concepts"])
+    figure, panels = plt.subplots(
+        1, len(columns), figsize=(max(6.0, 4.2 * len(columns)), 4.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, (number, rows) in zip(panels[0], sorted(columns.items()), strict=True):
+        decays = sorted({row["weight_decay"] for row in rows})
+        for row in rows:
+            colour = COLOURS(0.9 * decays.index(row["weight_decay"]) / max(1, len(decays) - 1))
+            epochs = row["curves"]["epoch"]
+            panel.plot(epochs, row["curves"]["val_cosine"], color=colour, label=f"weight decay {row['weight_decay']:g}")
+            panel.plot(epochs, row["curves"]["train_loss"], color=colour, linestyle=":")
+        panel.set(xscale="log", xlabel="epoch", title=f"{number} training concepts")
+        panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("validation cosine (solid), training loss (dotted)")
+    panels[0, 0].legend(fontsize=8)
     return figure

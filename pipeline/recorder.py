@@ -89,13 +89,15 @@ class Recorder:
         if not self.claims.is_ours(run):
             return False
         model_id = run.log_student(self.spool.student(key), self.data.vectors.d_model)
-        curves, names = row["curves"], [name for name in row if name.startswith(("val_", "test_"))]
+        curves = dict(row["curves"])
+        epochs = curves.pop("epoch")
+        names = [name for name in row if name.startswith(("val_", "test_"))]
         numbers = [name for name in names if isinstance(row[name], float)]
         final = {name: row[name] for name in [*numbers, "parameters", "best_epoch", "train_seconds"]}
         options = {name: row[name] for name in Cell.__dataclass_fields__}
         self._log_curves(
-            key, run, {name: dict(enumerate(values, 1)) for name, values in curves.items()},
-            metrics=final_metrics(final, max(map(len, curves.values())), model_id, now),
+            key, run, {name: dict(zip(epochs, values, strict=True)) for name, values in curves.items()},
+            metrics=final_metrics(final, epochs[-1], model_id, now),
             params=options | {"teacher": self.data.vectors.teacher},
             tags={"dtype": row["dtype"]},
         )  # fmt: skip

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from jinja2 import Environment
+from matplotlib.figure import Figure
 
-from pipeline import plots
+from pipeline import plots, scaling, transition
 from pipeline.errors import InputError
+from pipeline.features import Catalogued
+from pipeline.grid import read_grid, vectors_of
+from pipeline.metrics import interval
+from pipeline.options import SHIPPED, Cell
+from pipeline.schedule import number_of_parameters, teacher_flops
 from pipeline.storage import write_atomically
-from pipeline.students import Student
-from pipeline.tracking import connect
-from pipeline.vectors import Vectors
+from pipeline.students import KINDS, Student
+from pipeline.sweep import RIVAL, baseline_of, prepare
+from pipeline.tracking import connect, fetch
+from pipeline.vectors import Vectors, read_vectors
 
 Row = dict[str, Any]
+SHOWN = 8  # best and worst concepts
+TITLES = {
+    "transition": "Long training",
+    "scaling": "Fidelity and training concepts",
+    "heatmap": "Students and training concepts",
+    "curves": "Training curves",
+    "alignment": "True and predicted vectors",
+    "pareto": "Fidelity and cost",
+    "categories": "Categories",
+    "law": "Scaling law",
+}
 FORMATS = {
     "student": "{}",
+    "inputs": "{}",
     "concepts": "{}",
     "hidden_dim": "{}",
     "layers": "{}",
@@ -63,6 +86,15 @@ def newest_results(folder: Path) -> Path:
     return found[-1]
 
 
+def vectors_for(grid: str, named: str | None) -> Vectors:
+    """The vectors file of a sweep: the one that is named, or the one that its grid is made for."""
+    try:
+        path = named or vectors_of(grid)
+    except InputError:  # a grid that does not come with the program
+        path = SHIPPED
+    return read_vectors(fetch(path))
+
+
 def load_sweep(
     results: str | None, sweep_id: str | None, folder: Path = Path("results")
 ) -> tuple[str, dict[str, Any], Student]:
@@ -102,16 +134,17 @@ def table_rows(results: dict[str, Any], columns: Sequence[str] = tuple(FORMATS))
 
 
 def _applies(row: Row, column: str) -> bool:
-    return column in row and not (row["student"] == "ridge" and column in ("hidden_dim", "layers"))
+    kind = KINDS.get(row["student"])
+    return column in row and not (kind and column in Cell.__dataclass_fields__ and column not in kind.reads)
 
 
 def verdict(results: dict[str, Any]) -> str:
     """How the best cell (chosen on validation) stands to the baselines, and to ridge at every number of concepts."""
     best = results["best"]
-    floor = {(row["student"], row["concepts"], row["layer"]): row["test_cosine"] for row in results["baselines"]}
-    same = (best["concepts"], best["layer"])
+    floor = {(row["student"], *(row[name] for name in RIVAL)): row["test_cosine"] for row in results["baselines"]}
+    same = rival_key(best)
     ridge = floor["ridge", *same]
-    configuration = ("concepts", "layer", "student", "hidden_dim", "layers", "objective")
+    configuration = [name for name in Cell.__dataclass_fields__ if name != "seed"]
     seeds = [c["test_cosine"] for c in results["cells"] if all(c[name] == best[name] for name in configuration)]
     mean = float(np.mean(seeds))
     known = f"mean of {len(seeds)} seeds, {min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else "one seed"
@@ -124,32 +157,156 @@ def verdict(results: dict[str, Any]) -> str:
     margins = []
     for concepts in sorted({row["concepts"] for row in results["cells"]}):
         rival = max((c for c in results["cells"] if c["concepts"] == concepts), key=lambda c: c["val_cosine"])
-        margins.append(f"{rival['test_cosine'] - floor['ridge', concepts, rival['layer']]:+.3f} at {concepts}")
+        margins.append(f"{rival['test_cosine'] - floor['ridge', *rival_key(rival)]:+.3f} at {concepts}")
     if len(margins) > 1:
         lines.append(f"Against ridge, the best by validation at each number of concepts: {', '.join(margins)}.")
     return " ".join(lines)
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The table and the verdict as a Markdown page."""
-    head, rows = table_rows(results)
+def rival_key(row: Row) -> tuple[Any, ...]:
+    """What names a row's baselines."""
+    return tuple(getattr(baseline_of(row), name) for name in RIVAL)
+
+
+def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Seeds of one configuration together: mean, and what 95 % of bootstrapped means over the seeds span."""
+    groups: dict[str, list[Row]] = {}
+    for row in results["cells"]:
+        groups.setdefault(row["name"].rpartition("-s")[0], []).append(row)
+    rows = []
+    for name, own in groups.items():
+        values = np.array([row["test_cosine"] for row in own])
+        low, high = interval(values[:, None])
+        spread = f"{low:.3f} to {high:.3f}" if len(own) > 1 else ""
+        val = float(np.mean([row["val_cosine"] for row in own]))
+        rows.append([name, f"{own[0]['parameters']:,}", str(len(own)), f"{val:.3f}", f"{values.mean():.3f}", spread])
+    for row in results["baselines"]:
+        name = f"({row['student']}, {row['concepts']} concepts, {row['inputs']})"
+        rows.append([name, "", "", f"{row['val_cosine']:.3f}", f"{row['test_cosine']:.3f}", ""])
+    rows.sort(key=lambda row: -float(row[4]))
+    return ["student", "parameters", "seeds", "val cosine", "test cosine", "interval over seeds"], rows
+
+
+def markdown(results: dict[str, Any], findings: Sequence[str] = ()) -> str:
+    """The tables and the findings as a Markdown page."""
     lines = [
         f"# Sweep {results['grid']}: {results['teacher']}, block {results['layer']}",
         "",
         verdict(results),
         "",
+        *(line for finding in findings for line in (finding, "")),
         "Students in parentheses are the baselines. Cosines are centred on the mean training vector, except `_raw`.",
         "",
-        "| " + " | ".join(head) + " |",
-        "|" + " --- |" * len(head),
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, markdown_table(*summary(results)), markdown_table(*table_rows(results))])
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+
+
+def neighbours(student: Student, vectors: Vectors, layer: int) -> list[list[str]]:
+    """The test concepts that the student answers best and worst, with the true vectors nearest to its answers."""
+    rows = _test_rows(student, vectors)
+    names = [vectors.concepts[row] for row in rows]
+    mean = student.mean.numpy()
+    truth = vectors.vectors[rows, 0, vectors.layer_index(layer)].astype(np.float32) - mean
+    answers = student.encode(names) - mean
+    unit = [values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12) for values in (answers, truth)]
+    similarity = unit[0] @ unit[1].T  # [N, N]
+    own = similarity.diagonal()
+    order = list(np.argsort(-own))
+    shown = [*order[:SHOWN], *order[SHOWN:][-SHOWN:]]
+    return [
+        [names[row], vectors.categories[rows[row]], f"{own[row]:.3f}", ", ".join(names[place] for place in nearest)]
+        for row, nearest in zip(shown, np.argsort(-similarity[shown])[:, :3], strict=True)
+    ]
+
+
+def _test_rows(student: Student, vectors: Vectors) -> list[int]:
+    return Catalogued(vectors).rows("test", student.config["cell"]["split"])
+
+
+def _law(results: dict[str, Any]) -> tuple[list[str], dict[str, Figure]]:
+    """The scaling law of the largest family of cells that descend: a sentence and a picture."""
+    families = scaling.families([row for row in results["cells"] if len(row["curves"]["epoch"]) > 1])
+    if not families:
+        return [], {}
+    cells = max(families.values(), key=len)
+    law = scaling.law_of(cells)
+    told = [
+        f"{name} = {value['value']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
+        for name, value in law.values.items()
+        if value is not None
+    ]
+    sentence = f"Scaling law 1 - cosine = E + A N^-alpha + B P^-beta: {', '.join(told)} (90 % bootstrap intervals)."
+    return [sentence], {"law": plots.fitted(cells, law)}
+
+
+def _receipts(results: dict[str, Any], output: Path) -> list[str]:
+    """How earlier predictions for cells of this grid fared."""
+    told = []
+    for path in sorted(output.glob(f"{results['grid']}_predictions_*.json")):
+        receipt = json.loads(path.read_text(encoding="utf-8"))
+        checked = scaling.check(receipt, results["cells"])
+        if checked and receipt["vectors_sha256"] == results["vectors_sha256"]:
+            told.append(
+                f"Predicted from cells of at most {receipt['most']} concepts ({path.name}): {checked['cells']} larger "
+                f"cells, mean error {checked['mean']:.3f}, largest {checked['most']:.3f}; the {receipt['level']:.0%} "
+                f"intervals cover {checked['coverage']:.0%}."
+            )
+    return told
+
+
+def write_predictions(results: dict[str, Any], most: int, data: Catalogued, output: Path) -> tuple[Path, list[str]]:
+    """Write what a law fitted on small cells expects of the larger cells of the grid, before these are looked at.
+
+    Args:
+        results: the content of a results file, with or without the larger cells.
+        most: concepts of the largest cell that the fit sees.
+        data: the vectors.
+        output: folder.
+
+    Returns:
+        The file, and the prediction of each cell as a line.
+
+    Raises:
+        InputError: too few cells for a fit, or no larger ones.
+    """
+    small = [row for row in results["cells"] if row["concepts"] <= most and len(row["curves"]["epoch"]) > 1]
+    families = scaling.families(small)
+    if not families:
+        raise InputError(f"--predict {most}: too few cells with at most so many concepts for a scaling law")
+    shared, cells = max(families.items(), key=lambda item: len(item[1]))
+    known = {row["name"]: row for row in results["cells"]}
+    with contextlib.suppress(InputError):  # a grid that is not ours by name; then only what was trained is known
+        seeds = len({row["seed"] for row in cells})
+        for cell in prepare(read_grid(results["grid"], cells[0]["epochs"], seeds)[1], data):
+            row = vars(cell) | {"name": cell.name, "parameters": number_of_parameters(cell, data)}
+            known.setdefault(cell.name, row)
+    receipt = scaling.predict(cells, [row for row in known.values() if scaling.shared_by(row) == shared], most)
+    if not receipt["cells"]:
+        raise InputError(f"--predict {most}: the grid {results['grid']} has no larger cells")
+    trained = {row["name"] for row in results["cells"]}
+    receipt |= {
+        "grid": results["grid"],
+        "vectors_sha256": results["vectors_sha256"],
+        "time": f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}",
+        "before_training": not any(cell["name"] in trained for cell in receipt["cells"]),
+    }
+    path = output / f"{results['grid']}_predictions_{receipt['time']}.json"
+    write_atomically(path, lambda part: part.write_text(json.dumps(receipt, indent=1), encoding="utf-8"))
+    lines = [
+        f"{cell['name']}: {cell['cosine']:.3f} ({cell['interval'][0]:.3f} to {cell['interval'][1]:.3f})"
+        for cell in receipt["cells"]
+    ]
+    return path, lines
 
 
 def write_report(results: dict[str, Any], stem: str, output: Path, student: Student, vectors: Vectors) -> list[Path]:
-    """Write the table and the pictures as ``<output>/<stem>_<what>``.
+    """Write the page, the table and the pictures as ``<output>/<stem>_<what>``.
 
     Args:
         results: the content of a results file.
@@ -159,22 +316,74 @@ def write_report(results: dict[str, Any], stem: str, output: Path, student: Stud
         vectors: the file that it was trained on.
 
     Returns:
-        The files written.
+        The files written, the page first.
 
     Raises:
         InputError: the vectors are others than those of the sweep, or the folder cannot be written.
     """
     if vectors.sha256 != results["vectors_sha256"]:
         raise InputError("the vectors file is not the one that the sweep was trained on; name that with --vectors")
-    best = results["best"]
-    rows = [row for row, side in enumerate(vectors.splits) if side == "test"]
+    findings, law = _law(results)
+    findings += _receipts(results, output)
+    figures = _figures(results, student, vectors) | law
+    if long := [row for row in results["cells"] if row["evaluations"] == "log"]:
+        findings.append(transition.describe(long))
+        figures = {"transition": plots.transitions(long)} | figures
+    written, pictures = [], []
+    for name, figure in figures.items():
+        path = output / f"{stem}_{name}.png"
+        write_atomically(path, lambda part, figure=figure: figure.savefig(part, dpi=130, format="png"))  # type: ignore[misc]
+        plt.close(figure)
+        written.append(path)
+        pictures.append({"title": TITLES[name], "data": base64.b64encode(path.read_bytes()).decode()})
+    table = output / f"{stem}_table.md"
+    write_atomically(table, lambda part: part.write_text(markdown(results, findings), encoding="utf-8"))
+    page = output / f"{stem}_report.html"
+    text = _page(results, findings, pictures, neighbours(student, vectors, results["best"]["layer"]))
+    write_atomically(page, lambda part: part.write_text(text, encoding="utf-8"))
+    return [page, table, *written]
+
+
+def _page(results: dict[str, Any], findings: list[str], pictures: list[dict[str, str]], best: list[list[str]]) -> str:
+    """One HTML page with everything in it."""
+
+    def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> dict[str, Any]:
+        return {"title": title, "head": head, "rows": rows, "note": note}
+
+    tables = [
+        table("Configurations", *summary(results), "Students in parentheses are the baselines."),
+        table(
+            "Best and worst test concepts",
+            ["concept", "category", "cosine", "true vectors nearest to the answer"],
+            best,
+            f"As {results['best']['name']} answers them.",
+        ),
+        table("Cells", *table_rows(results), "Cosines are centred on the mean training vector, except raw ones."),
+    ]
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return (
+        Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            title=f"Sweep {results['grid']}: {results['teacher']}, block {results['layer']}",
+            verdict=verdict(results),
+            findings=findings,
+            pictures=pictures,
+            tables=tables,
+        )
+    )
+
+
+def _figures(results: dict[str, Any], student: Student, vectors: Vectors) -> dict[str, Figure]:
+    best, cells = results["best"], results["cells"]
+    rows = _test_rows(student, vectors)
     truth = vectors.vectors[rows, 0, vectors.layer_index(best["layer"])].astype(np.float32)
     predicted = student.encode([vectors.concepts[row] for row in rows])
     mean = student.mean.numpy()
-    figures = {
-        "scaling": plots.scaling(results["cells"], results["baselines"]),
-        "heatmap": plots.heat_map(results["cells"]),
-        "curves": plots.curves(results["cells"]),
+    return {
+        "scaling": plots.scaling(cells, results["baselines"]),
+        "heatmap": plots.heat_map(cells),
+        "curves": plots.curves(cells),
         "alignment": plots.alignment(
             truth - mean,
             predicted - mean,
@@ -182,13 +391,6 @@ def write_report(results: dict[str, Any], stem: str, output: Path, student: Stud
             f"{best['name']} on {len(rows)} test concepts, {results['teacher']} block {best['layer']}, "
             f"test cosine {best['test_cosine']:.3f}",
         ),
+        "pareto": plots.pareto(cells, teacher_flops(best["layer"], Catalogued(vectors))),
+        "categories": plots.categories({best["name"]: best["test_cosine_by_category"]}),
     }
-    table = output / f"{stem}_table.md"
-    write_atomically(table, lambda part: part.write_text(markdown(results), encoding="utf-8"))
-    written = [table]
-    for name, figure in figures.items():
-        path = output / f"{stem}_{name}.png"
-        write_atomically(path, lambda part, figure=figure: figure.savefig(part, dpi=130, format="png"))  # type: ignore[misc]
-        plt.close(figure)
-        written.append(path)
-    return written

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.features import Catalogued
 from pipeline.options import Cell
+from pipeline.students import KINDS
 from pipeline.training import epochs, stack_key
 
 UNEVEN = 1.2  # a worker may have so many times its share before a stack is split
@@ -20,15 +21,14 @@ def training_flops(cell: Cell, data: Catalogued) -> float:
     """Floating-point operations of a cell's matrix products.
 
     Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the first
-    layer does without; two a weight and validation row, every epoch. A ridge regression counts as its factorisation.
+    layer does without; two a weight and validation row, every epoch. A closed form counts as its factorisation.
     """
-    features, d_model = data.features.shape[1], data.vectors.d_model
-    val = len(data.rows("val"))
-    if cell.student == "ridge":
+    features, kind, val = data.features(cell), KINDS[cell.student], len(data.rows("val", cell.split))
+    if kind.solve:
         return 8.0 * cell.concepts * features * min(cell.concepts, features)
-    first = features * cell.hidden_dim
-    rest = cell.layers * cell.hidden_dim**2 + cell.hidden_dim * d_model
-    return float(epochs(cell) * (cell.concepts * (4 * first + 6 * rest) + 2 * val * (first + rest)))
+    forward = kind.flops(cell, data)
+    first = 2.0 * data.vectors.d_model * data.longest if cell.student == "transformer" else 2.0 * features
+    return epochs(cell) * (cell.concepts * (3 * forward - first * cell.hidden_dim) + val * forward)
 
 
 def stacks_of(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -88,13 +88,21 @@ def expected_seconds(cells: Sequence[Cell], data: Catalogued, device: torch.devi
     return OVERHEAD * best * sum(training_flops(cell, data) for cell in cells) / (2 * a.numel() * b.shape[1])
 
 
+def flops_of_prediction(cell: Cell, data: Catalogued) -> float:
+    """Floating-point operations of one prediction, the early blocks that a truncated student runs included."""
+    own = KINDS[cell.student].flops(cell, data)
+    return own + (teacher_flops(cell.blocks, data) if cell.student == "truncated" else 0.0)
+
+
+def teacher_flops(blocks: int, data: Catalogued) -> float:
+    """About what a teacher's first blocks cost for the tokens of a concept: 12 d_model^2 weights a block, as usual."""
+    tokens = len(data.vectors.token_ids) / len(data.vectors.concepts)
+    return 2.0 * 12 * data.vectors.d_model**2 * blocks * tokens
+
+
 def number_of_parameters(cell: Cell, data: Catalogued) -> int:
     """Weights and biases of the cell's student."""
-    features, d_model = data.features.shape[1], data.vectors.d_model
-    if cell.student == "ridge":
-        return features * d_model
-    hidden = cell.hidden_dim
-    return (features + 1) * hidden + cell.layers * (hidden + 1) * hidden + (hidden + 1) * d_model
+    return KINDS[cell.student].weights(cell, data)
 
 
 def plan_rows(cells: Sequence[Cell], data: Catalogued, workers: int) -> tuple[list[str], list[list[str]]]:

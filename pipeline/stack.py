@@ -14,19 +14,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.curriculum import difficulty, shown
 from pipeline.features import Subset
 from pipeline.metrics import cosines
-from pipeline.objectives import OBJECTIVES
+from pipeline.objectives import objective_of
 from pipeline.options import Cell
 from pipeline.processes import multiplies_faster
-from pipeline.students import STUDENTS, mlp
+from pipeline.students import KINDS
 
+PER_DOUBLING = 8  # evaluations while the epochs double, where they are log-spaced
 WARM_UP = 0.05  # share of a member's steps
-HISTORY = ("best_epoch", "losses", "scores", "seconds")  # of a member, in a snapshot
+HISTORY = ("epoch", "best_epoch", "epochs", "losses", "scores", "seconds")  # of a member, in a snapshot
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -72,7 +75,9 @@ class Member:
     subset: Subset
     steps_per_epoch: int
     best: dict[str, Tensor]
+    epoch: int = 0
     best_epoch: int = 0
+    epochs: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -86,8 +91,15 @@ class Member:
     def is_done(self) -> bool:
         """Whether it has had all its epochs, or enough of them without a better one."""
         patience = self.cell.patience
-        idle = len(self.scores) - self.best_epoch
-        return len(self.scores) == self.cell.epochs or (patience is not None and idle >= patience)
+        idle = self.epoch - self.best_epoch
+        return self.epoch == self.cell.epochs or (patience is not None and idle >= patience)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether this epoch ends with a validation: every one, or `PER_DOUBLING` for each doubling of the epochs."""
+        if self.cell.evaluations == "every" or self.epoch in (1, self.cell.epochs):
+            return True
+        return int(PER_DOUBLING * math.log2(self.epoch)) > int(PER_DOUBLING * math.log2(self.epoch - 1))
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero."""
@@ -98,8 +110,9 @@ class Member:
 def start(cell: Cell, subset: Subset) -> Member:
     """A member before its first step."""
     generator = torch.Generator().manual_seed(cell.seed)
-    features, d_model = subset.train.inputs.shape[-1], subset.train.targets.shape[-1]
-    parameters = mlp.init(features, d_model, cell.hidden_dim, cell.layers, generator)
+    begin = KINDS[cell.student].start
+    assert begin is not None
+    parameters = begin(cell, subset, generator)
     return Member(cell, subset, steps_per_epoch=-(-len(subset.train.rows) // cell.batch_size), best=parameters)
 
 
@@ -116,7 +129,8 @@ class Stack:
         self.members = members
         self.batch_size = cell.batch_size
         self.dtype = precision_of(cell, device)
-        self.apply, self.objective = STUDENTS[cell.student], OBJECTIVES[cell.objective]
+        self.apply, self.objective = KINDS[cell.student].apply, objective_of(cell.objective, cell.temperature)
+        self.mixup = cell.mixup
         # [S, rows, columns] each
         self.parameters = {
             name: torch.stack([member.best[name] for member in members]).to(device) for name in members[0].best
@@ -124,11 +138,14 @@ class Stack:
         self.moments = [{name: torch.zeros_like(value) for name, value in self.parameters.items()} for _ in range(2)]
         self.data = {
             "order": _batch_plan(members, self.batch_size),  # [S, steps, B], -1 pads
-            "inputs": _pad([member.subset.train.inputs.to(self.dtype) for member in members]),  # [S, N, F]
-            "targets": _pad([member.subset.train.targets / member.subset.scale for member in members]),  # [S, N, D]
+            "inputs": _pad([member.subset.augmented.inputs.to(self.dtype) for member in members]),  # [S, N V, F]
+            "targets": _pad(
+                [member.subset.augmented.targets / member.subset.scale for member in members]
+            ),  # [S, N V, D]
             "val_inputs": torch.stack([member.subset.val.inputs.to(self.dtype) for member in members]),  # [S, V, F]
             "val_targets": torch.stack([member.subset.val.targets for member in members]),  # [S, V, D]
-            "losses": torch.zeros(len(members)),  # [S] summed over an epoch
+            "losses": torch.zeros(len(members)),  # [S] summed since the last evaluation
+            "mix": _mixing(members),  # [S, steps] how much of a concept stays, where concepts are mixed
         }
         self.data = {name: value.to(device) for name, value in self.data.items()}
         for member in members:
@@ -143,8 +160,13 @@ class Stack:
         pick = torch.arange(len(rows), device=rows.device)[:, None], rows.clamp(min=0)
         # Leaves of the graph: the parameters themselves in float32, copies in bfloat16.
         leaves = {name: value.detach().to(self.dtype).requires_grad_() for name, value in self.parameters.items()}
-        answer = self.apply(leaves, self.data["inputs"][pick], self.dropout.masks(self.batch_size))  # [S, B, D]
-        loss = self.objective(answer.float(), self.data["targets"][pick], weights)  # [S]
+        inputs, targets = self.data["inputs"][pick], self.data["targets"][pick]  # [S, B, F], [S, B, D]
+        masks = self.dropout.masks(self.batch_size)
+        inputs = self.dropout.noisy(inputs)
+        if self.mixup:
+            inputs, targets = (_mix(values, self.data["mix"][:, step], rows >= 0) for values in (inputs, targets))
+        answer = self.apply(leaves, inputs, masks)  # [S, B, D]
+        loss = self.objective(answer.float(), targets, weights)  # [S]
         # Members share no parameter, so their losses may be summed.
         gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
         self.data["losses"] += loss.detach()
@@ -185,13 +207,15 @@ class Stack:
         losses = self.data["losses"][rows].tolist()
         self.data["losses"][rows] = 0.0
         for place, (member, score) in enumerate(zip(self.members[rows], scores, strict=True)):
-            member.losses.append(losses[place] / member.steps_per_epoch)
+            since = member.epoch - (member.epochs[-1] if member.epochs else 0)
+            member.losses.append(losses[place] / (since * member.steps_per_epoch))
+            member.epochs.append(member.epoch)
             if score > max(member.scores, default=-math.inf):
-                member.best_epoch = len(member.scores) + 1
+                member.best_epoch = member.epoch
                 for name, value in own.items():
                     member.best[name].copy_(value[place])
             member.scores.append(score)
-            progress(Progress(member.cell, len(member.scores), score, member.losses[-1]))
+            progress(Progress(member.cell, member.epoch, score, member.losses[-1]))
 
     def snapshot(self, step: int) -> Snapshot:
         """The state after ``step`` steps."""
@@ -248,12 +272,40 @@ def _batch_plan(members: Sequence[Member], batch_size: int) -> Tensor:
     plans = []
     for member in members:
         generator = torch.Generator().manual_seed(member.cell.seed)
-        size = len(member.subset.train.rows)
+        size, variants = len(member.subset.train.rows), member.subset.variants
         epochs = torch.full((member.cell.epochs, member.steps_per_epoch * batch_size), -1)
+        easiest = difficulty(member.cell, member.subset)
         for epoch in range(member.cell.epochs):
-            epochs[epoch, :size] = torch.randperm(size, generator=generator)
+            chosen = torch.randperm(size, generator=generator)
+            if easiest is not None:  # as many steps as any epoch, on the concepts that are shown by now
+                now = shown(member.cell, epoch, size)
+                chosen = easiest[chosen % now]
+            if variants > 1:
+                chosen = chosen * variants + torch.randint(variants, (size,), generator=generator)
+            epochs[epoch, :size] = chosen
         plans.append(epochs.view(member.steps, batch_size))
     return _pad(plans, -1)
+
+
+def _mixing(members: Sequence[Member]) -> Tensor:
+    """Weights of mix-up (Zhang et al., 2018) from the members' own seeds, ``[S, steps]``; empty without it."""
+    if not members[0].cell.mixup:
+        return torch.zeros(len(members), 0)
+    draws = []
+    for member in members:
+        weights = np.random.default_rng(member.cell.seed).beta(member.cell.mixup, member.cell.mixup, member.steps)
+        draws.append(torch.from_numpy(np.maximum(weights, 1 - weights)).float())
+    return _pad(draws)
+
+
+def _mix(values: Tensor, weights: Tensor, there: Tensor) -> Tensor:
+    """Each row with some of the next row of its batch, ``[S, B, columns]``; rows that pad take no part.
+
+    Batches are shuffled, so a neighbour is a random partner.
+    """
+    partner = torch.where(there.roll(-1, 1)[..., None], values.roll(-1, 1), values)
+    share = weights[:, None, None].to(values.dtype)
+    return share * values + (1 - share) * partner
 
 
 def _pad(values: Sequence[Tensor], filler: float = 0.0) -> Tensor:
@@ -261,7 +313,7 @@ def _pad(values: Sequence[Tensor], filler: float = 0.0) -> Tensor:
 
 
 class _Dropout:
-    """Dropout masks, drawn once a step and seed: members of one seed share them, as they would share them alone.
+    """Dropout masks and noise, drawn once a step and seed: members of one seed share them, and draw the same alone.
 
     A mask is drawn as random bytes, eight at once, so a share is rounded to 1/256; the scale is exact for it.
     """
@@ -269,7 +321,9 @@ class _Dropout:
     def __init__(self, members: Sequence[Member], features: int, dtype: torch.dtype, device: torch.device) -> None:
         cell = members[0].cell
         self.kept = round(256 * (1 - cell.dropout))  # of 256
-        self.widths = mlp.mask_widths(features, cell.hidden_dim, cell.layers)
+        widths = KINDS[cell.student].mask_widths
+        assert widths is not None
+        self.widths, self.noise = widths(cell, features), cell.noise
         self.dtype, self.device = dtype, device
         self.generators = {
             member.cell.seed: torch.Generator(device).manual_seed(member.cell.seed) for member in members
@@ -291,6 +345,19 @@ class _Dropout:
         self.generators = {seed: self.generators[seed] for seed in dict.fromkeys(seeds)}
         of_seed = {seed: number for number, seed in enumerate(self.generators)}
         self.members = None if len(of_seed) <= 1 else torch.tensor([of_seed[s] for s in seeds], device=self.device)
+
+    def noisy(self, inputs: Tensor) -> Tensor:
+        """Inputs ``[S, B, features]`` with normal noise, of which members of one seed share the draw."""
+        if not self.noise:
+            return inputs
+        drawn = torch.stack(
+            [
+                torch.randn(inputs.shape[1:], generator=generator, device=self.device)
+                for generator in self.generators.values()
+            ]
+        )  # [seeds, B, features]
+        drawn = drawn if self.members is None else drawn[self.members]
+        return inputs + (self.noise * drawn).to(inputs.dtype)
 
     def masks(self, batch_size: int) -> list[Tensor] | None:
         """One mask a width, ``[1 or S, B, width]``, 0 or 1 / share kept."""

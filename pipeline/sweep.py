@@ -7,21 +7,24 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from pipeline import scaling
 from pipeline.claims import Claims
+from pipeline.curriculum import CURRICULA
 from pipeline.engine import Engine, Row
 from pipeline.errors import InputError, WorkError, choices
-from pipeline.features import Catalogued, Subset
+from pipeline.features import Catalogued
 from pipeline.metrics import faithfulness
-from pipeline.objectives import OBJECTIVES
+from pipeline.objectives import terms
 from pipeline.options import Cell
 from pipeline.processes import Worker
 from pipeline.recorder import Recorder, read_row
@@ -29,16 +32,27 @@ from pipeline.schedule import shares, stacks_of, training_flops
 from pipeline.spool import Spool
 from pipeline.stack import PRECISIONS, Progress
 from pipeline.storage import write_atomically
-from pipeline.students import STUDENTS, Student, ridge
+from pipeline.students import KINDS, Student
 from pipeline.students.baselines import BASELINES
+from pipeline.students.transformer import HEAD_DIM
 from pipeline.tracking import Run, Tracker, TrackingError, patiently
-from pipeline.training import predict
+from pipeline.training import train_stack
 
 # Whatever changes a number changes the key of a cell: these files are the code version in it.
-CODE = ("features.py", "metrics.py", "objectives.py", "stack.py", "training.py", "students/mlp.py", "students/ridge.py")
+CODE = (
+    "features.py", "metrics.py", "objectives.py", "curriculum.py", "stack.py", "training.py", "students/kinds.py",
+    "students/mlp.py", "students/transformer.py", "students/ridge.py", "students/kernel.py",
+)  # fmt: skip
 
 
+WORDS = {
+    "student": tuple(KINDS),
+    "precision": ("auto", *PRECISIONS),
+    "curriculum": CURRICULA,
+    "evaluations": ("every", "log"),
+}
 SPOOL = ".spool"  # in the output folder
+RIVAL = ("concepts", "layer", "inputs", "split")  # what a cell shares with its baselines
 POLL_SECONDS = 2.0  # between two looks at what other workers do
 ALONE = Worker()
 
@@ -110,19 +124,19 @@ def prepare(cells: Sequence[Cell], data: Catalogued) -> list[Cell]:
     """Check every cell before any work begins, and name the block of those that name none.
 
     Raises:
-        InputError: an unknown student, objective or precision, too many concepts, or a block that the file lacks.
+        InputError: a word that no option knows, too many concepts, or a block that the file lacks.
     """
     ready = []
     for cell in cells:
-        if cell.student not in STUDENTS:
-            raise choices("student", cell.student, STUDENTS)
-        if cell.objective not in OBJECTIVES:
-            raise choices("objective", cell.objective, OBJECTIVES)
-        if cell.precision not in ("auto", *PRECISIONS):
-            raise choices("precision", cell.precision, ["auto", *PRECISIONS])
+        terms(cell.objective)
+        for option, known in WORDS.items():
+            if (word := getattr(cell, option)) not in known:
+                raise choices(option, word, known)
+        if cell.student == "transformer" and cell.hidden_dim % HEAD_DIM:
+            raise InputError(f"--hidden-dim {cell.hidden_dim}: a transformer's is a multiple of {HEAD_DIM}")
         layer = data.vectors.middle_layer if cell.layer is None else cell.layer
-        data.check(cell.concepts, layer)
         ready.append(replace(cell, layer=layer))
+        data.check(ready[-1])
     return ready
 
 
@@ -298,7 +312,7 @@ def _profile(data: Catalogued) -> str:
 
 def results_of(name: str, data: Catalogued, rows: list[dict[str, Any]], identity: str) -> dict[str, Any]:
     """The content of the results file, with the baselines; the best cell has the highest validation cosine."""
-    subsets = dict.fromkeys((row["concepts"], row["layer"]) for row in rows)
+    rivals = dict.fromkeys(baseline_of(row) for row in rows)
     best = max(rows, key=lambda row: row["val_cosine"])
     return {
         "grid": name,
@@ -307,24 +321,36 @@ def results_of(name: str, data: Catalogued, rows: list[dict[str, Any]], identity
         "layer": best["layer"],
         "vectors_sha256": data.vectors.sha256,
         "cells": rows,
-        "baselines": [row for key in subsets for row in baseline_rows(data.subset(*key), *key)],
+        "baselines": [row for cell in rivals for row in baseline_rows(cell, data)],
         "best": best,
-        "fit": None,
+        "fit": scaling_fit(rows),
     }
 
 
-def baseline_rows(subset: Subset, concepts: int, layer: int) -> list[dict[str, Any]]:
+def scaling_fit(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The constants of the scaling law of the largest family of cells that descend, with intervals."""
+    families = scaling.families([row for row in rows if len(row["curves"]["epoch"]) > 1])
+    return scaling.law_of(max(families.values(), key=len)).values if families else None
+
+
+def baseline_of(row: Mapping[str, Any]) -> Cell:
+    """The ridge regression on the same concepts, block and inputs as a cell's row: what it should beat."""
+    read = row["inputs"] if row["student"] in ("mlp", "ridge", "kernel") else Cell().inputs
+    return Cell(student="ridge", concepts=row["concepts"], layer=row["layer"], inputs=read, split=row["split"])
+
+
+def baseline_rows(cell: Cell, data: Catalogued) -> list[dict[str, Any]]:
     """The floor for one training subset: the constant mean, the nearest training concept, and ridge regression."""
-    fitted = ridge.fit(subset)
-    parameters = {"weight": fitted.weight[None] * subset.scale}
+    subset = data.subset(cell)
+    [fitted] = train_stack([cell], [subset], torch.device("cpu"))
     rows = []
     for student in (*BASELINES, "ridge"):
-        row: dict[str, Any] = {"student": student, "concepts": concepts, "layer": layer}
+        row: dict[str, Any] = {"student": student, **{name: getattr(cell, name) for name in RIVAL}}
         if student == "ridge":
-            row |= {"strength": fitted.strength, "parameters": parameters["weight"].numel()}
+            rows.append(row | {"parameters": fitted.number_of_parameters} | fitted.metrics)
+            continue
         for side_name, side in (("val", subset.val), ("test", subset.test)):
-            answer = BASELINES[student](subset, side) if student in BASELINES else predict("ridge", parameters, side)
-            measured = faithfulness(answer, side.targets, subset.mean)
+            measured = faithfulness(BASELINES[student](subset, side), side.targets, subset.mean)
             row |= {f"{side_name}_{metric}": value for metric, value in measured.items()}
         rows.append(row)
     return rows

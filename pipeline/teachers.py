@@ -83,6 +83,7 @@ class Teacher:
         model: the transformer without its language-model head.
         tokenizer: a tokenizer that gives character offsets.
         blocks: the transformer blocks, in order.
+        head: from the last, normed residual stream to logits; only `pipeline.function` runs it.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Teacher:
     tokenizer: PreTrainedTokenizerBase
     blocks: Sequence[nn.Module]
     dtype: str
+    head: nn.Module
 
     @property
     def embedding_table(self) -> Tensor:
@@ -169,7 +171,15 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     model.eval().requires_grad_(False)
     if source.dtype in ("bfloat16", "float16"):
         _shorten(model, DTYPES[source.dtype])
-    return Teacher(source.name, source.revision, model, tokenizer, _find_blocks(model, source), source.dtype)
+    return Teacher(
+        source.name,
+        source.revision,
+        model,
+        tokenizer,
+        _find_blocks(model, source),
+        source.dtype,
+        causal.get_output_embeddings(),
+    )
 
 
 def _shorten(model: nn.Module, dtype: torch.dtype) -> None:

@@ -16,11 +16,18 @@ from torch import Tensor
 
 from pipeline.features import Side, Subset
 from pipeline.metrics import cosines, faithfulness
+from pipeline.objectives import keeps_length
 from pipeline.options import Cell
 from pipeline.stack import Member, Progress, Snapshot, Stack, start
-from pipeline.students import STUDENTS, ridge
+from pipeline.students import KINDS
 
 SAVE_SECONDS = 30  # between two snapshots of a stack
+LAST = ("weight", "out.weight", "out.bias", "skip.weight")  # the maps whose sum is a student's answer
+# Cells that agree in these have the same shapes and the same arithmetic.
+SHAPE = (
+    "student", "hidden_dim", "layers", "inputs", "skip", "objective", "temperature", "batch_size", "dropout", "noise",
+    "mixup", "precision",
+)  # fmt: skip
 
 
 @dataclass
@@ -30,7 +37,8 @@ class Trained:
     Attributes:
         cell: its configuration.
         parameters: weights with a member axis of 1, on the CPU, in the targets' own units.
-        curves: values by epoch of ``train_loss`` and ``val_cosine`` (closed-form students: one value).
+        curves: ``train_loss`` and ``val_cosine`` at each ``epoch`` (from 1) that was evaluated (closed-form students:
+            one).
         best_epoch: the epoch (from 1) with the highest validation cosine.
         train_seconds: its share of the stack's wall time, by training steps.
         number_of_parameters: weights and biases.
@@ -67,14 +75,14 @@ class Keeping:
 
 def stack_key(cell: Cell) -> tuple[object, ...]:
     """Cells with the same key have the same shapes and train in one stack."""
-    if cell.student == "ridge":
+    if KINDS[cell.student].solve:
         return (cell.student,)
-    return cell.student, cell.hidden_dim, cell.layers, cell.objective, cell.batch_size, cell.dropout, cell.precision
+    return tuple(getattr(cell, name) for name in SHAPE)
 
 
 def epochs(cell: Cell) -> int:
     """How many `Progress` steps the cell will report: closed-form students take one."""
-    return 1 if cell.student == "ridge" else cell.epochs
+    return 1 if KINDS[cell.student].solve else cell.epochs
 
 
 def train_stack(
@@ -94,7 +102,7 @@ def train_stack(
         keeping: how to stop and go on.
     """
     pairs, keeping = list(zip(cells, subsets, strict=True)), keeping or Keeping()
-    solve = _solve_ridge if cells[0].student == "ridge" else _descend
+    solve = _solve if KINDS[cells[0].student].solve else _descend
     for trained, subset in solve(pairs, device, progress, keeping):
         _finish(trained, subset)
         yield trained
@@ -102,20 +110,19 @@ def train_stack(
 
 def predict(student: str, parameters: dict[str, Tensor], side: Side) -> Tensor:
     """A trained student's centred answers for one side of the split, ``[N, d_model]``."""
-    answer: Tensor = STUDENTS[student](parameters, side.inputs[None])[0]
+    answer: Tensor = KINDS[student].apply(parameters, side.inputs[None])[0]
     return answer
 
 
 def _finish(trained: Trained, subset: Subset) -> None:
     """Scale the answers to the targets' units and measure once on validation and, here only, on test."""
-    last = "weight" if trained.cell.student == "ridge" else "out.weight"
     gain = subset.scale
-    if trained.cell.objective == "cosine" and trained.cell.student != "ridge":
+    if not KINDS[trained.cell.student].solve and not keeps_length(trained.cell.objective):
         # The cosine leaves the length of an answer free; validation gives the one that minimises the squared error.
         answer = predict(trained.cell.student, trained.parameters, subset.val)
         answer, truth = answer.double(), subset.val.targets.double()
         gain = ((answer * truth).sum() / answer.square().sum().clamp(min=1e-12)).item()
-    for name in (last, "out.bias"):
+    for name in LAST:
         if name in trained.parameters:
             trained.parameters[name] *= gain
     for side_name, side in (("val", subset.val), ("test", subset.test)):
@@ -128,19 +135,22 @@ def _finish(trained: Trained, subset: Subset) -> None:
 Pairs = list[tuple[Cell, Subset]]
 
 
-def _solve_ridge(
+def _solve(
     pairs: Pairs, _device: torch.device, progress: Callable[[Progress], None], keeping: Keeping
 ) -> Iterator[tuple[Trained, Subset]]:
     for cell, subset in pairs:
         if keeping.pause():
             return
         start = time.perf_counter()
-        fitted = ridge.fit(subset)
+        closed = KINDS[cell.student].solve
+        assert closed is not None
+        fitted = closed(subset)
         seconds = time.perf_counter() - start
         progress(Progress(cell, 1, fitted.val_cosine))
-        parameters = {"weight": fitted.weight[None].clone()}
-        size = fitted.weight.numel()
-        yield Trained(cell, parameters, {"val_cosine": [fitted.val_cosine]}, 1, seconds, size, "float64"), subset
+        parameters = {name: value[None].clone() for name, value in fitted.parameters.items()}
+        size = sum(value.numel() for value in parameters.values())
+        curves: dict[str, list[float]] = {"epoch": [1], "val_cosine": [fitted.val_cosine]}
+        yield Trained(cell, parameters, curves, 1, seconds, size, "float64"), subset
 
 
 def _descend(
@@ -161,7 +171,9 @@ def _descend(
         stack.train(step)
         step += 1
         ended = [row for row, member in enumerate(stack.members) if step % member.steps_per_epoch == 0]
-        for rows in _runs(ended):
+        for row in ended:
+            stack.members[row].epoch += 1
+        for rows in _runs([row for row in ended if stack.members[row].is_evaluated]):
             stack.validate(rows, progress)
         now = time.perf_counter()
         for member in stack.members:
@@ -177,7 +189,7 @@ def _go_on(stack: Stack, snapshot: Snapshot, progress: Callable[[Progress], None
     """Put a stack where another stopped, and tell of its epochs; the steps taken."""
     stack.restore(snapshot)
     for member in stack.members:
-        for epoch, (score, loss) in enumerate(zip(member.scores, member.losses, strict=True), start=1):
+        for epoch, score, loss in zip(member.epochs, member.scores, member.losses, strict=True):
             progress(Progress(member.cell, epoch, score, loss))
     return snapshot.step
 
@@ -192,5 +204,9 @@ def _runs(numbers: Sequence[int]) -> list[slice]:
 def _leave(member: Member, dtype: str) -> Trained:
     parameters = {name: value[None].cpu() for name, value in member.best.items()}
     size = sum(value.numel() for value in parameters.values())
-    curves = {"train_loss": member.losses, "val_cosine": member.scores}
+    curves: dict[str, list[float]] = {
+        "epoch": list(member.epochs),
+        "train_loss": member.losses,
+        "val_cosine": member.scores,
+    }
     return Trained(member.cell, parameters, curves, member.best_epoch, member.seconds, size, dtype)

@@ -25,10 +25,17 @@ from pipeline.concepts import SPLITS, Catalogue, split
 from pipeline.errors import InputError
 from pipeline.storage import write_atomically
 
-FORMAT = "activation-vectors-2"
+FORMAT = "activation-vectors-3"
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # as torch and pickle begin their files
-TENSORS = ("token_ids", "token_offsets", "token_vocab", "token_embeddings", "vectors")  # in the order of the file
-LISTS = ("concepts", "categories", "splits", "layers", "templates")
+TENSORS = (
+    "token_ids",
+    "token_offsets",
+    "token_vocab",
+    "token_embeddings",
+    "token_activations",
+    "vectors",
+)  # in the order of the file
+LISTS = ("concepts", "categories", "splits", "layers", "templates", "token_block")
 CHUNK_BYTES = 1 << 24  # how much of a large file is held at once
 STRINGS = ("teacher", "revision", "pool", "dtype", "extraction_key")
 
@@ -43,6 +50,9 @@ class Vectors:
         token_offsets: ``[concepts + 1]`` where each concept's tokens begin in ``token_ids``.
         token_vocab: ``[types]`` the distinct token ids, ascending.
         token_embeddings: ``[types, d_model]`` the teacher's input embeddings of ``token_vocab``.
+        token_activations: ``[types, d_model]`` the residual stream after ``token_block`` for each token of
+            ``token_vocab`` alone after the first template's beginning; ``[0, d_model]`` where it was not read.
+        token_block: that early block; None where it was not read.
         concepts, categories, splits: one entry a row of ``vectors``.
         layers: the block after which each vector was read (0 is the embedding output).
         templates: the prompts, each with ``{concept}``.
@@ -57,11 +67,13 @@ class Vectors:
     token_offsets: NDArray[np.int64]
     token_vocab: NDArray[np.int64]
     token_embeddings: NDArray[np.floating[Any]]
+    token_activations: NDArray[np.floating[Any]]
     concepts: tuple[str, ...]
     categories: tuple[str, ...]
     splits: tuple[str, ...]
     layers: tuple[int, ...]
     templates: tuple[str, ...]
+    token_block: int | None
     teacher: str
     revision: str
     pool: str
@@ -95,7 +107,7 @@ class Vectors:
         """Hash of everything: tensors, concepts, splits, and where they come from."""
         return _header_sha256(self.header)
 
-    def layer_index(self, layer: int) -> int:
+    def layer_index(self, layer: int | None) -> int:
         """Position of block ``layer`` on the layers axis.
 
         Raises:
@@ -206,8 +218,8 @@ def read_vectors(path: Path) -> Vectors:
             f"vectors file {path}: {len(rows)} concepts have values that are not finite, first "
             f"{found.concepts[rows[0]]!r}; extract them again"
         )
-    if not np.isfinite(found.token_embeddings).all():
-        raise InputError(f"vectors file {path}: token embeddings that are not finite; extract again")
+    if not (np.isfinite(found.token_embeddings).all() and np.isfinite(found.token_activations).all()):
+        raise InputError(f"vectors file {path}: token embeddings or activations that are not finite; extract again")
     return found
 
 
@@ -226,7 +238,7 @@ def _read_safetensors(path: Path) -> Vectors:
     claimed = header.pop("header_sha256", None)
     if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
         raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
-    values: dict[str, Any] = {**tensors, **{name: tuple(json.loads(header[name])) for name in LISTS}}
+    values: dict[str, Any] = {**tensors, **{name: _untangled(json.loads(header[name])) for name in LISTS}}
     found = Vectors(**values, **{name: header[name] for name in STRINGS})
     if found.sha256 != header["sha256"]:
         raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")
@@ -235,12 +247,17 @@ def _read_safetensors(path: Path) -> Vectors:
         found.vectors.shape == (rows, len(found.templates), len(found.layers), found.d_model)
         and found.token_offsets.shape == (rows + 1,)
         and found.token_embeddings.shape[:1] == found.token_vocab.shape
+        and len(found.token_activations) == (0 if found.token_block is None else len(found.token_vocab))
         and len(found.categories) == len(found.splits) == rows
         and set(found.splits) <= set(SPLITS)
     )
     if not shapes_fit:
         raise InputError(f"vectors file {path}: shapes that do not fit together")
     return found
+
+
+def _untangled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -290,11 +307,13 @@ def _read_pt(path: Path) -> Vectors:
         token_offsets=np.zeros(len(concepts) + 1, np.int64),
         token_vocab=np.zeros(0, np.int64),
         token_embeddings=np.zeros((0, values.shape[-1]), np.float32),
+        token_activations=np.zeros((0, values.shape[-1]), np.float32),
         concepts=catalogue.concepts,
         categories=catalogue.categories,
         splits=tuple(split(catalogue)),
         layers=(0,),
         templates=("{concept}",),
+        token_block=None,
         teacher="unknown",
         revision="unknown",
         pool="unknown",

@@ -10,16 +10,22 @@ import yaml
 from conftest import ROOT
 
 from pipeline.cli import cli
-from pipeline.options import Cell, ExtractOptions, ReportOptions, SweepOptions, TrainOptions
+from pipeline.options import Cell, EvaluateOptions, ExtractOptions, ReportOptions, SweepOptions, TrainOptions
 
-COMMANDS = {"extract": ExtractOptions, "train": TrainOptions, "sweep": SweepOptions, "report": ReportOptions}
+COMMANDS = {
+    "extract": ExtractOptions,
+    "train": TrainOptions,
+    "sweep": SweepOptions,
+    "report": ReportOptions,
+    "evaluate": EvaluateOptions,
+}
 LAUNCHER = {"processes"}
 # A room imports only from rooms before it.
 ROOMS = [
     "errors", "options", "storage", "processes", "concepts", "vectors", "teachers", "trees", "forward", "plan",
-    "extraction", "audit", "metrics", "objectives", "features", "students", "stack", "training", "schedule", "grid",
-    "lanes", "spool", "engine", "tracking", "claims", "recorder", "sweep", "plots", "jobs", "report", "display", "cli",
-    "__main__",
+    "extraction", "function", "audit", "metrics", "objectives", "features", "students", "curriculum", "stack",
+    "training", "schedule", "grid", "lanes", "spool", "engine", "tracking", "claims", "recorder", "scaling",
+    "transition", "sweep", "plots", "jobs", "report", "evaluation", "display", "cli", "__main__",
 ]  # fmt: skip
 SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
 

@@ -2,7 +2,8 @@
 
 A linear map into the hidden stream, ``layers`` residual blocks ``h + dropout(gelu(h W + b))`` that start at zero, and a
 linear map out. A student thus begins as a low-rank linear map, the strong part of the problem, and learns
-the curvature on top (fixup-style zero start: Zhang, Dauphin and Ma, 2019).
+the curvature on top (fixup-style zero start: Zhang, Dauphin and Ma, 2019). A linear skip from inputs to outputs
+(``skip.weight``), where there is one, starts as the ridge regression, and the rest then starts at zero.
 
 ``S`` members, ``B`` concepts. Every parameter has the member axis first.
 """
@@ -56,10 +57,11 @@ def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = N
     Returns:
         ``[S, B, d_model]``.
     """
-    blocks = sum(name.endswith(".weight") for name in parameters) - 2
+    blocks = sum(name.startswith("block") and name.endswith(".weight") for name in parameters)
     hidden = inputs if masks is None else inputs * masks[0]
     hidden = torch.baddbmm(parameters["in.bias"], hidden, parameters["in.weight"])  # [S, B, hidden]
     for block in range(blocks):
         change = F.gelu(torch.baddbmm(parameters[f"block{block}.bias"], hidden, parameters[f"block{block}.weight"]))
         hidden = hidden + (change if masks is None else change * masks[block + 1])
-    return torch.baddbmm(parameters["out.bias"], hidden, parameters["out.weight"])  # [S, B, d_model]
+    answer = torch.baddbmm(parameters["out.bias"], hidden, parameters["out.weight"])  # [S, B, d_model]
+    return answer if "skip.weight" not in parameters else torch.baddbmm(answer, inputs, parameters["skip.weight"])

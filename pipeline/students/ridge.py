@@ -21,12 +21,12 @@ class Fit:
     """A ridge regression.
 
     Attributes:
-        weight: ``[features, d_model]``, to targets in units of the subset's scale.
+        parameters: without the member axis; ``weight`` is the last map, to targets in units of the subset's scale.
         strength: the regularisation chosen.
         val_cosine: validation cosine with it.
     """
 
-    weight: Tensor
+    parameters: dict[str, Tensor]
     strength: float
     val_cosine: float
 
@@ -47,7 +47,7 @@ def fit(subset: Subset) -> Fit:
     scores = [cosines(projected @ (s[:, None] * rotated), subset.val.targets.double()).mean() for s in shrink]
     best = int(torch.stack(scores).argmax())
     weight = x.mT @ (u @ (shrink[best, :, None] * rotated))  # [features, d_model]
-    return Fit(weight.float(), float(strengths[best]), float(scores[best]))
+    return Fit({"weight": weight.float()}, float(strengths[best]), float(scores[best]))
 
 
 def apply(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.features import Subset, token_features
+from pipeline.features import Catalogued, Reading, Subset
 from pipeline.options import Cell
 from pipeline.storage import write_atomically
-from pipeline.students import mlp, ridge
-from pipeline.vectors import Vectors
+from pipeline.students.kinds import KINDS
 
-FORMAT = "student-1"
-STUDENTS: dict[str, Callable[..., Tensor]] = {"mlp": mlp.apply, "ridge": ridge.apply}
+FORMAT = "student-2"
 
 
 @dataclass(frozen=True)
@@ -38,24 +36,22 @@ class Student:
         config: what it is and where it comes from (plain JSON values).
         parameters: its weights, each with a leading member axis of 1.
         mean: mu of its training vectors, ``[d_model]``, which is added to its answer.
-        feature_mean, feature_std: standardisation of its inputs, ``[features]``.
-        token_embeddings: ``[types, d_model]``.
-        token_rows: rows of ``token_embeddings`` of each known concept.
+        reading: how it reads.
+        token_rows: rows of the reading's token tables of each known concept.
     """
 
     config: dict[str, Any]
     parameters: dict[str, Tensor]
     mean: Tensor
-    feature_mean: Tensor
-    feature_std: Tensor
-    token_embeddings: Tensor
+    reading: Reading
     token_rows: dict[str, Tensor]
 
     @classmethod
     def from_training(
-        cls, cell: Cell, parameters: dict[str, Tensor], subset: Subset, vectors: Vectors, metrics: dict[str, float]
+        cls, cell: Cell, parameters: dict[str, Tensor], subset: Subset, data: Catalogued, metrics: dict[str, float]
     ) -> Student:
         """Join trained parameters (member axis 1, in units of the subset's scale) with what they were trained on."""
+        vectors = data.vectors
         config = {
             "format": FORMAT,
             "student": cell.student,
@@ -69,15 +65,8 @@ class Student:
             "vectors_sha256": vectors.sha256,
             "metrics": metrics,
         }
-        return cls(
-            config,
-            {name: value.detach().cpu().clone() for name, value in parameters.items()},
-            subset.mean,
-            subset.feature_mean,
-            subset.feature_std,
-            torch.from_numpy(vectors.token_embeddings.copy()),
-            {name: torch.from_numpy(rows) for name, rows in zip(vectors.concepts, vectors.token_rows, strict=True)},
-        )
+        held = {name: value.detach().cpu().clone() for name, value in parameters.items()}
+        return cls(config, held, subset.mean, subset.reading, dict(zip(vectors.concepts, data.types, strict=True)))
 
     @torch.inference_mode()
     def encode(self, concepts: Sequence[str]) -> NDArray[np.float32]:
@@ -86,12 +75,13 @@ class Student:
         Raises:
             InputError: a concept that the student has no tokens for.
         """
+        places = {concept: row for row, concept in enumerate(self.token_rows)}
         for concept in concepts:
-            if concept not in self.token_rows:
+            if concept not in places:
                 raise InputError(f"concept {concept!r}: not in the vectors file that the student was trained with")
-        features = token_features(self.token_embeddings.float(), [self.token_rows[concept] for concept in concepts])
-        inputs = (features - self.feature_mean) / self.feature_std
-        answer: Tensor = STUDENTS[self.config["student"]](self.parameters, inputs[None])[0]
+        types, rows = [self.token_rows[concept] for concept in concepts], [places[concept] for concept in concepts]
+        inputs = self.reading(concepts, types, rows)
+        answer: Tensor = KINDS[self.config["student"]].apply(self.parameters, inputs[None])[0]
         return (answer + self.mean).numpy()
 
     def save(self, folder: Path) -> None:
@@ -99,12 +89,15 @@ class Student:
         names = list(self.token_rows)
         lengths = torch.tensor([0, *(len(self.token_rows[name]) for name in names)])
         tensors = {f"parameters.{name}": value.contiguous() for name, value in self.parameters.items()}
-        tensors |= {name: getattr(self, name) for name in ("mean", "feature_mean", "feature_std", "token_embeddings")}
+        tensors |= {f"tables.{name}": value.contiguous() for name, value in self.reading.tables.items()}
         tensors |= {
+            "mean": self.mean,
+            "feature_offset": self.reading.offset,
+            "feature_scale": self.reading.scale,
             "token_rows": torch.cat([self.token_rows[name] for name in names]),
             "token_offsets": lengths.cumsum(0),
         }
-        config = self.config | {"concepts": names}
+        config = self.config | {"inputs": self.reading.inputs, "concepts": names}
         text = json.dumps(config, indent=1, ensure_ascii=False)
         write_atomically(folder / "model.safetensors", lambda part: part.write_bytes(save(tensors)))
         write_atomically(folder / "config.json", lambda part: part.write_text(text, encoding="utf-8"))
@@ -119,20 +112,18 @@ class Student:
         folder = Path(folder)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if config.get("format") != FORMAT or config.get("student") not in STUDENTS:
+            if config.get("format") != FORMAT or config.get("student") not in KINDS:
                 raise InputError(f"student {folder}: format {config.get('format')!r}, expected {FORMAT!r}")
             tensors = load((folder / "model.safetensors").read_bytes())
             names, offsets = config.pop("concepts"), tensors["token_offsets"]
             rows = [tensors["token_rows"][a:b] for a, b in itertools.pairwise(offsets)]
-            prefix = "parameters."
-            return cls(
-                config,
-                {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)},
-                tensors["mean"],
-                tensors["feature_mean"],
-                tensors["feature_std"],
-                tensors["token_embeddings"],
-                dict(zip(names, rows, strict=True)),
+
+            def group(prefix: str) -> dict[str, Tensor]:
+                return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+            reading = Reading(
+                config.pop("inputs"), group("tables."), tensors["feature_offset"], tensors["feature_scale"]
             )
+            return cls(config, group("parameters."), tensors["mean"], reading, dict(zip(names, rows, strict=True)))
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise InputError(f"student {folder}: not a student folder, or damaged ({error})") from error

@@ -157,6 +157,22 @@ class Tracker:
             raise InputError(f"run {run_id} has no results file; the sweep did not finish")
         return Path(names[-1]).stem, self.artifact(run_id, names[-1])
 
+    def students_below(self, run_id: str) -> tuple[str, str, list[tuple[str, str]]]:
+        """Of a cell's run or a sweep's: its name, its grid, and the name and run of each finished cell.
+
+        Raises:
+            InputError: there is no such run.
+        """
+        try:
+            run = self.client.get_run(run_id)
+        except MlflowException as error:
+            raise InputError(f"--run {run_id}: neither a student folder nor a run of MLflow") from error
+        name = run.info.run_name or run_id
+        if run.data.tags.get("role") != "sweep":
+            return name, "", [(name, run_id)]
+        below = self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}' and attributes.status = 'FINISHED'")
+        return name, run.data.tags["grid"], [(own.info.run_name or "", own.info.run_id) for own in below]
+
     def student_of(self, run_id: str) -> Student:
         """The student that a run logged."""
         outputs = self.client.get_run(run_id).outputs

@@ -1,0 +1,214 @@
+"""How faithful trained students are on the test concepts: numbers with intervals, by group, and in the teacher."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+from wordfreq import zipf_frequency
+
+from pipeline.errors import InputError
+from pipeline.features import Catalogued
+from pipeline.function import Continuations, kl_recovered, recovered_interval
+from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_error
+from pipeline.options import Cell, EvaluateOptions
+from pipeline.report import markdown_table, newest_results, read_results, vectors_for
+from pipeline.storage import writable, write_atomically
+from pipeline.students import Student
+from pipeline.students.baselines import BASELINES
+from pipeline.sweep import baseline_of
+from pipeline.teachers import Teacher, find_teacher, load_teacher
+from pipeline.tracking import closing, connect
+
+FREQUENCIES = (3.0, 4.0, 5.0)  # Zipf scale: 3 is once in a million words, 5 is a hundred times that
+Row = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+def evaluate(students: Mapping[str, Sequence[Student]], data: Catalogued, teacher: Teacher | None = None) -> list[Row]:
+    """Measure students on the test concepts of their split, seeds of one kind together.
+
+    Args:
+        students: by a name the same student with several seeds.
+        data: the vectors that they were trained on.
+        teacher: where given, `kl_recovered` is measured in it.
+
+    Returns:
+        A row a name, baselines first: ``mean``, ``nearest``.
+
+    Raises:
+        InputError: a student of other vectors.
+    """
+    rows: list[Row] = []
+    done: set[tuple[Any, ...]] = set()
+    continued: dict[tuple[Any, ...], tuple[Continuations, NDArray[np.float64]]] = {}
+    for name, seeds in students.items():
+        cell = _cell(seeds[0], data)
+        subset = data.subset(cell)
+        truth, mean = subset.test.targets, subset.mean
+        concepts = [data.vectors.concepts[row] for row in subset.test.rows]
+        place = (cell.concepts, cell.layer, cell.split)
+        if teacher is not None and place not in continued:
+            said = Continuations(teacher, concepts, data.vectors.templates[0], cell.layer or 0)
+            continued[place] = said, said.kl(mean.expand(len(concepts), -1))
+        groups = _groups(data, subset.test.rows)
+        if place not in done:
+            done.add(place)
+            rival = data.subset(baseline_of(vars(cell)))
+            for baseline, answer in BASELINES.items():
+                answers = answer(rival, rival.test)[None]
+                rows.append(_row(f"({baseline})", cell, answers, truth, mean, groups, continued.get(place)))
+        answers = torch.stack([torch.from_numpy(student.encode(concepts)) - mean for student in seeds])
+        rows.append(_row(name, cell, answers, truth, mean, groups, continued.get(place)))
+    return rows
+
+
+def _cell(student: Student, data: Catalogued) -> Cell:
+    if student.config["vectors_sha256"] != data.vectors.sha256:
+        raise InputError("the student was trained on another vectors file; name that with --vectors")
+    return Cell(**student.config["cell"])
+
+
+def _groups(data: Catalogued, rows: Sequence[int]) -> dict[str, dict[str, list[int]]]:
+    """Places of the test concepts by category, by number of tokens, and by frequency of the concept."""
+    groups: dict[str, dict[str, list[int]]] = {"category": {}, "tokens": {}, "frequency": {}}
+    for place, row in enumerate(rows):
+        tokens = len(data.types[row])
+        zipf = zipf_frequency(data.vectors.concepts[row], "en")
+        bucket = int(np.searchsorted(FREQUENCIES, zipf, side="right"))
+        edges = ["rare", *(f"Zipf {edge:g} and more" for edge in FREQUENCIES)]
+        for kind, value in (
+            ("category", data.vectors.categories[row]),
+            ("tokens", str(tokens) if tokens < 4 else "4 and more"),
+            ("frequency", edges[bucket]),
+        ):
+            groups[kind].setdefault(value, []).append(place)
+    return {kind: dict(sorted(found.items())) for kind, found in groups.items()}
+
+
+def _row(
+    name: str,
+    cell: Cell,
+    answers: Tensor,
+    truth: Tensor,
+    mean: Tensor,
+    groups: dict[str, dict[str, list[int]]],
+    continued: tuple[Continuations, NDArray[np.float64]] | None,
+) -> Row:
+    """All that is measured of one student: ``answers`` is ``[seeds, N, d_model]``, centred."""
+    each = cosines(answers, truth.expand_as(answers)).numpy()  # [seeds, N]
+    measured = [faithfulness(answer, truth, mean) for answer in answers]
+    low, high = interval(each)
+    row: Row = {"student": name, "concepts": cell.concepts, "layer": cell.layer, "split": cell.split}
+    row |= {"seeds": len(answers), "test_cosine_low": low, "test_cosine_high": high}
+    row |= {f"test_{key}": float(np.mean([one[key] for one in measured])) for key in measured[0]}
+    row["test_cka"] = float(np.mean([linear_cka(answer, truth) for answer in answers]))
+    row["test_norm_error"] = float(np.mean([norm_error(answer + mean, truth + mean).mean() for answer in answers]))
+    row["by"] = {
+        kind: {value: float(each[:, places].mean()) for value, places in found.items()}
+        for kind, found in groups.items()
+    }
+    if continued is not None:
+        said, of_mean = continued
+        kl = np.stack([said.kl(answer + mean) for answer in answers])
+        row["kl_recovered"] = kl_recovered(kl, of_mean)
+        row["kl_recovered_low"], row["kl_recovered_high"] = recovered_interval(kl, of_mean)
+    return row
+
+
+COLUMNS = {
+    "student": "student",
+    "seeds": "seeds",
+    "test_cosine": "test cosine",
+    "test_cosine_raw": "raw",
+    "test_r2": "R2",
+    "test_retrieval_at_1": "retrieval@1",
+    "test_retrieval_at_5": "@5",
+    "test_cka": "CKA",
+    "test_norm_error": "norm error",
+    "kl_recovered": "KL recovered",
+}
+
+
+def evaluation_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The rows as text, with intervals where they were measured."""
+    columns = [key for key in COLUMNS if key in rows[0]]
+
+    def text(row: Row, key: str) -> str:
+        if key == "student":
+            return f"{row[key]}"
+        if not isinstance(row[key], float):
+            return str(row[key])
+        span = f" ({row[f'{key}_low']:.3f} to {row[f'{key}_high']:.3f})" if f"{key}_low" in row else ""
+        return f"{row[key]:.3f}{span}"
+
+    return [COLUMNS[key] for key in columns], [[text(row, key) for key in columns] for row in rows]
+
+
+def run_evaluate(options: EvaluateOptions, accelerator: Accelerator) -> tuple[list[str], list[list[str]], list[Path]]:
+    """Measure students and log what was found.
+
+    Args:
+        options: what the user asked for.
+        accelerator: where the teacher runs.
+
+    Returns:
+        The table's head and rows, and the files written.
+
+    Raises:
+        InputError: no such run, students of other vectors, or an unknown teacher.
+    """
+    folder = writable(Path(options.output) / "evaluation.json").parent
+    name, grid, students = _find_students(options.run)
+    data = Catalogued(vectors_for(grid, options.vectors))
+    teacher = None
+    if options.teacher is not None:
+        source = find_teacher(options.teacher, "auto", accelerator.device)
+        if source.revision != data.vectors.revision:
+            log.warning("%s: not the weights that the vectors are of (%s)", options.teacher, data.vectors.revision)
+        log.info("loading %s", source.name)
+        teacher = load_teacher(source, accelerator.device)
+    rows = evaluate(students, data, teacher)
+    head, table = evaluation_table(rows)
+    stem = folder / f"{name}_evaluation_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    contents = {".json": json.dumps(rows, indent=1), ".md": markdown_table(head, table)}
+    written = []
+    for suffix, text in contents.items():
+        path = stem.with_name(stem.name + suffix)
+        write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))  # type: ignore[misc]
+        written.append(path)
+    with closing(connect().open_run(f"evaluate {name}", {"role": "evaluate", "teacher": data.vectors.teacher})) as run:
+        run.log_params(asdict(options))
+        for path in written:
+            run.log_artifact(path)
+        best = max(rows, key=lambda row: row["test_cosine"])
+        run.log_metrics({key: value for key, value in best.items() if isinstance(value, float)})
+    return head, table, written
+
+
+def _find_students(run: str | None) -> tuple[str, str, dict[str, list[Student]]]:
+    """A name, the grid, and the students by their name without the seed."""
+    if run is not None and Path(run).is_dir():
+        student = Student.load(run)
+        return Path(run).name, "", {Cell(**student.config["cell"]).name: [student]}
+    tracker = connect()
+    if run is None:
+        results = read_results(newest_results(Path("results")))
+        found = [(row["name"], row["run_id"]) for row in results["cells"]]
+        name = grid = results["grid"]
+    else:
+        name, grid, found = tracker.students_below(run.removeprefix("runs:/").split("/")[0])
+    students: dict[str, list[Student]] = {}
+    for cell, run_id in found:
+        students.setdefault(cell.rpartition("-s")[0], []).append(tracker.student_of(run_id))
+    return name, grid, students

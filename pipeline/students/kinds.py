@@ -1,0 +1,135 @@
+"""The kinds of student as the trainer sees them: what each reads, how it starts or is solved, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pipeline.features import Catalogued, Subset
+from pipeline.options import Cell
+from pipeline.students import kernel, mlp, ridge, transformer
+
+Parameters = dict[str, Tensor]
+DESCENT = (
+    "objective", "epochs", "seed", "batch_size", "learning_rate", "weight_decay", "dropout", "temperature", "patience",
+    "precision", "token_dropout", "noise", "mixup", "curriculum", "pace", "evaluations",
+)  # fmt: skip
+DATA = ("student", "concepts", "layer", "targets", "split")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of student.
+
+    Attributes:
+        apply: parameters ``[S, ...]``, inputs ``[S, B, features]`` and dropout masks to ``[S, B, d_model]``.
+        reads: the options of a cell that it reads; the others do not multiply its cells.
+        weights: its number of weights and biases.
+        flops: floating-point operations of one prediction, the teacher's blocks apart.
+        solve: the closed form, or None.
+        start: parameters before the first step, without the member axis, or None.
+        mask_widths: widths of the dropout masks that ``apply`` takes.
+    """
+
+    apply: Callable[..., Tensor]
+    reads: tuple[str, ...]
+    weights: Callable[[Cell, Catalogued], int]
+    flops: Callable[[Cell, Catalogued], float]
+    solve: Callable[[Subset], ridge.Fit] | None = None
+    start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None
+    mask_widths: Callable[[Cell, int], list[int]] | None = None
+
+    def canonical(self, cell: Cell) -> Cell:
+        """The cell with all that the student does not read at the defaults, so that equal work is one cell."""
+        return Cell(**{item.name: getattr(cell, item.name) for item in fields(Cell) if item.name in self.reads})
+
+
+def _linear_weights(cell: Cell, data: Catalogued) -> int:
+    return data.features(cell) * data.vectors.d_model
+
+
+def _kernel_weights(cell: Cell, data: Catalogued) -> int:
+    return cell.concepts * (data.features(cell) + data.vectors.d_model) + 1
+
+
+def _mlp_weights(cell: Cell, data: Catalogued) -> int:
+    features, d_model, hidden = data.features(cell), data.vectors.d_model, cell.hidden_dim
+    skip = features * d_model if cell.skip else 0
+    return (features + 1) * hidden + cell.layers * (hidden + 1) * hidden + (hidden + 1) * d_model + skip
+
+
+def _transformer_weights(cell: Cell, data: Catalogued) -> int:
+    d_model, hidden = data.vectors.d_model, cell.hidden_dim
+    block = 8 * hidden**2 + 2 * hidden
+    return (d_model + data.longest) * hidden + cell.layers * block + (hidden + 1) * d_model
+
+
+def _transformer_flops(cell: Cell, data: Catalogued) -> float:
+    d_model, hidden = data.vectors.d_model, cell.hidden_dim
+    token = d_model * hidden + cell.layers * 8 * hidden**2
+    attention = cell.layers * 2 * data.longest**2 * hidden
+    return 2.0 * (data.longest * token + attention + hidden * d_model)
+
+
+def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parameters:
+    features, d_model = subset.train.inputs.shape[-1], subset.train.targets.shape[-1]
+    parameters = mlp.init(features, d_model, cell.hidden_dim, cell.layers, generator)
+    if cell.skip:
+        parameters["skip.weight"] = ridge.fit(subset).parameters["weight"].clone()
+        parameters["out.weight"].zero_()
+    return parameters
+
+
+def _start_transformer(cell: Cell, subset: Subset, generator: torch.Generator) -> Parameters:
+    tokens = int(subset.reading.tables["longest"])
+    d_model = subset.train.targets.shape[-1]
+    width = subset.train.inputs.shape[-1] // tokens
+    return transformer.init(tokens, width, d_model, cell.hidden_dim, cell.layers, generator)
+
+
+def _transformer_masks(cell: Cell, tokens: int) -> list[int]:
+    return transformer.mask_widths(tokens, cell.hidden_dim, cell.layers)
+
+
+KINDS = {
+    "mlp": Kind(
+        mlp.apply,
+        (*DATA, *DESCENT, "inputs", "hidden_dim", "layers", "skip"),
+        _mlp_weights,
+        lambda cell, data: 2.0 * _mlp_weights(cell, data),
+        start=_start_mlp,
+        mask_widths=lambda cell, features: mlp.mask_widths(features, cell.hidden_dim, cell.layers),
+    ),
+    "transformer": Kind(
+        transformer.apply,
+        (*DATA, *DESCENT, "hidden_dim", "layers"),
+        _transformer_weights,
+        _transformer_flops,
+        start=_start_transformer,
+        mask_widths=_transformer_masks,
+    ),
+    "ridge": Kind(
+        ridge.apply,
+        (*DATA, "inputs"),
+        _linear_weights,
+        lambda cell, data: 2.0 * _linear_weights(cell, data),
+        solve=ridge.fit,
+    ),
+    "kernel": Kind(
+        kernel.apply,
+        (*DATA, "inputs"),
+        _kernel_weights,
+        lambda cell, data: 2.0 * _kernel_weights(cell, data),
+        solve=kernel.fit,
+    ),
+    "truncated": Kind(
+        ridge.apply,
+        (*DATA, "inputs", "blocks"),
+        _linear_weights,
+        lambda cell, data: 2.0 * _linear_weights(cell, data),
+        solve=ridge.fit,
+    ),
+}
