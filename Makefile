@@ -26,8 +26,11 @@ bench: env ## measure against peers and limits
 	python -m benchmarks.sweep
 	python -m benchmarks.sweep --sizes --rounds 1
 
-vectors: env ## make the shipped vectors file again
-	python -m pipeline extract --teacher smollm2-135m --layers 8,15,22
+vectors: env ## make the shipped vectors files again
+	python -m pipeline extract --teacher smollm2-135m --layers 1,2,4,6,15,22
+	python -m pipeline extract --teacher smollm2-135m --layers 15 --template "Tell me about {concept}" \
+	  --template "What is {concept}" --template "I was thinking about {concept}" --template "The word is {concept}" \
+	  --output data/vectors/smollm2-135m-templates.safetensors
 
 env: .venv/done
 

@@ -86,7 +86,8 @@ def norm_error(predicted: Tensor, truth: Tensor) -> Tensor:
     Of vectors that are not centred; a true vector of no length counts the prediction's length.
     """
     true = truth.norm(dim=-1)
-    return (predicted.norm(dim=-1) - true).abs() / true.where(true > 0, 1.0)
+    off: Tensor = (predicted.norm(dim=-1) - true).abs() / true.where(true > 0, 1.0)
+    return off
 
 
 def interval(values: NDArray[np.floating[Any]], level: float = 0.95, samples: int = 2000) -> tuple[float, float]:

@@ -62,6 +62,7 @@ class Request:
     revision: str
     pool: str
     dtype: str
+    depth: int
     token_block: int | None = None
 
     @cached_property
@@ -119,6 +120,7 @@ def make_request(
         revision=source.revision,
         pool=pool,
         dtype=source.dtype,
+        depth=source.depth,
         token_block=token_block,
     )
 

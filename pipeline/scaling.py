@@ -1,8 +1,8 @@
 """Scaling laws: how far a student stays from the teacher against training concepts and parameters.
 
 ``1 - cosine = E + A N^-alpha + B P^-beta`` for N concepts and P parameters: the form of Hoffmann et al. (2022),
-"Training compute-optimal large language models", equation 2, fitted as there: a Huber loss on the logarithms, L-BFGS
-from a grid of starts. Intervals come from a bootstrap over the cells.
+"Training compute-optimal large language models", equation 2, fitted as there with a Huber loss on the logarithms, from
+the best of a grid of starts. Intervals come from a bootstrap over the cells.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize  # type: ignore[import-untyped]
+from scipy.optimize import least_squares, nnls  # type: ignore[import-untyped]
 
 from pipeline.errors import InputError
 from pipeline.options import Cell
@@ -24,10 +24,9 @@ HUBER = 0.01  # log residuals beyond this (1 % of the error) count linearly
 BOOTSTRAPS = 100
 LEVEL = 0.9  # of every interval
 NAMES = ("E", "A", "alpha", "B", "beta")
-STARTS = [
-    np.array(start)  # log E, log A, alpha, log B, beta
-    for start in itertools.product((-3.0, -1.0), (0.0, 2.0), (0.1, 0.5, 1.0), (-1.0, 2.0), (0.1, 0.6))
-]
+EXPONENTS = np.linspace(0.05, 1.5, 16)
+STARTS = 3  # of the grid's best
+LEAST = 1e-6  # a constant that least squares leaves out starts here
 ABSENT = -30.0  # the logarithm of a term that is left out
 VARY = ("concepts", "hidden_dim", "layers", "seed")  # within a family of cells
 Array = NDArray[np.float64]
@@ -102,16 +101,13 @@ def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[flo
             f"a scaling law needs 3 numbers of concepts and {sum(free) + 1} cells at the least, found "
             f"{len(set(concepts))} and {len(errors)}"
         )
-    found = sorted((_descend(start, logs, errors, free) for start in STARTS), key=lambda pair: pair[0])
-    best = found[0][1]
-    # A bootstrap's optimum is near one of the good ones.
-    starts = [parameters for _, parameters in found[:2]]
+    tried = [_descend(start, logs, errors, free) for start in _starts(logs, errors)]
+    best = min(tried, key=lambda pair: pair[0])[1]
     draw = np.random.default_rng(seed)
     samples = []
     for _ in range(BOOTSTRAPS):
         rows = draw.integers(len(errors), size=len(errors))
-        tried = [_descend(start, logs[:, rows], errors[rows], free) for start in starts]
-        samples.append(min(tried, key=lambda pair: pair[0])[1])
+        samples.append(_descend(best, logs[:, rows], errors[rows], free)[1])
     return Law(best, np.array(samples), errors - _log_error(best, logs), free)
 
 
@@ -129,31 +125,39 @@ def _log_error(parameters: Array, logs: Array) -> Array:
     return np.asarray(np.logaddexp.reduce(_terms(parameters, logs)))
 
 
+def _starts(logs: Array, errors: Array) -> list[Array]:
+    """The best of a grid of exponents, each with its constants by least squares on relative errors."""
+    found = []
+    for alpha, beta in itertools.product(EXPONENTS, EXPONENTS):
+        terms = np.exp([np.zeros(len(errors)), -alpha * logs[0], -beta * logs[1]]) / np.exp(errors)  # [3, cells]
+        constants, _ = nnls(terms.T, np.ones(len(errors)))
+        e, a, b = np.log(np.maximum(constants, LEAST))
+        found.append((float(np.square(constants @ terms - 1).sum()), np.array([e, a, alpha, b, beta])))
+    return [start for _, start in sorted(found, key=lambda pair: pair[0])[:STARTS]]
+
+
 def _descend(start: Array, logs: Array, errors: Array, free: tuple[bool, ...]) -> tuple[float, Array]:
-    """L-BFGS from one start: the loss reached, and the parameters."""
+    """Trust-region least squares with a Huber loss from one start: the loss reached, and the parameters."""
     mask = np.array(free)
-    base = np.where(mask, start, [ABSENT, ABSENT, 0.0, ABSENT, 0.0])
+    parameters = np.where(mask, start, [ABSENT, ABSENT, 0.0, ABSENT, 0.0])
 
-    def loss(values: Array) -> tuple[float, Array]:
-        parameters = base.copy()
+    def put(values: Array) -> Array:
         parameters[mask] = values
-        terms = _terms(parameters, logs)
-        total = np.logaddexp.reduce(terms)
-        off = total - errors
-        far = np.abs(off) > HUBER
-        value = np.where(far, HUBER * (np.abs(off) - HUBER / 2), off**2 / 2).mean()
-        slope = np.where(far, HUBER * np.sign(off), off) * np.exp(terms - total) / len(errors)  # [3, cells]
-        gradient = np.array(
-            [slope[0].sum(), slope[1].sum(), -(slope[1] * logs[0]).sum(), slope[2].sum(), -(slope[2] * logs[1]).sum()]
-        )
-        return float(value), gradient[mask]
+        return parameters
 
-    bounds = np.array([(-12, 1), (-12, 12), (0, 3), (-12, 30), (0, 3)])[mask]
-    options = {"maxiter": 500, "ftol": 1e-14, "gtol": 1e-10}
-    done = minimize(loss, base[mask], jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-    parameters = base.copy()
-    parameters[mask] = done.x
-    return float(done.fun), parameters
+    def residuals(values: Array) -> Array:
+        return _log_error(put(values), logs) - errors
+
+    def jacobian(values: Array) -> Array:
+        terms = _terms(put(values), logs)
+        share = np.exp(terms - np.logaddexp.reduce(terms))  # [3, cells]
+        columns = [share[0], share[1], -share[1] * logs[0], share[2], -share[2] * logs[1]]
+        return np.stack(columns, 1)[:, mask]
+
+    low, high = np.array([(-20, 1), (-20, 30), (0, 3), (-20, 60), (0, 3)]).T[:, mask]
+    begin = np.clip(parameters[mask], low + 1e-6, high - 1e-6)
+    done = least_squares(residuals, begin, jacobian, (low, high), loss="huber", f_scale=HUBER, x_scale="jac")
+    return float(done.cost), put(done.x).copy()
 
 
 def families(cells: Sequence[Row]) -> dict[str, list[Row]]:
@@ -171,7 +175,8 @@ def shared_by(cell: Row) -> str:
 
 def law_of(cells: Sequence[Row]) -> Law:
     """The law of one family of cells, in test cosine."""
-    return fit(*([cell[name] for cell in cells] for name in ("concepts", "parameters", "test_cosine")))
+    concepts, sizes, cosines = ([cell[name] for cell in cells] for name in ("concepts", "parameters", "test_cosine"))
+    return fit(concepts, sizes, cosines)
 
 
 def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str, Any]:

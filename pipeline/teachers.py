@@ -171,15 +171,9 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     model.eval().requires_grad_(False)
     if source.dtype in ("bfloat16", "float16"):
         _shorten(model, DTYPES[source.dtype])
-    return Teacher(
-        source.name,
-        source.revision,
-        model,
-        tokenizer,
-        _find_blocks(model, source),
-        source.dtype,
-        causal.get_output_embeddings(),
-    )
+    head: nn.Module = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+    blocks = _find_blocks(model, source)
+    return Teacher(source.name, source.revision, model, tokenizer, blocks, source.dtype, head)
 
 
 def _shorten(model: nn.Module, dtype: torch.dtype) -> None:

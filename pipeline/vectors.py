@@ -35,7 +35,7 @@ TENSORS = (
     "token_activations",
     "vectors",
 )  # in the order of the file
-LISTS = ("concepts", "categories", "splits", "layers", "templates", "token_block")
+LISTS = ("concepts", "categories", "splits", "layers", "templates", "token_block", "depth")
 CHUNK_BYTES = 1 << 24  # how much of a large file is held at once
 STRINGS = ("teacher", "revision", "pool", "dtype", "extraction_key")
 
@@ -53,6 +53,7 @@ class Vectors:
         token_activations: ``[types, d_model]`` the residual stream after ``token_block`` for each token of
             ``token_vocab`` alone after the first template's beginning; ``[0, d_model]`` where it was not read.
         token_block: that early block; None where it was not read.
+        depth: how many blocks the teacher has.
         concepts, categories, splits: one entry a row of ``vectors``.
         layers: the block after which each vector was read (0 is the embedding output).
         templates: the prompts, each with ``{concept}``.
@@ -74,6 +75,7 @@ class Vectors:
     layers: tuple[int, ...]
     templates: tuple[str, ...]
     token_block: int | None
+    depth: int
     teacher: str
     revision: str
     pool: str
@@ -120,8 +122,8 @@ class Vectors:
 
     @property
     def middle_layer(self) -> int:
-        """The block of the file that stands in the middle of its list, for where the user names none."""
-        return self.layers[len(self.layers) // 2]
+        """The block of the file that is nearest to the teacher's middle, for where the user names none."""
+        return min(self.layers, key=lambda layer: abs(layer - self.depth // 2))
 
     @cached_property
     def token_rows(self) -> list[NDArray[np.int64]]:
@@ -314,6 +316,7 @@ def _read_pt(path: Path) -> Vectors:
         layers=(0,),
         templates=("{concept}",),
         token_block=None,
+        depth=0,
         teacher="unknown",
         revision="unknown",
         pool="unknown",

@@ -73,6 +73,12 @@ def data(vectors):
 
 
 @pytest.fixture(scope="session")
+def templates():
+    """The shipped vectors of four templates at one block."""
+    return Catalogued(read_vectors(SHIPPED.with_name("smollm2-135m-templates.safetensors")))
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """The embedded teacher with its real weights."""
     source = find_teacher("smollm2-135m")

@@ -64,7 +64,7 @@ def test_a_wrong_vectors_file(workplace, run, command, how, complaint):
         (("extract", "--teacher", "smollm2-135m", "--output", "s3://bucket/key"), ("s3://bucket/key",)),
         (("train", "--student", "cnn"), ("unknown student 'cnn'", "mlp", "ridge")),
         (("train", "--objective", "l1"), ("unknown objective 'l1'", "cosine", "mse")),
-        (("train", "--layer", "3"), ("--layer 3", "8, 15, 22")),
+        (("train", "--layer", "3"), ("--layer 3", "1, 2, 4, 6, 15, 22")),
         (("train", "--concepts", "99999"), ("--concepts 99999", "training concepts")),
         (("train", "--epochs", "0"), ("--epochs 0", "at least 1")),
         (("train", "--epochs", "-5"), ("--epochs -5", "at least 1")),

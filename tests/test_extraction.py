@@ -140,6 +140,17 @@ def test_the_concepts_tokens_and_their_embeddings_are_in_the_file(tiny, tmp_path
         np.testing.assert_allclose(found.token_embeddings[found.token_rows[row]], expected, atol=1e-3)
 
 
+def test_every_token_of_the_concepts_is_also_read_by_itself(tiny, tmp_path):
+    found = extract(tiny, FEW, tmp_path, workers=3, token_block=2)
+    assert found.token_block == 2
+    model = tiny[1]
+    before = model.tokenizer("Tell me about")["input_ids"]
+    for token, activation in zip(found.token_vocab.tolist(), found.token_activations, strict=True):
+        expected = residuals(model, torch.tensor([[*before, token]]), (2,))[0, 0, -1].numpy()
+        np.testing.assert_allclose(activation, expected, rtol=2e-3, atol=2e-3)
+    assert extract(tiny, FEW, tmp_path).token_activations.shape == (0, model.embedding_table.shape[1])
+
+
 def test_nothing_past_the_deepest_block_is_run(tiny):
     model = tiny[1]
     ran = []
@@ -171,7 +182,7 @@ def centred_cosine(a, b, mean):
 
 
 def test_the_shipped_vectors_are_those_of_the_embedded_teacher(smollm2, catalogue, vectors, tmp_path):
-    again = extract(smollm2, catalogue, tmp_path, count=60, layers="8,15,22", templates=TEMPLATES[:1])
+    again = extract(smollm2, catalogue, tmp_path, count=60, layers="1,2,4,6,15,22", templates=TEMPLATES[:1])
     rows = [vectors.concepts.index(concept) for concept in again.concepts]
     mean = vectors.vectors.astype(np.float64).mean(0)
     assert centred_cosine(again.vectors, vectors.vectors[rows], mean).min() > 0.9999

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import r2_score
+from sklearn.metrics import log_loss, r2_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from pipeline.metrics import by_category, cosines, faithfulness, r2, ranks
-from pipeline.objectives import OBJECTIVES
+from pipeline.errors import InputError
+from pipeline.metrics import by_category, cosines, faithfulness, interval, linear_cka, norm_error, r2, ranks
+from pipeline.objectives import TERMS, objective_of, terms
 
 
 @pytest.fixture
@@ -58,8 +59,57 @@ def test_objectives_average_over_real_rows_only(pairs):
     stacked = torch.stack([predicted, truth]), torch.stack([truth, truth])
     weights = torch.ones(2, 50)
     weights[:, 40:] = 0
-    cosine, mse = (OBJECTIVES[name](*stacked, weights) for name in ("cosine", "mse"))
+    cosine, mse = (TERMS[name](*stacked, weights, 0.1) for name in ("cosine", "mse"))
     assert cosine[0].item() == pytest.approx(1 - cosines(predicted[:40], truth[:40]).mean().item(), abs=1e-6)
     assert mse[0].item() == pytest.approx((predicted[:40] - truth[:40]).square().mean().item(), abs=1e-6)
     assert cosine[1].item() == pytest.approx(0, abs=1e-6)
     assert mse[1].item() == 0
+
+
+def test_cka_agrees_with_its_definition_by_gram_matrices(pairs):
+    predicted, truth, _ = pairs
+    centre = np.eye(50) - 1 / 50
+    grams = [centre @ (values @ values.T) @ centre for values in (predicted.double().numpy(), truth.double().numpy())]
+    expected = (grams[0] * grams[1]).sum() / np.linalg.norm(grams[0]) / np.linalg.norm(grams[1])
+    assert linear_cka(predicted, truth) == pytest.approx(expected, abs=1e-9)
+    assert linear_cka(truth, truth) == pytest.approx(1)
+    assert linear_cka(torch.ones(5, 3), torch.randn(5, 3)) == 0
+    assert linear_cka(torch.ones(1, 3), torch.ones(1, 3)) == 0
+
+
+def test_norm_error_is_a_share_of_the_true_length():
+    truth = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    assert norm_error(2 * truth, truth).tolist() == [1.0, 0.0]
+    assert norm_error(truth + torch.tensor([0.0, 1.0]), truth)[1].item() == 1.0
+
+
+def test_a_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    inside = 0
+    for _ in range(60):
+        low, high = interval(draw.normal(size=(1, 80)), level=0.9, samples=300)
+        inside += low <= 0 <= high
+    assert 45 <= inside <= 60
+
+
+def test_infonce_is_the_cross_entropy_of_scikit_learn(pairs):
+    predicted, truth, _ = pairs
+    similarity = cosine_similarity(predicted.double().numpy(), truth.double().numpy()) / 0.1
+    softmax = [np.exp(values) / np.exp(values).sum(1, keepdims=True) for values in (similarity, similarity.T)]
+    expected = np.mean([log_loss(np.arange(50), probability, labels=range(50)) for probability in softmax])
+    found = TERMS["infonce"](predicted[None], truth[None], torch.ones(1, 50), 0.1)
+    assert found.item() == pytest.approx(expected, abs=1e-4)
+    padded = [torch.cat([values, torch.randn(7, 12)])[None] for values in (predicted, truth)]
+    weights = torch.cat([torch.ones(50), torch.zeros(7)])[None]
+    assert TERMS["infonce"](*padded, weights, 0.1).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_objectives_are_weighted_sums(pairs):
+    predicted, truth, _ = pairs
+    batch = predicted[None], truth[None], torch.ones(1, 50)
+    parts = {name: TERMS[name](*batch, 0.1).item() for name in TERMS}
+    total = objective_of("cosine + 0.1*infonce + .5*mse", 0.1)(*batch).item()
+    assert total == pytest.approx(parts["cosine"] + 0.1 * parts["infonce"] + 0.5 * parts["mse"], abs=1e-5)
+    for wrong in ("cosin", "cosine+", "0*mse", "mse+mse", "-1*mse"):
+        with pytest.raises(InputError, match="objective"):
+            terms(wrong)

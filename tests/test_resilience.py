@@ -225,7 +225,7 @@ def test_a_tracking_server_that_stays_away_loses_nothing(grid, port):
 def test_a_stack_that_is_stopped_goes_on_from_its_state(data, tmp_path, dropout):
     base = Cell(concepts=100, hidden_dim=32, layers=1, epochs=8, batch_size=48, layer=15, dropout=dropout)
     cells = [base, Cell(**{**vars(base), "concepts": 200, "seed": 1}), Cell(**{**vars(base), "epochs": 3})]
-    subsets = [data.subset(cell.concepts, 15) for cell in cells]
+    subsets = [data.subset(cell) for cell in cells]
     whole = {trained.cell: trained for trained in train_stack(cells, subsets, CPU)}
     spool, keys = Spool(tmp_path / "spool"), {cell: f"key{number}" for number, cell in enumerate(cells)}
     steps = iter(range(1000))
@@ -236,7 +236,7 @@ def test_a_stack_that_is_stopped_goes_on_from_its_state(data, tmp_path, dropout)
     assert set(left) == set(cells[:2])
     assert state.step == 14
     told = []
-    again = train_stack(left, [data.subset(cell.concepts, 15) for cell in left], CPU, told.append, Keeping(start=state))
+    again = train_stack(left, [data.subset(cell) for cell in left], CPU, told.append, Keeping(start=state))
     for trained in again:
         assert trained.curves == whole[trained.cell].curves
         assert trained.best_epoch == whole[trained.cell].best_epoch

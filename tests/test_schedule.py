@@ -39,6 +39,6 @@ def test_the_scaling_grid_in_shards(data):
 
 
 def test_what_a_cell_costs(data):
-    cell = Cell(concepts=700, hidden_dim=512, layers=4, epochs=100)
+    cell = Cell(concepts=700, hidden_dim=512, layers=4, epochs=100, layer=15)
     first, rest = 1152 * 512, 4 * 512**2 + 512 * 576
     assert training_flops(cell, data) == 100 * (700 * (4 * first + 6 * rest) + 2 * 200 * (first + rest))

@@ -60,7 +60,15 @@ def test_a_sweep_leaves_one_parent_and_a_finished_child_a_cell(swept):
     assert parent.data.params["vectors"] == str(SHIPPED)
     assert parent.data.tags["sweep_id"].startswith("small-")
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
-    for part in ("_results_", "_table.md", "_scaling.png", "_heatmap.png", "_curves.png", "_alignment.png"):
+    for part in (
+        "_results_",
+        "_report.html",
+        "_table.md",
+        "_scaling.png",
+        "_heatmap.png",
+        "_curves.png",
+        "_alignment.png",
+    ):
         assert any(part in path for path in artifacts)
     assert parent.inputs.dataset_inputs[0].dataset.name == "vectors smollm2-135m"
 
@@ -113,7 +121,7 @@ def test_a_report_can_be_drawn_again_from_the_file_and_from_mlflow(swept, run):
     [content] = results()
     code, _, err = run("report", "--vectors", SHIPPED, "--output", "again")
     assert code == 0, err
-    assert len(list(Path("again").glob("*.png"))) == 4
+    assert len(list(Path("again").glob("*.png"))) == 6
     code, _, err = run("report", "--sweep-id", content["sweep_id"], "--vectors", SHIPPED, "--output", "remote")
     assert code == 0, err
     table = next(Path("remote").glob("*_table.md")).read_text()
