@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, WorkError, choices
@@ -163,13 +163,14 @@ def check_output(output: Path, request: Request, concepts: str) -> None:
     if output.suffix == ".pt":
         return
     try:
-        header = read_header(output)
-    except InputError as error:
-        raise InputError(
-            f"--output {output}: exists, and is no whole vectors file; remove it or name another"
-        ) from error
-    if header["extraction_key"] != request.key:
-        log.warning("%s: replaces other vectors (extraction key %s)", output, header["extraction_key"][:12])
+        with safe_open(output, framework="np") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError):
+        header = {}
+    if not header.get("format", "").startswith(FORMAT.rstrip("0123456789")):  # those of older versions too
+        raise InputError(f"--output {output}: exists, and is no vectors file; remove it or name another")
+    if header.get("extraction_key") != request.key:
+        log.warning("%s: replaces other vectors (extraction key %s)", output, header.get("extraction_key", "?")[:12])
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def test_nothing_but_vectors_is_written_over(workplace, run, tiny_folder, caplog
     Path("junk.safetensors").write_bytes(b"precious")
     common = ("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "mine.csv")
     refused(run(*common, "--output", "mine.csv"), "--output mine.csv", "the file of the concepts")
-    refused(run(*common, "--output", "junk.safetensors"), "--output junk.safetensors", "no whole vectors file")
+    refused(run(*common, "--output", "junk.safetensors"), "--output junk.safetensors", "no vectors file")
     assert Path("junk.safetensors").read_bytes() == b"precious"
     assert run(*common, "--output", "out.safetensors")[0] == 0
     assert "too few concepts to hold any out" in caplog.text
