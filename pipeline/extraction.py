@@ -210,7 +210,8 @@ class _Reader:
         if block is None:
             return np.empty((0, width), np.float32)
         types = np.unique([token for prompt in prompts for token in prompt.own_ids])
-        before = prompts[0].token_ids[: prompts[0].own[0]]
+        template = self.request.templates[0]
+        before = list(self.teacher.tokenizer(template[: template.index("{concept}")].rstrip())["input_ids"])
         values = np.empty((len(types), width), np.float32)
         step = max(1, self.batch_tokens // (len(before) + 1))
         for start in range(0, len(types), step):

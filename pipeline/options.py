@@ -127,7 +127,7 @@ SHIPPED = "data/vectors/smollm2-135m.safetensors"
 SHORT_NAMES = {
     "inputs": "", "skip": "skip", "temperature": "t", "targets": "targets-", "token_dropout": "td", "noise": "n",
     "mixup": "mix", "curriculum": "by-", "pace": "p", "split": "split-", "learning_rate": "lr", "weight_decay": "wd",
-    "dropout": "d", "batch_size": "b",
+    "dropout": "d",
 }  # fmt: skip
 
 

@@ -275,7 +275,7 @@ def read_header(path: Path) -> dict[str, str]:
             for name in TENSORS:
                 tensor = file.get_slice(name)
                 rows = tensor.get_shape()[0]
-                empty = tensor[:0]
+                empty = tensor[:0] if rows else file.get_tensor(name)
                 digest.update(_announce(name, empty.dtype, tuple(tensor.get_shape())))
                 step = max(1, CHUNK_BYTES // max(1, empty.dtype.itemsize * math.prod(empty.shape[1:])))
                 for start in range(0, rows, step):

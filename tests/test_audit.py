@@ -25,12 +25,13 @@ def written(tmp_path):
         splits=("train",) * ROWS,
         layers=LAYERS,
         templates=("x {concept}", "y {concept}", "z {concept}"),
-        teacher="tiny", revision="0", pool="last", dtype="float32",
+        teacher="tiny", revision="0", pool="last", dtype="float32", depth=4,
     )  # fmt: skip
     named = {name: getattr(request, name) for name in Request.__dataclass_fields__}
     path = tmp_path / "vectors.safetensors"
     tokens = {"token_ids": np.zeros(ROWS, np.int64), "token_offsets": np.arange(ROWS + 1)}
     table = {"token_vocab": np.zeros(1, np.int64), "token_embeddings": np.zeros((1, WIDTH), np.float32)}
+    table["token_activations"] = np.zeros((0, WIDTH), np.float32)
     write_vectors(
         Vectors(vectors=vectors.astype(np.float32), **tokens, **table, **named, extraction_key=request.key), path
     )

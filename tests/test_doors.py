@@ -50,14 +50,14 @@ def test_mlflow_run_on_the_host_tracks_under_the_run_that_it_opened(workplace, s
     assert parent.data.params["epochs"] == "2"
     assert {run.data.params["epochs"] for run in children} == {"2"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    assert len(list((workplace / "out").glob("*.png"))) == 4
+    assert len(list((workplace / "out").glob("*.png"))) == 6
 
 
 def test_mlflow_run_says_what_is_wrong_in_one_line(workplace):
     with mlflow_run(workplace, "grid=scalling") as process:
         _, err = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "unknown grid 'scalling'; available: scaling" in err
+    assert "unknown grid 'scalling'; available: architecture" in err
     assert "Traceback" not in err
 
 

@@ -1,6 +1,7 @@
 """Evaluation: the true vector recovers all of the teacher's function and the mean none of it; groups and intervals."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,5 +94,7 @@ def test_evaluate_measures_a_student_folder(workplace, run):
     assert run("train", *common, "--concepts", 40, "--student", "ridge", "--output", "mine")[0] == 0
     code, out, err = run("evaluate", "--run", "mine", *common)
     assert code == 0, err
-    assert "c40-ridge" in out
+    assert "KL" not in out
+    [table] = Path("results").glob("mine_evaluation_*.md")
+    assert "| c40-ridge-s0 | 1 |" in table.read_text()
     assert run("evaluate", "--run", "no-such-run", *common)[0] == 2

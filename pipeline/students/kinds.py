@@ -61,6 +61,11 @@ def _mlp_weights(cell: Cell, data: Catalogued) -> int:
     return (features + 1) * hidden + cell.layers * (hidden + 1) * hidden + (hidden + 1) * d_model + skip
 
 
+def _mlp_flops(cell: Cell, data: Catalogued) -> float:
+    biases = (cell.layers + 1) * cell.hidden_dim + data.vectors.d_model
+    return 2.0 * (_mlp_weights(cell, data) - biases)
+
+
 def _transformer_weights(cell: Cell, data: Catalogued) -> int:
     d_model, hidden = data.vectors.d_model, cell.hidden_dim
     block = 8 * hidden**2 + 2 * hidden
@@ -99,7 +104,7 @@ KINDS = {
         mlp.apply,
         (*DATA, *DESCENT, "inputs", "hidden_dim", "layers", "skip"),
         _mlp_weights,
-        lambda cell, data: 2.0 * _mlp_weights(cell, data),
+        _mlp_flops,
         start=_start_mlp,
         mask_widths=lambda cell, features: mlp.mask_widths(features, cell.hidden_dim, cell.layers),
     ),
