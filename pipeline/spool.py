@@ -11,7 +11,7 @@ import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,14 @@ class Spool:
     def drop_own(self, key: str) -> None:
         """Forget a finished cell that another worker has claimed; what that one has of it stays."""
         shutil.rmtree(self.folder / f"{key}.{self.worker}", ignore_errors=True)
+        self._tidy()
+
+    def clear(self, keys: Iterable[str]) -> None:
+        """Forget all about finished cells, also what workers that were killed have left between MLflow and here."""
+        for key in keys:
+            self.drop(key)
+            for path in [*self.folder.glob(f"{key}.stack"), *self.folder.glob(f".{key}.stack.*")]:
+                path.unlink(missing_ok=True)
         self._tidy()
 
     def _homes(self, key: str) -> list[Path]:

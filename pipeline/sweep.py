@@ -223,6 +223,7 @@ def run_sweep(
             results = results_of(name, data, [rows[keys[cell]] for cell in cells], identity)
             sweep = _conclude(results, parent, tracker, output, student_folder, report)
             parent.end("FINISHED")
+            spool.clear(keys.values())
             return sweep
 
 

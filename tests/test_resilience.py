@@ -120,6 +120,18 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid):
     assert not Path("results/.spool").exists()
 
 
+def test_what_a_worker_has_left_of_cells_that_mlflow_has_is_cleared_away(grid):
+    finish(sweep())
+    [path] = Path("results").glob("*_results_*.json")
+    [key, *_] = [cell["cell_key"] for cell in json.loads(path.read_text())["cells"]]
+    for name in (f"{key}.0/cell.json", f"{key}.stack", f".{key}.stack.0.part"):
+        Path("results/.spool", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("results/.spool", name).touch()
+    finish(sweep())
+    check_runs()
+    assert not Path("results/.spool").exists()
+
+
 def test_workers_that_start_at_once_agree_on_one_parent_and_train_every_cell_once(grid):
     workers = [sweep("--sweep-id", "same", "--output", f"out{number}") for number in range(2)]
     outputs = [finish(worker) for worker in workers]
