@@ -93,7 +93,7 @@ class Claims:
             for owner in {self.me, *gone}:
                 self.parent_run.client.delete_tag(self.parent_run.id, f"worker.{owner}")
 
-    def take(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, Run]:
+    def take(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
         """Claim cells that nobody has finished and nobody alive is at.
 
         Args:
@@ -105,7 +105,7 @@ class Claims:
         """
         return patiently(lambda: self._take(cells, tags))
 
-    def _take(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, Run]:
+    def _take(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
         begin = time.monotonic()
         known = self.runs()
         claimed = set()
@@ -132,7 +132,7 @@ class Claims:
                 if run is not chosen and not self._is_held(run):
                     self.tracker.discard(run, "claimed by another worker")
             if chosen.info.status != "FINISHED" and chosen.data.tags["owner"] == self.me:
-                ours[key] = Run(self.tracker.client, chosen.info.run_id, chosen.info.experiment_id)
+                ours[key] = chosen
         return ours
 
     def runs(self) -> dict[str, list[MlflowRun]]:
@@ -151,10 +151,10 @@ class Claims:
             if run.info.status == "RUNNING" and run.data.tags.get("owner") == self.me
         ]
 
-    def is_ours(self, run: Run) -> bool:
-        """Whether a run that we claimed has not been taken over while we were thought dead, nor finished."""
+    def still_ours(self, run: Run) -> MlflowRun | None:
+        """A run that we claimed as it stands now; None if it was taken over while we were thought dead, or finished."""
         now = self.tracker.client.get_run(run.id)
-        return now.info.status != "FINISHED" and now.data.tags["owner"] == self.me
+        return now if now.info.status != "FINISHED" and now.data.tags["owner"] == self.me else None
 
     def others_at_work(self) -> bool:
         """Whether another worker of the sweep lives."""

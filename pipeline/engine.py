@@ -15,7 +15,7 @@ from pipeline.features import Catalogued
 from pipeline.lanes import Handle, Lanes, room
 from pipeline.metrics import by_category
 from pipeline.options import Cell
-from pipeline.schedule import flops_of_prediction, training_flops
+from pipeline.schedule import flops_of_prediction, parts_of, training_flops
 from pipeline.spool import Spool
 from pipeline.stack import Progress, Snapshot
 from pipeline.students import Student
@@ -74,8 +74,11 @@ class Engine:
             found += self.spool.unfinished(self.keys, rest)
         known = {cell for stack, _ in found for cell in stack}
         new = [[cell for cell in stack if cell not in known] for stack in stacks]
-        new.sort(key=lambda stack: -sum(training_flops(cell, self.data) for cell in stack))
-        self._waiting.extend(found + [(stack, None) for stack in new if stack])
+        price = {cell: training_flops(cell, self.data) for stack in new for cell in stack}
+        new = sorted((stack for stack in new if stack), key=lambda stack: -sum(price[cell] for cell in stack))
+        if new and self.device.type == "cpu":  # the last one must not keep one core busy while the others have none
+            new[-1:] = parts_of(new[-1], self.lanes.number, price)
+        self._waiting.extend(found + [(stack, None) for stack in new])
         self._resume = resume
 
     def begin(self) -> None:

@@ -19,7 +19,8 @@ from pipeline.spool import Spool
 from pipeline.stack import Progress
 from pipeline.tracking import Metric, MlflowRun, Run, Tracker, TrackingError, curve_metrics, final_metrics, patiently
 
-FLUSH_SECONDS = 10.0  # between two looks at what running cells have brought
+FLUSH_SECONDS = 15.0  # between two looks at what running cells have brought
+CURVE = "val_cosine"  # every epoch that is logged has it
 
 Row = dict[str, Any]
 
@@ -47,7 +48,10 @@ class Recorder:
     def take(self, cells: Sequence[Cell]) -> list[Cell]:
         """Claim cells; those that are ours now."""
         runs = self.claims.take([(self.keys[cell], cell.name) for cell in cells], self.tags)
-        self.open |= runs
+        for key, run in runs.items():
+            self.open[key] = Run(self.claims.tracker.client, run.info.run_id, run.info.experiment_id)
+            if CURVE not in run.data.metrics:
+                self._logged[key] = 0
         return [cell for cell in cells if self.keys[cell] in runs]
 
     def progress(self, step: Progress) -> None:
@@ -86,9 +90,9 @@ class Recorder:
         return row if done else None
 
     def _upload(self, key: str, row: Row, run: Run, now: int) -> bool:
-        if not self.claims.is_ours(run):
+        if (now_there := self.claims.still_ours(run)) is None:
             return False
-        model_id = run.log_student(self.spool.student(key), self.data.vectors.d_model)
+        model_id = run.log_student(self.spool.student(key), self.data.vectors.d_model, now_there)
         curves = dict(row["curves"])
         epochs = curves.pop("epoch")
         names = [name for name in row if name.startswith(("val_", "test_"))]
@@ -110,7 +114,7 @@ class Recorder:
     ) -> None:
         """Log what of curves (values by epoch) is not logged yet, also by a worker that was stopped, and more."""
         if key not in self._logged:
-            self._logged[key] = run.last_step("val_cosine")
+            self._logged[key] = run.last_step(CURVE)
         times = {epoch: at for epoch, (at, _) in list(self._epochs[key].items())}
         new = {
             name: {epoch: value for epoch, value in values.items() if epoch > self._logged[key]}

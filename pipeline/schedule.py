@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -60,13 +60,18 @@ def shares(cells: Sequence[Cell], workers: int, cost: Callable[[Cell], float]) -
         if max(loads) <= UNEVEN * sum(loads) / workers or not splittable:
             return dealt
         largest = max(splittable, key=lambda piece: sum(price[cell] for cell in piece))
-        _, halves = _deal([[cell] for cell in largest], 2, price)
         pieces.remove(largest)
-        pieces += [[cell for [cell] in half] for half in halves]
+        pieces += parts_of(largest, 2, price)
+
+
+def parts_of(stack: Sequence[Cell], number: int, price: Mapping[Cell, float]) -> list[list[Cell]]:
+    """A stack in so many parts of like cost, or fewer where it has fewer cells."""
+    _, dealt = _deal([[cell] for cell in stack], number, price)
+    return [[cell for [cell] in part] for part in dealt if part]
 
 
 def _deal(
-    pieces: Sequence[list[Cell]], workers: int, price: dict[Cell, float]
+    pieces: Sequence[list[Cell]], workers: int, price: Mapping[Cell, float]
 ) -> tuple[list[float], list[list[list[Cell]]]]:
     loads, dealt = [0.0] * workers, [list[list[Cell]]() for _ in range(workers)]
     prices = [sum(price[cell] for cell in piece) for piece in pieces]

@@ -99,6 +99,16 @@ def _transformer_masks(cell: Cell, tokens: int) -> list[int]:
     return transformer.mask_widths(tokens, cell.hidden_dim, cell.layers)
 
 
+def _closed(
+    apply: Callable[..., Tensor],
+    solve: Callable[[Subset], ridge.Fit],
+    reads: tuple[str, ...],
+    weights: Callable[[Cell, Catalogued], int],
+) -> Kind:
+    """A student in closed form, which multiplies once with each of its weights."""
+    return Kind(apply, (*DATA, "inputs", *reads), weights, lambda cell, data: 2.0 * weights(cell, data), solve=solve)
+
+
 KINDS = {
     "mlp": Kind(
         mlp.apply,
@@ -116,25 +126,7 @@ KINDS = {
         start=_start_transformer,
         mask_widths=_transformer_masks,
     ),
-    "ridge": Kind(
-        ridge.apply,
-        (*DATA, "inputs"),
-        _linear_weights,
-        lambda cell, data: 2.0 * _linear_weights(cell, data),
-        solve=ridge.fit,
-    ),
-    "kernel": Kind(
-        kernel.apply,
-        (*DATA, "inputs"),
-        _kernel_weights,
-        lambda cell, data: 2.0 * _kernel_weights(cell, data),
-        solve=kernel.fit,
-    ),
-    "truncated": Kind(
-        ridge.apply,
-        (*DATA, "inputs", "blocks"),
-        _linear_weights,
-        lambda cell, data: 2.0 * _linear_weights(cell, data),
-        solve=ridge.fit,
-    ),
+    "ridge": _closed(ridge.apply, ridge.fit, (), _linear_weights),
+    "kernel": _closed(kernel.apply, kernel.fit, (), _kernel_weights),
+    "truncated": _closed(ridge.apply, ridge.fit, ("blocks",), _linear_weights),
 }

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from mlflow import MlflowClient, pyfunc
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import Run as MlflowRun
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema, TensorSpec
 
@@ -81,15 +82,14 @@ class Run:
         dataset = Dataset(name, digest[:36], "local", source, profile=profile)
         self.client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", use)])])
 
-    def log_student(self, folder: Path, d_model: int) -> str:
+    def log_student(self, folder: Path, d_model: int, there: MlflowRun) -> str:
         """Log a student folder as an MLflow model that carries its code and needs no pickle; returns its id.
 
         What `mlflow.pyfunc.log_model` does, with the parts that all students share made once. A model that an earlier
-        try has begun is used again.
+        try has begun is used again: ``there`` is the run as it stands.
         """
-        outputs = self.client.get_run(self.id).outputs
-        if outputs and outputs.model_outputs:
-            model = self.client.get_logged_model(outputs.model_outputs[0].model_id)
+        if there.outputs and there.outputs.model_outputs:
+            model = self.client.get_logged_model(there.outputs.model_outputs[0].model_id)
         else:
             model = self.client.create_logged_model(self.experiment_id, "student", self.id)
             self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
