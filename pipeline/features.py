@@ -29,6 +29,7 @@ POOLED = {
     "embeddings-whitened": ("token_embeddings", ("mean", "last")),
     "activations": ("token_activations", ("mean", "last")),
 }
+STREAMS = ("embeddings", "embeddings-first", "activations")  # parts in the coordinates of the residual stream
 INPUTS = (*POOLED, "ngrams", "bag")
 POOLS = {"mean": lambda tokens: tokens.mean(0), "last": lambda tokens: tokens[-1], "first": lambda tokens: tokens[0]}
 TARGETS = ("first", "mean", "all")
@@ -67,6 +68,12 @@ def sequences(table: Tensor, types: Sequence[Tensor], longest: int) -> Tensor:
     return rows.flatten(1)
 
 
+def width_of(name: str, d_model: int, types: int, longest: int) -> int:
+    """Features of one part of what is read, of so many token types and at most so many tokens a concept."""
+    widths = {"ngrams": NGRAM_BUCKETS, "bag": types, "sequence": d_model * longest}
+    return d_model * len(POOLED[name][1]) if name in POOLED else widths.get(name, d_model)
+
+
 def bags(types: Sequence[Tensor], size: int) -> Tensor:
     """The share of each token type among a concept's tokens, ``[concepts, types]``: a linear map learns embeddings."""
     rows = torch.zeros(len(types), size)
@@ -101,6 +108,16 @@ class Reading:
         """
         raw = raw_features(self.inputs, self.tables, texts, types, rows)
         return (raw - self.offset) / self.scale
+
+    def streams(self, d_model: int) -> list[slice]:
+        """The columns that are the residual stream of a token, each ``d_model`` wide."""
+        found, start = [], 0
+        for name in self.inputs.split("+"):
+            width = width_of(name, d_model, int(self.tables["types"]), int(self.tables["longest"]))
+            if name.startswith(BLOCK) or name in STREAMS:
+                found += [slice(place, place + d_model) for place in range(start, start + width, d_model)]
+            start += width
+        return found
 
 
 def raw_features(
@@ -303,35 +320,27 @@ class Catalogued:
         raw = raw_features(inputs, tables, self.vectors.concepts, self.types, places)
         if inputs == "sequence":  # the table itself is standardised, and zeros stand where no token is
             return Reading(inputs, tables, torch.zeros(1), torch.ones(1)), raw
-        offset, spread = raw[rows].mean(0), raw[rows].std(0)
-        # A feature that hardly varies among few training concepts must not explode on the held-out ones.
-        spread = spread.clamp(min=max(0.01 * spread.median().item(), 1e-12))
+        offset, spread = raw[rows].mean(0), torch.empty(raw.shape[1])
         start = 0
-        for name in inputs.split("+"):
-            width = self._width(name)
-            if name in ("ngrams", "bag", "embeddings-whitened"):  # sparse or already equal: one scale for all columns
-                part = slice(start, start + width)
-                spread[part] = (raw[rows][:, part] - offset[part]).square().mean().sqrt().clamp(min=1e-12)
-            start += width
+        for name in inputs.split("+"):  # one scale for all columns of a part: which vary more than others tells much
+            part = slice(start, start := start + self._width(name))
+            spread[part] = (raw[rows][:, part] - offset[part]).square().mean().sqrt().clamp(min=1e-12)
         reading = Reading(inputs, tables, offset, spread)
         return reading, (raw - offset) / spread
 
     def _width(self, name: str) -> int:
-        d_model = self.vectors.d_model
-        if name in POOLED:
-            return d_model * len(POOLED[name][1])
-        sizes = {"ngrams": NGRAM_BUCKETS, "bag": len(self.vectors.token_vocab), "sequence": d_model * self.longest}
-        return sizes.get(name, d_model)
+        return width_of(name, self.vectors.d_model, len(self.vectors.token_vocab), self.longest)
 
     def _tables(self, inputs: str, rows: list[int]) -> dict[str, Tensor]:
         vectors = self.vectors
+        sizes = {"types": torch.tensor(len(vectors.token_vocab)), "longest": torch.tensor(self.longest)}
         own = torch.from_numpy(np.unique(np.concatenate([self.types[row] for row in rows])))  # of the training concepts
         if inputs == "sequence":
             name = "token_embeddings" if vectors.token_block is None else "token_activations"
             table = torch.from_numpy(getattr(vectors, name).astype(np.float32))
-            spread = table[own].std(0).clamp(min=1e-6)
-            return {inputs: (table - table[own].mean(0)) / spread, "longest": torch.tensor(self.longest)}
-        tables = {"types": torch.tensor(len(vectors.token_vocab))}
+            centred = table - table[own].mean(0)
+            return sizes | {inputs: centred / centred[own].square().mean().sqrt()}
+        tables = sizes
         for name in inputs.split("+"):
             if name.startswith(BLOCK):
                 place = vectors.layer_index(int(name.removeprefix(BLOCK)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.features import Subset
 from pipeline.metrics import cosines
-from pipeline.students.ridge import Fit
+from pipeline.students.ridge import Fit, passing
 
 STRENGTHS = np.logspace(-4, 1, 21)  # in units of the kernel matrix's mean eigenvalue
 WIDTHS = (0.2, 0.4, 0.8, 1.6)  # exponent at the mean squared distance between training concepts
@@ -20,9 +20,11 @@ def gaussian(inputs: Tensor, support: Tensor, width: Tensor) -> Tensor:
 
 
 def fit(subset: Subset) -> Fit:
-    """Solve for every width and strength (float64); the best on validation."""
-    x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
-    held, truth = subset.val.inputs.double(), subset.val.targets.double()
+    """Solve for every width and strength (float64); the best on validation. What is `passing` stands beside it."""
+    prior = passing(subset)
+    x, held = subset.train.inputs.double(), subset.val.inputs.double()
+    y, truth = subset.train.targets.double() / subset.scale - x @ prior, subset.val.targets.double()
+    passed = held @ prior  # [val, d_model]
     typical = torch.pdist(x).square().mean()
     best = Fit({}, 0.0, -2.0)
     for width in WIDTHS:
@@ -32,14 +34,15 @@ def fit(subset: Subset) -> Fit:
         rotated = u.mT @ y  # [N, d_model]
         for strength in torch.from_numpy(STRENGTHS) * values.clamp(min=0).mean():
             shrunk = rotated / (values.clamp(min=0) + strength)[:, None]
-            score = cosines(across @ shrunk, truth).mean().item()
+            score = cosines(passed + across @ shrunk, truth).mean().item()
             if score > best.val_cosine:
                 dual = u @ shrunk
-                parameters = {"support": x.float(), "weight": dual.float(), "width": scaled[0].float()}
-                best = Fit(parameters, float(strength), score)
+                maps = {"weight": dual, "skip.weight": prior, "support": x, "width": scaled[0]}
+                best = Fit({name: value.float() for name, value in maps.items()}, float(strength), score)
     return best
 
 
 def apply(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:
     """Predict: ``[S, B, features]`` to ``[S, B, d_model]``."""
-    return torch.bmm(gaussian(inputs, parameters["support"], parameters["width"]), parameters["weight"])
+    near = gaussian(inputs, parameters["support"], parameters["width"])
+    return torch.bmm(near, parameters["weight"]) + torch.bmm(inputs, parameters["skip.weight"])

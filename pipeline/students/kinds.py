@@ -52,7 +52,8 @@ def _linear_weights(cell: Cell, data: Catalogued) -> int:
 
 
 def _kernel_weights(cell: Cell, data: Catalogued) -> int:
-    return cell.concepts * (data.features(cell) + data.vectors.d_model) + 1
+    features, d_model = data.features(cell), data.vectors.d_model
+    return cell.concepts * (features + d_model) + features * d_model + 1
 
 
 def _mlp_weights(cell: Cell, data: Catalogued) -> int:
