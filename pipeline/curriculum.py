@@ -31,13 +31,15 @@ def difficulty(cell: Cell, subset: Subset) -> Tensor | None:
 def leave_one_out(subset: Subset) -> Tensor:
     """Cosine of each training concept's vector with the ridge regression on all others, ``[N]``.
 
-    In closed form: with the hat matrix H, the residual without a concept is its residual over 1 - H_ii.
+    In closed form: with the hat matrix H, the residual without a concept is its residual over 1 - H_ii. The map towards
+    which the regression is shrunk stays that of all concepts: it has a handful of numbers.
     """
     values, u = subset.gram
     shrink = values / (values + ridge.fit(subset).strength)
-    y = subset.train.targets.double()
+    y = subset.train.targets.double() / subset.scale
+    left = y - subset.train.inputs.double() @ ridge.passing(subset)  # what the regression is of
     leverage = (u.square() * shrink).sum(1, keepdim=True)
-    without = y - (y - u @ (shrink[:, None] * (u.mT @ y))) / (1 - leverage).clamp(min=1e-9)
+    without = y - (left - u @ (shrink[:, None] * (u.mT @ left))) / (1 - leverage).clamp(min=1e-9)
     return cosines(without, y)
 
 

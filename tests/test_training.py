@@ -126,12 +126,13 @@ def test_whole_categories_can_be_held_out(data):
 def test_leaving_one_out_in_closed_form_equals_doing_so(data):
     subset = data.subset(Cell(concepts=40, layer=15))
     strength = ridge.fit(subset).strength
-    x, y = subset.train.inputs.double(), subset.train.targets.double()
+    x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
+    passed = x @ ridge.passing(subset)
     found = leave_one_out(subset)
     for left in (0, 7, 39):
         rest = [row for row in range(40) if row != left]
         gram = x[rest] @ x[rest].mT + strength * torch.eye(39, dtype=torch.float64)
-        answer = x[left] @ x[rest].mT @ torch.linalg.solve(gram, y[rest])
+        answer = passed[left] + x[left] @ x[rest].mT @ torch.linalg.solve(gram, (y - passed)[rest])
         assert torch.cosine_similarity(answer, y[left], dim=0).item() == pytest.approx(found[left].item(), abs=1e-8)
 
 
@@ -205,16 +206,35 @@ def test_ridge_agrees_with_scikit_learn(data):
     subset = data.subset(Cell(concepts=200, layer=15))
     fitted = ridge.fit(subset)
     reference = Ridge(alpha=fitted.strength, fit_intercept=False, solver="svd")
-    reference.fit(subset.train.inputs.double().numpy(), (subset.train.targets / subset.scale).double().numpy())
-    np.testing.assert_allclose(fitted.parameters["weight"].numpy().T, reference.coef_, atol=1e-5)
-    assert 0.3 < fitted.val_cosine < 0.7
+    prior, x = ridge.passing(subset), subset.train.inputs.double()
+    reference.fit(x.numpy(), ((subset.train.targets / subset.scale).double() - x @ prior).numpy())
+    np.testing.assert_allclose(fitted.parameters["weight"].numpy().T, reference.coef_ + prior.numpy().T, atol=1e-5)
+    assert 0.5 < fitted.val_cosine < 0.8
+
+
+def test_what_a_linear_map_is_shrunk_to_passes_the_residual_stream_on(data):
+    subset = data.subset(Cell(student="truncated", blocks=6, concepts=200, layer=15))
+    x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
+    weight = ridge.passing(subset)
+    width = data.vectors.d_model
+    kept = [weight[start : start + width] for start in range(0, len(weight), width)]
+    assert all(torch.equal(part, part.diagonal()[0] * torch.eye(width, dtype=torch.float64)) for part in kept)
+    spread = y.std(0)
+    gains = np.linalg.lstsq(
+        np.stack([(x[:, s : s + width] / spread).flatten().numpy() for s in range(0, len(weight), width)], 1),
+        (y / spread).flatten().numpy(),
+        rcond=None,
+    )[0]
+    np.testing.assert_allclose([float(part[0, 0]) for part in kept], gains, rtol=1e-6)
+    bag = data.subset(Cell(student="ridge", inputs="bag", concepts=200, layer=15))
+    assert not ridge.passing(bag).any()
 
 
 def test_ridge_answers_in_the_units_of_the_vectors(data):
     cell = Cell(student="ridge", concepts=700, layer=15)
     trained = train([cell], data)[cell]
-    assert trained.metrics["test_cosine"] > 0.59
-    assert trained.metrics["test_r2"] > 0.3
+    assert trained.metrics["test_cosine"] > 0.74
+    assert trained.metrics["test_r2"] > 0.45
 
 
 def test_training_subsets_are_nested_and_measured_on_themselves(data):
