@@ -140,17 +140,22 @@ COLUMNS = {
 }
 
 
-def evaluation_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The rows as text, with intervals where they were measured."""
-    columns = [key for key in COLUMNS if key in rows[0]]
+BRIEF = ("student", "test_cosine", "test_r2", "test_retrieval_at_1", "kl_recovered")  # fits a terminal
+
+
+def evaluation_table(rows: Sequence[Row], brief: bool = False) -> tuple[list[str], list[list[str]]]:
+    """The rows as text, with 95 % intervals where they were measured; briefly: few columns, half the interval's width."""
+    columns = [key for key in (BRIEF if brief else COLUMNS) if key in rows[0]]
 
     def text(row: Row, key: str) -> str:
         if key == "student":
             return f"{row[key]}"
         if not isinstance(row[key], float):
             return str(row[key])
-        span = f" ({row[f'{key}_low']:.3f} to {row[f'{key}_high']:.3f})" if f"{key}_low" in row else ""
-        return f"{row[key]:.3f}{span}"
+        if f"{key}_low" not in row:
+            return f"{row[key]:.3f}"
+        low, high = row[f"{key}_low"], row[f"{key}_high"]
+        return f"{row[key]:.3f} ± {(high - low) / 2:.3f}" if brief else f"{row[key]:.3f} ({low:.3f} to {high:.3f})"
 
     return [COLUMNS[key] for key in columns], [[text(row, key) for key in columns] for row in rows]
 
@@ -179,9 +184,8 @@ def run_evaluate(options: EvaluateOptions, accelerator: Accelerator) -> tuple[li
         log.info("loading %s", source.name)
         teacher = load_teacher(source, accelerator.device)
     rows = evaluate(students, data, teacher)
-    head, table = evaluation_table(rows)
     stem = folder / f"{name}_evaluation_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    contents = {".json": json.dumps(rows, indent=1), ".md": markdown_table(head, table)}
+    contents = {".json": json.dumps(rows, indent=1), ".md": markdown_table(*evaluation_table(rows))}
     written = []
     for suffix, text in contents.items():
         path = stem.with_name(stem.name + suffix)
@@ -193,7 +197,7 @@ def run_evaluate(options: EvaluateOptions, accelerator: Accelerator) -> tuple[li
             run.log_artifact(path)
         best = max(rows, key=lambda row: row["test_cosine"])
         run.log_metrics({key: value for key, value in best.items() if isinstance(value, float)})
-    return head, table, written
+    return *evaluation_table(rows, brief=True), written
 
 
 def _find_students(run: str | None) -> tuple[str, str, dict[str, list[Student]]]:
