@@ -160,7 +160,7 @@ class Cell:
     )
     blocks: int = option(2, "Early blocks of the teacher that a truncated student runs.", minimum=0)
     skip: bool = option(False, "Give an mlp a linear skip that starts as ridge regression.")
-    temperature: float = option(0.05, "Temperature of infonce.", above=0)
+    temperature: float = option(0.3, "Temperature of infonce.", above=0)
     targets: str = option("first", "Templates to learn: first, their mean, or all of them as targets in turn.")
     token_dropout: float = option(0.0, "Share of a concept's tokens dropped in training.", minimum=0, below=1)
     noise: float = option(0.0, "Standard deviation of noise on the standardised inputs in training.", minimum=0)
