@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export GIT_PYTHON_REFRESH := quiet
 
-.PHONY: sweep test lint ui bench vectors env clean
+.PHONY: sweep test lint ui bench image vectors env clean
 
 sweep: env ## train the scaling grid on the shipped vectors
 	mlflow run . -e sweep -P epochs=100 --backend host
@@ -25,6 +25,9 @@ bench: env ## measure against peers and limits
 	python -m benchmarks.extract
 	python -m benchmarks.sweep
 	python -m benchmarks.sweep --sizes --rounds 1
+
+image: ## build the CUDA image; BASE_IMAGE=... takes another base
+	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(DOCKER_FLAGS) --tag activation-distillation .
 
 vectors: env ## make the shipped vectors files again
 	python -m pipeline extract --teacher smollm2-135m --layers 1,2,4,6,15,22

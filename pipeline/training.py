@@ -21,7 +21,8 @@ from pipeline.options import Cell
 from pipeline.stack import Member, Progress, Snapshot, Stack, start
 from pipeline.students import KINDS
 
-SAVE_SECONDS = 30  # between two snapshots of a stack
+SAVE_SECONDS = 5.0  # between two snapshots of a stack: what a kill can cost
+SAVE_SHARE = 0.02  # of the time at the most is spent on snapshots
 LAST = ("weight", "out.weight", "out.bias", "skip.weight")  # the maps whose sum is a student's answer
 # Cells that agree in these have the same shapes and the same arithmetic.
 SHAPE = (
@@ -64,7 +65,7 @@ class Keeping:
 
     Attributes:
         start: where to go on.
-        save: keeps a snapshot; called every `SAVE_SECONDS`, and before a stop.
+        save: keeps a snapshot; called every `SAVE_SECONDS` or more seldom, and before a stop.
         pause: called between two steps; true asks to stop.
     """
 
@@ -161,11 +162,13 @@ def _descend(
     stack = Stack(sorted((start(*pair) for pair in pairs), key=lambda member: -member.steps), device)
     step = _go_on(stack, keeping.start, progress) if keeping.start else 0
     last = saved = time.perf_counter()
+    wait = SAVE_SECONDS
     while stack.members:
         stopping = keeping.pause()
-        if stopping or last - saved > SAVE_SECONDS:
+        if stopping or last - saved > wait:
             keeping.save(stack.snapshot(step))
-            saved = last
+            saved = time.perf_counter()
+            wait = max(SAVE_SECONDS, (saved - last) / SAVE_SHARE)
         if stopping:
             return
         stack.train(step)

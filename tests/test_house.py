@@ -25,7 +25,7 @@ ROOMS = [
     "errors", "options", "storage", "processes", "concepts", "vectors", "teachers", "trees", "forward", "plan",
     "extraction", "function", "audit", "metrics", "objectives", "features", "students", "curriculum", "stack",
     "training", "schedule", "grid", "lanes", "spool", "engine", "tracking", "claims", "recorder", "scaling",
-    "transition", "sweep", "plots", "jobs", "report", "evaluation", "display", "cli", "__main__",
+    "transition", "sweep", "plots", "jobs", "report", "evaluation", "display", "project", "cli", "__main__",
 ]  # fmt: skip
 SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
 

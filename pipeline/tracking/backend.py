@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.exceptions import ExecutionException, MlflowException
+from mlflow.exceptions import ExecutionException
 from mlflow.projects.backend.abstract_backend import AbstractBackend
 from mlflow.projects.submitted_run import LocalSubmittedRun
 from mlflow.projects.utils import (
@@ -22,7 +23,7 @@ from mlflow.projects.utils import (
 )
 
 from pipeline.errors import InputError
-from pipeline.tracking.tracker import Tracker, connect
+from pipeline.tracking.tracker import connect
 
 STOP_SECONDS = 30  # how long an interrupted project may take to close its runs
 
@@ -49,12 +50,9 @@ class HostBackend(AbstractBackend):
         """
         os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri)
         try:
-            tracker = connect()
+            tracker = replace(connect(), experiment_id=experiment_id)
         except InputError as error:
             raise ExecutionException(str(error)) from None
-        with contextlib.suppress(MlflowException):
-            if tracker.client.get_experiment(experiment_id).name != "Default":
-                tracker = Tracker(tracker.client, experiment_id)
         work_dir = fetch_and_validate_project(project_uri, version, entry_point, params)
         project = load_project(work_dir)
         run = get_or_create_run(None, project_uri, tracker.experiment_id, work_dir, version, entry_point, params)

@@ -203,7 +203,7 @@ def connect() -> Tracker:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every small file
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `patiently` does the rest
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    uri = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI)
     mlflow.set_tracking_uri(uri)
     try:
         _make_sqlite_file(uri)
@@ -217,6 +217,12 @@ def connect() -> Tracker:
             f"({type(error).__name__}: {reason}); start it, or unset the variable to track to {DEFAULT_URI}"
         )
         raise InputError(_without_password(message)) from error
+
+
+def _absolute(uri: str) -> str:
+    """The address of an SQLite database by its whole path: MLflow takes a relative one for one below the root."""
+    path = uri.removeprefix("sqlite:///")
+    return uri if path in (uri, "") or path.startswith(":") else f"sqlite:///{Path(path).resolve()}"
 
 
 def _make_sqlite_file(uri: str) -> None:
