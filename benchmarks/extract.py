@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.concepts import read_catalogue
 from pipeline.extraction import automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
-from pipeline.plan import Plan, Request, make_request, merge
+from pipeline.plan import Output, Plan, Request, make_request, merge
 from pipeline.processes import start
 from pipeline.teachers import Source, Teacher, find_teacher, load_teacher
 from pipeline.trees import common_prefix
@@ -111,9 +111,9 @@ def ours(source: Source, teacher: Teacher, request: Request, folder: Path) -> Pa
     output = folder / f"{request.dtype}.safetensors"
     output.unlink(missing_ok=True)
     tokens = automatic_batch_tokens(source.config, teacher.device)
-    plan = Plan.open(output, request, source.config.get_text_config().hidden_size, 1, tokens)
+    plan = Plan.open(Output(output), request, source.config.get_text_config().hidden_size, 1, tokens)
     read_parts(teacher, request, plan, plan.missing())
-    merge(request, plan, output)
+    merge(request, plan)
     return output
 
 

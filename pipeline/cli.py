@@ -24,6 +24,7 @@ from pipeline.options import (
     check,
     flag,
 )
+from pipeline.storage import output_folder
 
 
 def options_of(settings: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
@@ -104,8 +105,8 @@ def train(options: TrainOptions) -> None:
     from pipeline.grid import canonical
 
     cell = canonical(Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)}))
-    folder = Path(options.output) if options.output else None
-    _sweep("train", [cell], options, Path("results"), folder)
+    with output_folder(options.output or "") as folder:
+        _sweep("train", [cell], options, Path("results"), folder if options.output else None)
 
 
 @cli.command()
@@ -126,7 +127,8 @@ def sweep(options: SweepOptions) -> None:
         return
     if options.shard != "0/1" and not options.resume:
         raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
-    _sweep(name, cells, options, Path(options.output), None, options.sweep_id, options.shard)
+    with output_folder(options.output) as output:
+        _sweep(name, cells, options, output, None, options.sweep_id, options.shard)
 
 
 def _show_plan(name: str, cells: list[Cell], options: SweepOptions) -> None:
@@ -218,12 +220,13 @@ def report(options: ReportOptions) -> None:
 
     stem, results, student = load_sweep(options.results, options.sweep_id)
     vectors = vectors_for(results["grid"], options.vectors)
-    if options.predict is not None:
-        path, lines = write_predictions(results, options.predict, Catalogued(vectors), Path(options.output))
-        for line in (*lines, path):
-            click.echo(line)
-        return
-    written = write_report(results, stem, Path(options.output), student, vectors)
+    with output_folder(options.output) as output:
+        if options.predict is not None:
+            path, lines = write_predictions(results, options.predict, Catalogued(vectors), output)
+            for line in (*lines, path):
+                click.echo(line)
+            return
+        written = write_report(results, stem, output, student, vectors)
     display.table(*table_rows(results, SHORT))
     click.echo(verdict(results))
     for path in written:
@@ -241,7 +244,8 @@ def evaluate(options: EvaluateOptions) -> None:
     from pipeline.evaluation import run_evaluate
     from pipeline.processes import start
 
-    head, rows, written = run_evaluate(options, start())
+    with output_folder(options.output) as output:
+        head, rows, written = run_evaluate(replace(options, output=str(output)), start())
     display.table(head, rows)
     for path in written:
         click.echo(path)

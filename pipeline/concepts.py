@@ -18,6 +18,7 @@ from pathlib import Path
 import snowballstemmer
 
 from pipeline.errors import InputError, choices
+from pipeline.storage import fetch
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 200  # concepts in each of validation and test, where the catalogue is large enough
@@ -79,14 +80,14 @@ def read_catalogue(source: str) -> Catalogue:
     """Read a catalogue from a CSV file or from word frequencies.
 
     Args:
-        source: path of a CSV file with the columns ``concept,category``, or ``wordfreq:<language>:<n>``.
+        source: place of a CSV file with the columns ``concept,category``, or ``wordfreq:<language>:<n>``.
 
     Raises:
         InputError: the source is missing, empty, not UTF-8, lacks a column, or names a concept twice.
     """
     if source.startswith("wordfreq:"):
         return _read_wordfreq(source)
-    return _read_csv(Path(source))
+    return _read_csv(fetch(source))
 
 
 def _read_csv(path: Path) -> Catalogue:

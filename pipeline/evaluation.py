@@ -23,7 +23,7 @@ from pipeline.function import Continuations, kl_recovered, recovered_interval
 from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_error
 from pipeline.options import Cell, EvaluateOptions
 from pipeline.report import markdown_table, newest_results, read_results, vectors_for
-from pipeline.storage import writable, write_atomically
+from pipeline.storage import is_remote, writable, write_atomically
 from pipeline.students import Student
 from pipeline.students.baselines import BASELINES
 from pipeline.sweep import baseline_of
@@ -144,7 +144,7 @@ BRIEF = ("student", "test_cosine", "test_r2", "test_retrieval_at_1", "kl_recover
 
 
 def evaluation_table(rows: Sequence[Row], brief: bool = False) -> tuple[list[str], list[list[str]]]:
-    """The rows as text, with 95 % intervals where they were measured; briefly: few columns, half the interval's width."""
+    """The rows as text, with 95 % intervals where they were measured; briefly, few columns and half the width."""
     columns = [key for key in (BRIEF if brief else COLUMNS) if key in rows[0]]
 
     def text(row: Row, key: str) -> str:
@@ -202,7 +202,7 @@ def run_evaluate(options: EvaluateOptions, accelerator: Accelerator) -> tuple[li
 
 def _find_students(run: str | None) -> tuple[str, str, dict[str, list[Student]]]:
     """A name, the grid, and the students by their name without the seed."""
-    if run is not None and Path(run).is_dir():
+    if run is not None and (is_remote(run) or Path(run).is_dir()):
         student = Student.load(run)
         return Path(run).name, "", {Cell(**student.config["cell"]).name: [student]}
     tracker = connect()

@@ -142,7 +142,7 @@ def read_parts(
             if written is not None:
                 written.result()
             held, copied = _to_host(values)
-            written = writing.submit(_write_part, teacher, request, part, prompts, held, copied, alone)
+            written = writing.submit(_write_part, teacher, request, plan, part, prompts, held, copied, alone)
             cost.tokens += tokens
             cost.prompts += len(prompts) * len(prompts[0])
         assert written is not None
@@ -318,6 +318,7 @@ def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 def _write_part(
     teacher: Teacher,
     request: Request,
+    plan: Plan,
     part: Part,
     prompts: Sequence[Sequence[Prompt]],
     values: Tensor,
@@ -349,3 +350,4 @@ def _write_part(
         "peaks": np.array([np.abs(held).max(initial=0) for held in (embeddings, vectors, alone)]),
     }
     write_atomically(part.path, lambda path: save_file(tensors, path))
+    plan.publish(part)

@@ -21,6 +21,7 @@ import yaml
 
 from pipeline.errors import InputError, choices
 from pipeline.options import SHIPPED, Cell, check
+from pipeline.storage import fetch
 from pipeline.students import KINDS
 
 KEYS = ("vectors", "axes", "fixed", "include", "exclude", "seeds")
@@ -194,7 +195,7 @@ def _lines(node: yaml.Node, place: Place, path: Path) -> Iterator[tuple[Place, i
 def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
-        return path
+        return fetch(name_or_path)
     shipped = {Path(str(item)).stem: Path(str(item)) for item in files("pipeline").joinpath("grids").iterdir()}
     if name_or_path not in shipped:
         raise InputError(f"{choices('grid', name_or_path, shipped)}; or the path of a YAML file")

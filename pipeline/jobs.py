@@ -20,9 +20,8 @@ from pipeline.errors import InputError
 from pipeline.extraction import Cost, automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
 from pipeline.options import ExtractOptions
-from pipeline.plan import Plan, Request, check_output, check_prompts, is_extracted, make_request, merge
+from pipeline.plan import Output, Plan, Request, check_output, check_prompts, is_extracted, make_request, merge
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
-from pipeline.storage import writable
 from pipeline.teachers import Source, find_teacher, load_teacher
 from pipeline.tracking import Run, closing, connect
 from pipeline.vectors import read_header
@@ -52,12 +51,12 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar) -> 
     catalogue = read_catalogue(options.concepts)
     source = find_teacher(options.teacher, options.dtype, accelerator.device, options.trust_remote_code)
     slug = source.name.replace("/", "--")
-    output = writable(options.output or f"data/vectors/{slug}.safetensors")
+    output = Output.at(options.output or f"data/vectors/{slug}.safetensors")
     request = make_request(
         source, catalogue, layers=options.layers, templates=options.template, pool=options.pool,
         count=options.num_concepts, token_block=options.token_block,
     )  # fmt: skip
-    if output.suffix == ".pt" and (len(request.layers), len(request.templates)) != (1, 1):
+    if output.path.suffix == ".pt" and (len(request.layers), len(request.templates)) != (1, 1):
         raise InputError(f"--output {output}: a .pt file holds one layer and one template; write .safetensors")
     held = is_extracted(output, request)
     check_output(output, request, options.concepts)
@@ -69,13 +68,17 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar) -> 
     with closing(connect().open_run(f"extract {source.name}", tags)) as run:
         run.log_params(asdict(options))
         if held:
-            run.set_tags({"cache": "hit", "vectors_sha256": read_header(output)["sha256"]})
+            output.leave()
+            run.set_tags({"cache": "hit", "vectors_sha256": (output.header() or {})["sha256"]})
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
         plan = _share(options, accelerator, source, request, output, shard, bar, run)
         if not options.merge and (missing := len(plan.missing())) and not plan.is_merged:
+            output.leave()
             return f"{output}: shard {options.shard} is done; the last shard merges, {missing} parts are left to others"
-        in_sink = merge(request, plan, output)
-        return _log(run, request, output, options, in_sink)
+        in_sink = merge(request, plan)
+        told = _log(run, request, output, options, in_sink)
+        output.leave()
+        return told
 
 
 @contextmanager
@@ -88,7 +91,7 @@ def _share(
     accelerator: Accelerator,
     source: Source,
     request: Request,
-    output: Path,
+    output: Output,
     shard: Worker,
     bar: Bar,
     run: Run | None = None,
@@ -131,18 +134,18 @@ def _speed(cost: Cost, templates: int, token_flops: float, accelerator: Accelera
     }
 
 
-def _log(run: Run, request: Request, output: Path, options: ExtractOptions, in_sink: list[str]) -> str:
+def _log(run: Run, request: Request, output: Output, options: ExtractOptions, in_sink: list[str]) -> str:
     """Audit the finished file, log it, and say what it is."""
     sides = ", ".join(f"{number} {side}" for side, number in counts(request.splits).items())
     told = f"{output}: {len(request.concepts)} concepts ({sides}), blocks {list(request.layers)}"
     if "val" not in request.splits or "test" not in request.splits:
         log.warning("warning: too few concepts to hold any out; students need 10 at the least")
-    run.log_artifact(output)
+    run.log_artifact(output.path)
     run.log_metrics({"concepts": len(request.concepts)})
-    if output.suffix == ".pt":
+    if output.path.suffix == ".pt":
         return told
-    header = read_header(output)
-    found = audit(output, request, in_sink)
+    header = read_header(output.path)
+    found = audit(output.path, request, in_sink)
     for line in found.warnings():
         log.warning("warning: %s", line)
     manifest = {name: value for name, value in header.items() if name not in ("concepts", "categories", "splits")}

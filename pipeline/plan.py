@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,19 +22,32 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.processes import Worker
-from pipeline.storage import write_atomically
+from pipeline.storage import (
+    beginning,
+    create,
+    get,
+    is_remote,
+    names_below,
+    put,
+    remove,
+    staged,
+    writable,
+    write_atomically,
+)
 from pipeline.teachers import Source, parse_layers
 from pipeline.vectors import (
     FORMAT,
     TENSORS,
     Streamed,
     in_memory,
+    parse_header,
     read_header,
+    read_unverified_header,
     read_vectors,
     stored_dtype,
     write_streamed,
@@ -43,6 +55,8 @@ from pipeline.vectors import (
 )
 
 POOLS = ("last", "mean")
+PLAN = "plan.json"
+MOST_HEADER_BYTES = 1 << 30
 PART_ROWS = 4096  # concepts of a part: what an interruption can cost
 PART_BYTES = 1 << 26  # and what a worker holds of its vectors at once
 
@@ -140,33 +154,80 @@ def check_prompts(templates: Sequence[str], pool: str) -> None:
         raise choices("pool", pool, POOLS)
 
 
-def is_extracted(output: Path, request: Request) -> bool:
-    """Whether the output holds the answer to this very request already, whole."""
-    if output.suffix == ".pt" or not output.is_file():
+@dataclass(frozen=True)
+class Output:
+    """Where a vectors file will be: here, or in S3 with a place here where it is made.
+
+    Attributes:
+        path: the local file.
+        url: its place in S3.
+    """
+
+    path: Path
+    url: str | None = None
+
+    @classmethod
+    def at(cls, place: str) -> Output:
+        """The output at a local path or in S3, once it can be written.
+
+        Raises:
+            InputError: it cannot.
+        """
+        return cls(writable(staged(place)), place) if is_remote(place) else cls(writable(place))
+
+    def __str__(self) -> str:
+        return self.url or str(self.path)
+
+    def header(self) -> dict[str, str] | None:
+        """What stands there says of itself; nothing if it is no vectors file, None if nothing stands there.
+
+        Raises:
+            InputError, WorkError: the store does not let us look.
+        """
+        if self.url is None:
+            return read_unverified_header(self.path) if self.path.is_file() else None
+        head = beginning(self.url, 8)
+        if head is None:
+            return None
+        length = 8 + int.from_bytes(head, "little")
+        if length > MOST_HEADER_BYTES:
+            return {}
+        return parse_header(beginning(self.url, length) or b"")
+
+    def publish(self) -> None:
+        """Put the finished file where it belongs."""
+        if self.url is not None:
+            put(self.path, self.url)
+
+    def leave(self) -> None:
+        """Remove what was here only to be put into S3."""
+        if self.url is not None:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
+
+
+def is_extracted(output: Output, request: Request) -> bool:
+    """Whether the output holds the answer to this very request already, whole (S3 shows nothing that is not)."""
+    if output.path.suffix == ".pt" or (output.header() or {}).get("extraction_key") != request.key:
         return False
     try:
-        return read_header(output)["extraction_key"] == request.key
+        return output.url is not None or bool(read_header(output.path))
     except InputError:
         return False
 
 
-def check_output(output: Path, request: Request, concepts: str) -> None:
+def check_output(output: Output, request: Request, concepts: str) -> None:
     """Refuse to write over a file that is not a vectors file; say so where other vectors will be replaced.
 
     Raises:
         InputError: something else stands there.
     """
-    if not output.is_file():
+    header = output.header()
+    if header is None:
         return
-    if Path(concepts).exists() and output.samefile(concepts):
+    if output.url is None and Path(concepts).exists() and output.path.samefile(concepts):
         raise InputError(f"--output {output}: that is the file of the concepts")
-    if output.suffix == ".pt":
+    if output.path.suffix == ".pt":
         return
-    try:
-        with safe_open(output, framework="np") as file:
-            header = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError):
-        header = {}
     if not header.get("format", "").startswith(FORMAT.rstrip("0123456789")):  # those of older versions too
         raise InputError(f"--output {output}: exists, and is no vectors file; remove it or name another")
     if header.get("extraction_key") != request.key:
@@ -186,13 +247,15 @@ class Part:
 class Plan:
     """How a request is cut into parts; the first worker writes it down and all others keep to it."""
 
+    output: Output
     folder: Path
+    url: str | None
     rows: int
     part_rows: int
     batch_tokens: int
 
     @classmethod
-    def open(cls, output: Path, request: Request, d_model: int, workers: int, batch_tokens: int) -> Plan:
+    def open(cls, output: Output, request: Request, d_model: int, workers: int, batch_tokens: int) -> Plan:
         """Take up the plan that is there, or make one.
 
         Args:
@@ -202,22 +265,14 @@ class Plan:
             workers: how many there are; each should find work.
             batch_tokens: tokens of a batch.
         """
-        folder = output.with_name(f"{output.name}.parts-{request.key[:12]}")
-        plan = folder / "plan.json"
-        if not plan.is_file():
-            row_bytes = 4 * len(request.templates) * len(request.layers) * d_model
-            rows = min(PART_ROWS, PART_BYTES // row_bytes, math.ceil(len(request.concepts) / workers))
-            content = json.dumps({"part_rows": max(1, rows), "batch_tokens": batch_tokens})
-            own = folder / f"plan-{os.getpid()}-{os.urandom(4).hex()}.json"
-            write_atomically(own, lambda part: part.write_text(content))
-            try:
-                os.link(own, plan)  # the first one wins
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without hard links; workers that start together write the same plan
-                own.replace(plan)
-            own.unlink(missing_ok=True)
-        return cls(folder, len(request.concepts), **json.loads(plan.read_text()))
+        row_bytes = 4 * len(request.templates) * len(request.layers) * d_model
+        rows = min(PART_ROWS, PART_BYTES // row_bytes, math.ceil(len(request.concepts) / workers))
+        content = json.dumps({"part_rows": max(1, rows), "batch_tokens": batch_tokens})
+        parts = f".parts-{request.key[:12]}"
+        folder = output.path.with_name(output.path.name + parts)
+        url = None if output.url is None else output.url + parts
+        stands = create(f"{url or folder}/{PLAN}", content)
+        return cls(output, folder, url, len(request.concepts), **json.loads(stands))
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -228,21 +283,45 @@ class Plan:
             for number, start in enumerate(starts)
         ]
 
+    def _names(self) -> set[str]:
+        """What of the plan and its parts is there."""
+        if self.url is not None:
+            return names_below(self.url)
+        return {path.name for path in self.folder.glob("*")}
+
     @property
     def is_merged(self) -> bool:
         """Whether another worker has merged the parts and removed them."""
-        return not (self.folder / "plan.json").is_file()
+        return PLAN not in self._names()
 
     def missing(self, worker: Worker | None = None) -> list[Part]:
         """The parts that are still to be read, by this worker or by anybody."""
         own = self.parts if worker is None else self.parts[worker.index :: worker.count]
-        return [part for part in own if not part.path.is_file()]
+        there = self._names()
+        return [part for part in own if part.path.name not in there]
+
+    def publish(self, part: Part) -> None:
+        """Show a part that was written to the workers on other machines."""
+        if self.url is not None:
+            put(part.path, f"{self.url}/{part.path.name}")
+
+    def collect(self) -> None:
+        """Bring the parts of other machines here."""
+        for part in self.parts:
+            if not part.path.is_file():
+                get(f"{self.url}/{part.path.name}", part.path)
+
+    def clear(self) -> None:
+        """Remove the parts."""
+        if self.url is not None:
+            remove(self.url)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def merge(request: Request, plan: Plan, output: Path) -> list[str]:
+def merge(request: Request, plan: Plan) -> list[str]:
     """Join all parts to the vectors file, in memory that does not grow with them, and remove them.
 
-    Several workers may do so at once: each writes the same bytes and renames them into place.
+    Several workers may do so at once: each writes the same bytes and puts them into place.
 
     Returns:
         The concepts whose vector was read at position 0.
@@ -250,6 +329,7 @@ def merge(request: Request, plan: Plan, output: Path) -> list[str]:
     Raises:
         WorkError: parts are missing.
     """
+    output = plan.output
     if missing := plan.missing():
         if is_extracted(output, request):  # another worker has merged
             return []
@@ -264,6 +344,7 @@ def merge(request: Request, plan: Plan, output: Path) -> list[str]:
 
     in_sink = np.zeros(plan.rows, bool)
     try:
+        plan.collect()
         in_sink = np.concatenate(list(each("in_sink")))
         peaks = np.stack(list(each("peaks"))).max(0)
         offsets = np.cumsum([0, *np.concatenate(list(each("token_lengths")))], dtype=np.int64)
@@ -285,16 +366,17 @@ def merge(request: Request, plan: Plan, output: Path) -> list[str]:
             Streamed("vectors", stored_dtype(peaks[1]), shape, lambda: each("vectors")),
         ]
         assert tuple(tensor.name for tensor in tensors) == TENSORS
-        if output.suffix == ".pt":
+        if output.path.suffix == ".pt":
             whole = plan.folder / "whole.safetensors"
             write_atomically(whole, lambda path: write_streamed(path, request.header, tensors))
-            write_vectors(read_vectors(whole), output)
+            write_vectors(read_vectors(whole), output.path)
         else:
-            write_atomically(output, lambda path: write_streamed(path, request.header, tensors))
+            write_atomically(output.path, lambda path: write_streamed(path, request.header, tensors))
+        output.publish()
     except (OSError, InputError):
         if not is_extracted(output, request):  # else another worker has merged and removed the parts meanwhile
             raise
-    shutil.rmtree(plan.folder, ignore_errors=True)
+    plan.clear()
     return [request.concepts[row] for row in np.flatnonzero(in_sink)]
 
 

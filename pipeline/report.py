@@ -118,7 +118,7 @@ def load_sweep(
         stem, text = tracker.newest_artifact(run.info.run_id, "_results_")
         found = json.loads(text)
         return stem, found, tracker.student_of(found["best"]["run_id"])
-    path = Path(results) if results else newest_results(folder)
+    path = fetch(results) if results else newest_results(folder)
     found, beside = read_results(path), path.with_name(f"{path.stem}_student")
     student = Student.load(beside) if beside.is_dir() else connect().student_of(found["best"]["run_id"])
     return path.stem, found, student

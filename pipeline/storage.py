@@ -1,13 +1,46 @@
-"""Where bytes go: files that are either whole or absent."""
+"""Where bytes go: files that are either whole or absent, on this machine and in S3.
+
+A place is a local path or ``s3://bucket/key``. S3 is whatever boto3 finds in the environment: credentials, region,
+and with ``AWS_ENDPOINT_URL`` (or MLflow's ``MLFLOW_S3_ENDPOINT_URL``) a store other than Amazon's. An object appears
+when its upload is complete; its SHA-256 travels with it and is checked by the store and by whoever reads it.
+"""
 
 from __future__ import annotations
 
+import errno
+import functools
+import hashlib
 import os
 import secrets
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, WorkError
+
+S3 = "s3://"
+ATTEMPTS = 8  # of each request, with exponential backoff: about a minute in all
+PART_BYTES = 16 << 20  # of an upload or download in parts; four are in flight
+TRANSFER = {"multipart_threshold": PART_BYTES, "multipart_chunksize": PART_BYTES, "max_concurrency": 4}
+CHANGED = "the copy is not what was uploaded; try again"
+ADVICE: dict[str, tuple[type[Exception], str]] = {
+    "NoSuchBucket": (InputError, "no such bucket; make it or name another"),
+    "NoSuchKey": (InputError, "not found"),
+    "404": (InputError, "not found"),
+    "AccessDenied": (InputError, "access denied; the credentials lack the right"),
+    "403": (InputError, "access denied; the credentials are wrong or lack the right"),
+    "InvalidAccessKeyId": (InputError, "the store does not know the AWS_ACCESS_KEY_ID"),
+    "SignatureDoesNotMatch": (InputError, "the AWS_SECRET_ACCESS_KEY does not fit the AWS_ACCESS_KEY_ID"),
+    "ExpiredToken": (InputError, "the credentials have expired"),
+    "RequestTimeTooSkewed": (WorkError, "the clock of this machine is off by more than the store allows; set it"),
+    "QuotaExceeded": (WorkError, "no space left in the store"),
+    "InsufficientStorage": (WorkError, "no space left in the store"),
+    "XMinioStorageFull": (WorkError, "no space left in the store"),
+    "507": (WorkError, "no space left in the store"),
+}
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -15,6 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises:
         InputError: the folder cannot be made or written.
+        WorkError: the disk is full.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -24,9 +58,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        raise _of_disk(path, error) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _of_disk(path: Path, error: OSError) -> InputError | WorkError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (WorkError if full else InputError)(f"cannot write {path}: {error.strerror or error}")
 
 
 def writable(path: str | Path) -> Path:
@@ -36,7 +75,7 @@ def writable(path: str | Path) -> Path:
         InputError: it names another kind of place, a folder, or one that cannot be written.
     """
     if "://" in str(path):
-        raise InputError(f"--output {path}: expected a local path")
+        raise InputError(f"--output {path}: expected a local path or s3://bucket/key")
     path = Path(path)
     if path.is_dir():
         raise InputError(f"--output {path}: a folder; expected a file name")
@@ -48,3 +87,225 @@ def writable(path: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"--output {path}: cannot be written ({error.strerror or error})") from error
     return path
+
+
+def is_remote(place: str | Path) -> bool:
+    """Whether a place is in S3."""
+    return str(place).startswith(S3)
+
+
+def create(place: str, text: str) -> str:
+    """Write a small file where none stands; what stands there then, for of several workers one is the first."""
+    if not is_remote(place):
+        return _create_here(Path(place), text)
+    bucket, key = _split(place)
+    with _told(place):
+        client = _client()
+        for condition in ({"IfNoneMatch": "*"}, {}):
+            try:
+                return str(client.get_object(Bucket=bucket, Key=key)["Body"].read().decode())
+            except client.exceptions.NoSuchKey:
+                pass
+            try:
+                client.put_object(Bucket=bucket, Key=key, Body=text.encode(), **condition)
+            except client.exceptions.ClientError as error:
+                # Another one was first, or the store knows no conditions: workers that start together write the same.
+                if error.response["Error"]["Code"] not in ("PreconditionFailed", "NotImplemented", "412", "501"):
+                    raise
+        return str(client.get_object(Bucket=bucket, Key=key)["Body"].read().decode())
+
+
+def _create_here(path: Path, text: str) -> str:
+    if not path.is_file():
+        own = path.with_name(f"{path.stem}-{secrets.token_hex(8)}{path.suffix}")
+        write_atomically(own, lambda part: part.write_text(text, encoding="utf-8"))
+        try:
+            os.link(own, path)  # the first one wins
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links; workers that start together write the same
+            own.replace(path)
+        own.unlink(missing_ok=True)
+    return path.read_text(encoding="utf-8")
+
+
+def fetch(place: str) -> Path:
+    """A local path for what stands at a place: a file, or a folder of files. Copies are removed as the process ends.
+
+    Raises:
+        InputError: nothing is there, or it may not be read.
+        WorkError: the store does not answer, or the copy is not what was uploaded.
+    """
+    if not is_remote(place):
+        return Path(place)
+    bucket, key = _split(place)
+    path = Path(tempfile.mkdtemp(dir=_copies().name), Path(key).name or bucket)
+    names = [name for name in names_below(place) if name]
+    for name in names:
+        get(f"{place.rstrip('/')}/{name}", path / name)
+    if not names:
+        get(place, path)
+    return path
+
+
+def get(url: str, path: Path) -> None:
+    """Copy an object to a file, whole or not at all, and check that it is what was uploaded."""
+    bucket, key = _split(url)
+
+    def write(part: Path) -> None:
+        from boto3.s3.transfer import TransferConfig
+
+        with _told(url):
+            told = _client().head_object(Bucket=bucket, Key=key)
+            _client().download_file(bucket, key, str(part), Config=TransferConfig(**TRANSFER))
+        claimed = {name.lower(): value for name, value in told["Metadata"].items()}.get("sha256")
+        if part.stat().st_size != told["ContentLength"] or claimed not in (None, sha256_of(part)):
+            raise WorkError(f"{url}: {CHANGED}")
+
+    write_atomically(path, write)
+
+
+def put(path: Path, url: str) -> None:
+    """Copy a file to an object, which appears when it is whole."""
+    from boto3.exceptions import S3UploadFailedError
+    from boto3.s3.transfer import TransferConfig
+
+    bucket, key = _split(url)
+    extra = {"Metadata": {"sha256": sha256_of(path)}, "ChecksumAlgorithm": "SHA256"}
+    with _told(url):
+        try:
+            _client().upload_file(str(path), bucket, key, ExtraArgs=extra, Config=TransferConfig(**TRANSFER))
+        except S3UploadFailedError as error:
+            raise error.__context__ or error from None
+
+
+def beginning(url: str, number: int) -> bytes | None:
+    """The first so many bytes of an object, or all if it is shorter; None where there is none."""
+    bucket, key = _split(url)
+    with _told(url):
+        client = _client()
+        try:
+            found = client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{number - 1}")
+        except client.exceptions.NoSuchKey:
+            return None
+        except client.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] == "InvalidRange":  # an empty object
+                return b""
+            raise
+        return bytes(found["Body"].read(number))
+
+
+def names_below(url: str) -> set[str]:
+    """Names of the objects below a folder, relative to it."""
+    bucket, key = _split(url)
+    prefix = f"{key.rstrip('/')}/" if key else ""
+    with _told(url):
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return {entry["Key"].removeprefix(prefix) for page in pages for entry in page.get("Contents", [])}
+
+
+def remove(url: str) -> None:
+    """Remove all objects below a folder."""
+    bucket, _ = _split(url)
+    for name in sorted(names_below(url)):
+        with _told(url):
+            _client().delete_object(Bucket=bucket, Key=_split(f"{url.rstrip('/')}/{name}")[1])
+
+
+def staged(place: str) -> Path:
+    """The local path at which what will stand at a place in S3 is made; the same for a command that is repeated."""
+    home = Path(tempfile.gettempdir(), f"activation-distillation-{os.getuid()}")
+    bucket, key = _split(place)
+    return home / hashlib.sha256(place.encode()).hexdigest()[:16] / (Path(key).name or bucket)
+
+
+@contextmanager
+def output_folder(place: str) -> Iterator[Path]:
+    """A local folder for files that stand at the place when all has gone well; hidden ones are for going on later.
+
+    Raises:
+        InputError: files cannot be written there.
+        WorkError: the store does not answer.
+    """
+    if not is_remote(place):
+        yield Path(place)
+        return
+    with _told(place):
+        bucket, key = _split(place)
+        _client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)  # is it there at all? asked before long work
+    folder = staged(place)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    yield folder
+    if int(os.environ.get("RANK", "0")) > 0:  # of the processes that accelerate has launched, one writes files
+        return
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not str(name).startswith(".") and before.get(path) != path.stat().st_mtime_ns:
+            put(path, f"{place.rstrip('/')}/{name}")
+    if not any(folder.glob(".*")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, in memory that does not grow with it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _split(url: str) -> tuple[str, str]:
+    bucket, _, key = url.removeprefix(S3).partition("/")
+    if not bucket:
+        raise InputError(f"{url}: expected s3://bucket/key")
+    return bucket, key
+
+
+@functools.cache
+def _copies() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="activation-distillation-")
+
+
+@functools.cache
+def _client() -> Any:
+    """The S3 client; boto3 is loaded when the first place in S3 is named."""
+    import boto3
+    from botocore.config import Config
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = endpoint or os.environ.get("MLFLOW_S3_ENDPOINT_URL")
+    session = boto3.Session()
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        connect_timeout=10,
+        read_timeout=60,
+        # Stores other than Amazon's seldom have a name for each bucket.
+        s3={"addressing_style": "path" if endpoint else "auto"},
+    )
+    return session.client("s3", endpoint_url=endpoint, region_name=session.region_name or "us-east-1", config=config)
+
+
+@contextmanager
+def _told(place: str) -> Iterator[None]:
+    """Turn boto3's errors into ours: one line that says what to do."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        FlexibleChecksumError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
+
+    try:
+        yield
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise InputError(
+            f"{place}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile in ~/.aws"
+        ) from error
+    except ClientError as error:
+        code, message = (str(error.response["Error"].get(name, "")) for name in ("Code", "Message"))
+        kind, advice = ADVICE.get(code, (WorkError, f"the store answers {code}: {message}"))
+        raise kind(f"{place}: {advice}") from error
+    except FlexibleChecksumError as error:
+        raise WorkError(f"{place}: {CHANGED}") from error
+    except (BotoCoreError, Boto3Error, ConnectionError, TimeoutError) as error:
+        raise WorkError(f"{place}: the store does not answer ({error})") from error

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import InputError, choices
 from pipeline.processes import multiplies_faster
+from pipeline.storage import fetch, is_remote
 
 HUB_IDS = {
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
@@ -122,7 +123,7 @@ def find_teacher(
     Raises:
         InputError: no such teacher, or its files cannot be read or reached.
     """
-    source, files = _locate(name)
+    source, files = _locate(str(fetch(name)) if is_remote(name) else name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     location = str(source)
     if isinstance(source, Path) and source.suffix == ".gguf":

@@ -262,6 +262,25 @@ def _untangled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def parse_header(beginning: bytes) -> dict[str, str]:
+    """The header in the beginning of a vectors file; nothing if it is the beginning of something else."""
+    try:
+        size = int.from_bytes(beginning[:8], "little")
+        found = json.loads(beginning[8 : 8 + size]).get("__metadata__")
+    except (ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_unverified_header(path: Path) -> dict[str, str]:
+    """The header of a vectors file as it says; nothing if the file is something else."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError):
+        return {}
+
+
 def read_header(path: Path) -> dict[str, str]:
     """The header of a vectors file, once all of the file is known to be whole; in memory that does not grow with it.
 

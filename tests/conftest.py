@@ -1,7 +1,9 @@
 """Real parts for the tests: the shipped vectors, the embedded teacher, and tiny random models of real architectures."""
 
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 
 # Before any library reads them: tests reach no hub, and every run goes to a database of its own.
@@ -144,6 +146,24 @@ def run(monkeypatch, capfd):
         return code, *capfd.readouterr()
 
     return call
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(port, seconds=60):
+    """Wait until something listens."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(f"nothing listens on port {port}")
 
 
 SMALL_GRID = """

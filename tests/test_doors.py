@@ -3,16 +3,14 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHIPPED
+from conftest import ROOT, SHIPPED, free_port, wait_for
 from mlflow import MlflowClient
 
 
@@ -88,20 +86,14 @@ def test_the_runs_stand_in_the_compare_view_of_the_ui(workplace, run, small_grid
     code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED)
     assert code == 0, err
     _, children = found_runs()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{workplace}/mlflow.db",
          "--port", str(port), "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     try:
-        for _ in range(120):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                    break
-            except OSError:
-                time.sleep(0.5)
+        wait_for(port)
         names = "[" + ",".join(f'"{child.info.run_id}"' for child in children) + "]"
         page = f'http://127.0.0.1:{port}/#/compare-runs?runs={names}&experiments=["{children[0].info.experiment_id}"]'
         shown = subprocess.run(

@@ -22,7 +22,7 @@ from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import read_parts
 from pipeline.forward import residuals
-from pipeline.plan import Plan, is_extracted, make_request, merge
+from pipeline.plan import Output, Plan, is_extracted, make_request, merge
 from pipeline.processes import Worker
 from pipeline.teachers import find_teacher, load_teacher, parse_layers
 from pipeline.vectors import read_vectors
@@ -39,10 +39,10 @@ def extract(teacher, catalogue, folder, *, batch_tokens=64, workers=1, **asked):
     request = make_request(source, catalogue, **asked)
     output = folder / "vectors.safetensors"
     output.unlink(missing_ok=True)
-    plan = Plan.open(output, request, model.embedding_table.shape[1], workers, batch_tokens)
+    plan = Plan.open(Output(output), request, model.embedding_table.shape[1], workers, batch_tokens)
     for index in reversed(range(workers)):
         read_parts(model, request, plan, plan.missing(Worker(index, workers)), batch_tokens)
-    merge(request, plan, output)
+    merge(request, plan)
     return read_vectors(output)
 
 
@@ -226,14 +226,14 @@ import sys
 from pathlib import Path
 from pipeline.concepts import read_catalogue
 from pipeline.extraction import read_parts
-from pipeline.plan import Plan, make_request, merge
+from pipeline.plan import Output, Plan, make_request, merge
 from pipeline.teachers import find_teacher, load_teacher
 teacher, output = sys.argv[1], Path(sys.argv[2])
 source = find_teacher(teacher)
 request = make_request(source, read_catalogue("wordfreq:en:20000"), layers="all", templates=["The {concept}"])
-plan = Plan.open(output, request, 32, 40, 128)
+plan = Plan.open(Output(output), request, 32, 40, 128)
 read_parts(load_teacher(source), request, plan, plan.missing())
-merge(request, plan, output)
+merge(request, plan)
 """
 
 
@@ -295,24 +295,24 @@ def test_shards_and_one_run_give_the_same_vectors(tiny_folder, catalogue, tmp_pa
 def test_a_merge_without_all_parts_says_so(tiny_folder, tmp_path):
     source, model = load(tiny_folder("gpt2"))
     request = make_request(source, FEW, layers="2", templates=TEMPLATES)
-    plan = Plan.open(tmp_path / "out.safetensors", request, 32, 2, 64)
+    plan = Plan.open(Output(tmp_path / "out.safetensors"), request, 32, 2, 64)
     read_parts(model, request, plan, plan.missing(Worker(1, 2)))
     with pytest.raises(WorkError, match="1 of 2 parts"):
-        merge(request, plan, tmp_path / "out.safetensors")
+        merge(request, plan)
 
 
 def test_a_worker_that_comes_after_the_merge_finds_the_file(tiny_folder, tmp_path):
     source, model = load(tiny_folder("gpt2"))
     request = make_request(source, FEW, layers="2", templates=TEMPLATES)
     output = tmp_path / "out.safetensors"
-    first, second = (Plan.open(output, request, 32, 2, 64) for _ in range(2))
+    first, second = (Plan.open(Output(output), request, 32, 2, 64) for _ in range(2))
     for plan, worker in ((first, Worker(0, 2)), (second, Worker(1, 2))):
         read_parts(model, request, plan, plan.missing(worker))
     assert not second.is_merged
-    merge(request, first, output)
+    merge(request, first)
     written = output.stat().st_mtime_ns
     assert second.is_merged
-    assert merge(request, second, output) == []
+    assert merge(request, second) == []
     assert output.stat().st_mtime_ns == written
 
 
@@ -330,7 +330,7 @@ def test_the_key_names_all_that_decides_the_vectors(tiny_folder, tmp_path):
         make_request(replace(source, dtype="bfloat16"), FEW, **asked),
     ]
     assert len({request.key, *(other.key for other in others)}) == 7
-    assert not is_extracted(tmp_path / "none.safetensors", request)
+    assert not is_extracted(Output(tmp_path / "none.safetensors"), request)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHIPPED
+from conftest import ROOT, SHIPPED, free_port, wait_for
 from mlflow import MlflowClient
 
 from pipeline.options import Cell
@@ -176,13 +175,7 @@ def server(port):
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ}
     )
     try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.2)
+        wait_for(port)
         yield process
     finally:
         os.killpg(process.pid, signal.SIGKILL)
@@ -191,9 +184,7 @@ def server(port):
 
 @pytest.fixture
 def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_port()
 
 
 def test_a_tracking_server_that_goes_away_for_a_while_costs_nothing_but_the_wait(grid, port):

@@ -22,10 +22,10 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.features import Catalogued, Reading, Subset
 from pipeline.options import Cell
-from pipeline.storage import write_atomically
+from pipeline.storage import fetch, write_atomically
 from pipeline.students.kinds import KINDS
 
-FORMAT = "student-2"
+FORMAT = "student-3"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Student:
         Raises:
             InputError: not a student folder, or a damaged one.
         """
-        folder = Path(folder)
+        folder = fetch(str(folder))
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if config.get("format") != FORMAT or config.get("student") not in KINDS:

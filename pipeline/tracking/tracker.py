@@ -24,6 +24,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_
 from requests import RequestException
 from sqlalchemy import make_url
 
+from pipeline import storage
 from pipeline.errors import InputError, WorkError
 from pipeline.storage import write_atomically
 from pipeline.students import Student
@@ -281,15 +282,16 @@ def settle(begin: float) -> None:
 
 
 def fetch(uri: str) -> Path:
-    """A local path for a file named by a local path or by ``runs:/<run id>/<artifact>``.
+    """A local path for a file named by a local path, by ``s3://bucket/key`` or by ``runs:/<run id>/<artifact>``.
 
     Raises:
-        InputError: MLflow has no such artifact, or the place is of another kind.
+        InputError: there is no such file or artifact, or the place is of another kind.
+        WorkError: the store does not answer.
     """
-    if "://" in uri or uri.startswith("models:"):
-        raise InputError(f"{uri}: expected a local path or runs:/<run id>/<artifact>")
     if not uri.startswith("runs:"):
-        return Path(uri)
+        if ("://" in uri or uri.startswith("models:")) and not storage.is_remote(uri):
+            raise InputError(f"{uri}: expected a local path, s3://bucket/key or runs:/<run id>/<artifact>")
+        return storage.fetch(uri)
     connect()
     try:
         return Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="artifact-")))

@@ -1,0 +1,89 @@
+"""A store that fails: an HTTP proxy in front of a real S3 server, with the faults that networks and stores have."""
+
+import http.client
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+HOPS = {"transfer-encoding", "expect", "connection", "content-length"}
+
+
+class Faulty(ThreadingHTTPServer):
+    """A proxy on a port of its own.
+
+    Args:
+        target: port of the real server.
+
+    Attributes:
+        url: its address.
+        every: each request of that number fails with 503; 0 lets all through.
+        delay: seconds that each request waits.
+        after: bytes of uploads after which the connection is cut, and every one thereafter; None never.
+        flip: whether what is read comes with a wrong first byte.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, target):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url, self.target = f"http://127.0.0.1:{self.server_address[1]}", target
+        self.every, self.delay, self.after, self.flip = 0, 0.0, None, False
+        self.count = self.uploaded = 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def handle_request(self):
+        body, proxy = self._body(), self.server
+        proxy.count += 1
+        proxy.uploaded += len(body)
+        time.sleep(proxy.delay)
+        if proxy.after is not None and proxy.uploaded > proxy.after:
+            self.close_connection = True
+            self.connection.close()
+        elif proxy.every and proxy.count % proxy.every == 0:
+            self._answer(503, [("Content-Type", "application/xml")], BUSY)
+        else:
+            self._forward(body)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request  # noqa: N815 (names of http.server)
+
+    def _forward(self, body):
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in HOPS}
+        upstream.request(self.command, self.path, body or None, headers)
+        answer = upstream.getresponse()
+        read = answer.read()
+        if self.server.flip and self.command == "GET":
+            read = bytes([read[0] ^ 1]) + read[1:]
+        self._answer(answer.status, answer.getheaders(), read)
+
+    def _body(self):
+        if "100-continue" in self.headers.get("Expect", ""):
+            self.send_response_only(100)
+            self.end_headers()
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _answer(self, status, headers, body):
+        self.send_response_only(status)
+        for name, value in [pair for pair in headers if pair[0].lower() not in HOPS]:
+            self.send_header(name, value)
+        length = dict(headers).get("Content-Length", "0") if self.command == "HEAD" else str(len(body))
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)

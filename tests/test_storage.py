@@ -1,0 +1,164 @@
+"""Files in S3: a real S3 server, and one that fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SHIPPED, free_port, wait_for
+from faults import Faulty
+
+from pipeline import storage
+from pipeline.errors import WorkError
+from pipeline.students import Student
+
+KEY, SECRET = "accesskey", "secretsecret"
+CSV = "concept,category\n" + "".join(f"{name},any\n" for name in ("ice", "fire", "slow cooking", "rain", "sun", "moon"))
+
+
+@pytest.fixture
+def s3(tmp_path, monkeypatch):
+    """A real S3 server over a folder with one bucket; the environment names it."""
+    (tmp_path / "store" / "bucket").mkdir(parents=True)
+    port = free_port()
+    server = subprocess.Popen(
+        [Path(sys.executable).with_name("rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key",
+         f"{KEY},{SECRET}", tmp_path / "store"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "RCLONE_CONFIG": str(tmp_path / "rclone.conf")},
+    )  # fmt: skip
+    wait_for(port)
+    proxy = Faulty(port)
+    for name, value in (("AWS_ENDPOINT_URL", proxy.url), ("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._client.cache_clear()
+    yield proxy
+    proxy.close()
+    server.kill()
+    server.wait()
+    storage._client.cache_clear()
+
+
+@pytest.fixture
+def big(tmp_path):
+    """A file that goes up in three parts."""
+    path = tmp_path / "big.bin"
+    path.write_bytes(os.urandom(2 * storage.PART_BYTES + 12345))
+    return path
+
+
+def test_a_file_comes_back_as_it_went(s3, big, tmp_path):
+    storage.put(big, "s3://bucket/deep/big.bin")
+    storage.get("s3://bucket/deep/big.bin", tmp_path / "back")
+    assert storage.sha256_of(tmp_path / "back") == storage.sha256_of(big)
+    assert storage.names_below("s3://bucket/deep") == {"big.bin"}
+    assert storage.names_below("s3://bucket/dee") == set()
+    assert storage.beginning("s3://bucket/deep/big.bin", 10) == big.read_bytes()[:10]
+    assert storage.fetch("s3://bucket/deep").joinpath("big.bin").stat().st_size == big.stat().st_size
+    storage.remove("s3://bucket/deep")
+    assert storage.names_below("s3://bucket") == set()
+
+
+def test_of_several_that_create_the_first_one_wins(s3, tmp_path):
+    for place in ("s3://bucket/plan.json", f"{tmp_path}/folder/plan.json"):
+        assert storage.create(place, "first") == "first"
+        assert storage.create(place, "second") == "first"
+
+
+@pytest.mark.parametrize(
+    ("place", "changes", "expected"),
+    [
+        ("s3://bucket/none", {}, "s3://bucket/none: not found"),
+        ("s3://nowhere/x", {}, "no such bucket"),
+        ("s3://", {}, "expected s3://bucket/key"),
+        ("s3://bucket/x", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "AWS_SECRET_ACCESS_KEY does not fit"),
+        ("s3://bucket/x", {"AWS_ACCESS_KEY_ID": "someone-else"}, "does not know the AWS_ACCESS_KEY_ID"),
+        ("s3://bucket/x", {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "no credentials"),
+    ],
+)
+def test_what_is_wrong_with_a_store_is_said_in_one_line(s3, monkeypatch, run, workplace, place, changes, expected):
+    for name, value in changes.items():
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    code, _, err = run("train", "--vectors", place)
+    assert code == 2
+    assert expected in err.splitlines()[-1]
+    assert SECRET not in err
+
+
+def test_a_store_that_fails_every_third_request_or_is_slow_costs_only_time(s3, big, tmp_path):
+    for fault in ({"every": 3}, {"delay": 0.3}):
+        vars(s3).update({"every": 0, "delay": 0.0, **fault})
+        storage.put(big, "s3://bucket/big.bin")
+        storage.get("s3://bucket/big.bin", tmp_path / "back")
+        assert storage.sha256_of(tmp_path / "back") == storage.sha256_of(big)
+
+
+def test_a_store_that_dies_in_mid_upload_shows_no_partial_object(s3, big, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    storage._client.cache_clear()
+    s3.after = storage.PART_BYTES + 1000
+    with pytest.raises(WorkError, match="the store does not answer"):
+        storage.put(big, "s3://bucket/big.bin")
+    s3.after = None
+    assert storage.names_below("s3://bucket") == set()
+    storage.put(big, "s3://bucket/big.bin")
+    assert storage.names_below("s3://bucket") == {"big.bin"}
+
+
+def test_a_copy_that_is_not_what_was_uploaded_is_refused(s3, tmp_path):
+    (tmp_path / "a").write_text("right")
+    storage.put(tmp_path / "a", "s3://bucket/a")
+    s3.flip = True
+    with pytest.raises(WorkError, match="not what was uploaded"):
+        storage.get("s3://bucket/a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def extract(teacher, output, *arguments):
+    command = [sys.executable, "-m", "pipeline", "extract", "--teacher", str(teacher), "--layers", "1,2"]
+    done = subprocess.run(
+        [*command, "--concepts", "c.csv", "--output", output, *arguments], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_shards_on_several_machines_meet_in_s3(s3, workplace, tiny_folder, tmp_path, monkeypatch):
+    Path("c.csv").write_text(CSV)
+    teacher = tiny_folder("gpt2")
+    extract(teacher, "whole.safetensors")
+    s3.every = 5
+    assert "1 parts are left" in extract(teacher, "s3://bucket/v.safetensors", "--shard", "1/2")
+    assert "v.safetensors" not in storage.names_below("s3://bucket")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # another machine, which has only S3 in common
+    assert "sha256" in extract(teacher, "s3://bucket/v.safetensors", "--shard", "0/2")
+    assert storage.names_below("s3://bucket") == {"v.safetensors"}
+    assert storage.fetch("s3://bucket/v.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+    assert "nothing to do" in extract(teacher, "s3://bucket/v.safetensors")
+    assert not list(tmp_path.glob("activation-distillation-*/*"))
+
+
+def test_an_output_in_s3_that_is_something_else_is_not_written_over(s3, workplace, run, tiny_folder):
+    Path("c.csv").write_text(CSV)
+    storage.put(Path("c.csv"), "s3://bucket/c.csv")
+    code, _, err = run("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "s3://bucket/c.csv", "--output",
+                       "s3://bucket/c.csv")  # fmt: skip
+    assert code == 2
+    assert "s3://bucket/c.csv: exists, and is no vectors file" in err
+
+
+def test_a_sweep_reads_and_writes_s3(s3, workplace, run, small_grid):
+    storage.put(SHIPPED, "s3://bucket/v.safetensors")
+    storage.put(small_grid, "s3://bucket/grids/small.yaml")
+    code, _, err = run("sweep", "--grid", "s3://bucket/grids/small.yaml", "--vectors", "s3://bucket/v.safetensors",
+                         "--output", "s3://bucket/results")  # fmt: skip
+    assert code == 0, err
+    names = storage.names_below("s3://bucket/results")
+    assert {Path(name).suffix for name in names} == {".json", ".html", ".md", ".png", ".safetensors"}
+    [folder] = {name.split("/")[0] for name in names if name.endswith("model.safetensors")}
+    student = Student.load(f"s3://bucket/results/{folder}")
+    assert student.encode(["volcano"]).shape == (1, 576)
+    [results] = [name for name in names if name.endswith(".json") and "/" not in name]
+    assert run("report", "--results", f"s3://bucket/results/{results}", "--vectors", SHIPPED)[0] == 0
