@@ -105,8 +105,8 @@ def train(options: TrainOptions) -> None:
     from pipeline.grid import canonical
 
     cell = canonical(Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)}))
-    with output_folder(options.output or "") as folder:
-        _sweep("train", [cell], options, Path("results"), folder if options.output else None)
+    with output_folder(options.output or "student") as folder:
+        _sweep("train", [cell], options, folder.parent / "results", folder if options.output else None)
 
 
 @cli.command()
