@@ -91,7 +91,7 @@ class ExtractOptions:
         None, "Extract so many concepts, spread over the categories.  [default: all]", minimum=1
     )
     layers: str = option(
-        "mid", "Blocks after which to read: mid, all, or numbers such as 8,15. 0 is the embedding output."
+        "mid", "Blocks after which to read: mid, all, or numbers such as 2,6,mid. 0 is the embedding output."
     )
     template: tuple[str, ...] = option(
         ("Tell me about {concept}",), "The prompt around the concept; repeat the option for several."

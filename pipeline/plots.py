@@ -232,25 +232,26 @@ def pareto(cells: list[Row], teacher_flops: float | None = None) -> Figure:
     """
     most = max(row["concepts"] for row in cells)
     kinds = _groups([row for row in cells if row["concepts"] == most], label)
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 6.5), sharey=True, layout="constrained")
     titles = {"parameters": "parameters of the student", "flops": "operations of a prediction, early blocks included"}
+    cosine = {name: float(np.mean([row["test_cosine"] for row in rows])) for name, rows in kinds.items()}
+    ranked = sorted(kinds, key=lambda name: -cosine[name])
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
-        points = sorted(
-            (rows[0][key], float(np.mean([r["test_cosine"] for r in rows])), n) for n, rows in kinds.items()
-        )
+        points = sorted((kinds[name][0][key], cosine[name]) for name in ranked)
         best = -np.inf
         front = [best := point[1] for point in points if point[1] > best]
         on_front = [point for point in points if point[1] in front]
         panel.plot([p[0] for p in on_front], [p[1] for p in on_front], color="lightgrey", zorder=0)
-        for place, (x, y, name) in enumerate(points):
-            panel.scatter(x, y, color=plt.get_cmap("tab20")(place % 20), s=36)
-            panel.annotate(name, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        for place, name in enumerate(ranked):
+            marker, colour = "osD^v"[place // 10 % 5], plt.get_cmap("tab10")(place % 10)
+            panel.scatter(kinds[name][0][key], cosine[name], color=colour, marker=marker, s=44, label=name)
         if key == "flops" and teacher_flops:
             panel.scatter(teacher_flops, 1.0, marker="*", s=120, color="black")
             panel.annotate("teacher", (teacher_flops, 1.0), fontsize=8, xytext=(-8, -12), textcoords="offset points")
         panel.set(xscale="log", xlabel=title)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"test cosine (centred), {most} training concepts")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -265,6 +266,9 @@ def fitted(cells: list[Row], law: Law) -> Figure:
         main.plot(numbers, [1 - law.cosine(n, size) for n in numbers], color=colour, label=f"{size:,} parameters")
         main.scatter([r["concepts"] for r in own], [1 - r["test_cosine"] for r in own], color=colour, s=14)
     main.set(xscale="log", yscale="log", xlabel="training concepts", ylabel="1 - test cosine", title="Scaling law")
+    for axis in (main.xaxis, main.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     main.legend(fontsize=7)
     order = [row["concepts"] for row in cells]
     rest.scatter(order, 100 * law.residuals, s=16, color="black")

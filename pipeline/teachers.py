@@ -291,7 +291,7 @@ def _find_blocks(model: PreTrainedModel, source: Source) -> Sequence[nn.Module]:
 
 
 def parse_layers(layers: str, depth: int) -> tuple[int, ...]:
-    """Block numbers from ``mid``, ``all``, or a comma-separated list.
+    """Block numbers from ``all``, or from a comma-separated list in which ``mid`` may stand.
 
     Args:
         layers: the text; 0 is the embedding output and ``depth`` the last block, before the final norm.
@@ -300,14 +300,12 @@ def parse_layers(layers: str, depth: int) -> tuple[int, ...]:
     Raises:
         InputError: not a number, or not a block of this teacher.
     """
-    if layers == "mid":
-        return (depth // 2,)
     if layers == "all":
         return tuple(range(depth + 1))
     try:
-        chosen = tuple(sorted({int(part) for part in layers.split(",")}))
+        chosen = tuple(sorted({depth // 2 if part == "mid" else int(part) for part in layers.split(",")}))
     except ValueError:
-        raise InputError(f"--layers {layers}: expected mid, all, or block numbers such as 8,15") from None
+        raise InputError(f"--layers {layers}: expected all, mid, or block numbers such as 8,mid") from None
     if chosen[0] < 0 or chosen[-1] > depth:
         raise InputError(f"--layers {layers}: the teacher has blocks 0 (embeddings) to {depth}")
     return chosen

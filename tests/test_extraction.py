@@ -334,7 +334,8 @@ def test_the_key_names_all_that_decides_the_vectors(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("mid", (15,)), ("8,15", (8, 15)), ("15,8,8", (8, 15)), ("0,30", (0, 30))]
+    ("text", "expected"),
+    [("mid", (15,)), ("8,15", (8, 15)), ("8,mid", (8, 15)), ("15,8,8", (8, 15)), ("0,30", (0, 30))],
 )
 def test_layers_are_read_from_text(text, expected):
     assert parse_layers(text, 30) == expected
