@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 import mlflow
 import pytest
 import torch
+from faults import Faulty
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -30,7 +32,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipeline import cli
+from pipeline import cli, storage
 from pipeline.concepts import read_catalogue
 from pipeline.features import Catalogued
 from pipeline.teachers import find_teacher, load_teacher
@@ -164,6 +166,32 @@ def wait_for(port, seconds=60):
         except OSError:
             time.sleep(0.1)
     raise TimeoutError(f"nothing listens on port {port}")
+
+
+KEY, SECRET = "accesskey", "secretsecret"
+
+
+@pytest.fixture
+def s3(tmp_path, monkeypatch):
+    """A real S3 server over a folder with one bucket; the environment names it."""
+    (tmp_path / "store" / "bucket").mkdir(parents=True)
+    port = free_port()
+    server = subprocess.Popen(
+        [Path(sys.executable).with_name("rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key",
+         f"{KEY},{SECRET}", tmp_path / "store"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "RCLONE_CONFIG": str(tmp_path / "rclone.conf")},
+    )  # fmt: skip
+    wait_for(port)
+    proxy = Faulty(port)
+    for name, value in (("AWS_ENDPOINT_URL", proxy.url), ("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._client.cache_clear()
+    yield proxy
+    proxy.close()
+    server.kill()
+    server.wait()
+    storage._client.cache_clear()
 
 
 SMALL_GRID = """

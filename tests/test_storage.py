@@ -6,38 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHIPPED, free_port, wait_for
-from faults import Faulty
+from conftest import ROOT, SECRET, SHIPPED
 
 from pipeline import storage
 from pipeline.errors import WorkError
 from pipeline.students import Student
 
-KEY, SECRET = "accesskey", "secretsecret"
 CSV = "concept,category\n" + "".join(f"{name},any\n" for name in ("ice", "fire", "slow cooking", "rain", "sun", "moon"))
-
-
-@pytest.fixture
-def s3(tmp_path, monkeypatch):
-    """A real S3 server over a folder with one bucket; the environment names it."""
-    (tmp_path / "store" / "bucket").mkdir(parents=True)
-    port = free_port()
-    server = subprocess.Popen(
-        [Path(sys.executable).with_name("rclone"), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key",
-         f"{KEY},{SECRET}", tmp_path / "store"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "RCLONE_CONFIG": str(tmp_path / "rclone.conf")},
-    )  # fmt: skip
-    wait_for(port)
-    proxy = Faulty(port)
-    for name, value in (("AWS_ENDPOINT_URL", proxy.url), ("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage._client.cache_clear()
-    yield proxy
-    proxy.close()
-    server.kill()
-    server.wait()
-    storage._client.cache_clear()
 
 
 @pytest.fixture

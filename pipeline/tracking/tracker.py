@@ -253,7 +253,7 @@ def patiently(work: Callable[[], T]) -> T:
         work: may be done again after it has failed half-way.
 
     Raises:
-        WorkError: the server stayed away.
+        WorkError: the server stayed away, or artifacts cannot be written.
     """
     patience = float(os.environ.get("TRACKING_PATIENCE_SECONDS", "300"))
     begin, pause = time.monotonic(), 0.5
@@ -270,6 +270,8 @@ def patiently(work: Callable[[], T]) -> T:
                 log.warning("tracking is out of reach; trying again for %.0f s, training goes on", patience)
             time.sleep(pause)
             pause = min(2 * pause, 10)
+        except OSError as error:  # artifacts on a disk that is full, or that may not be written
+            raise WorkError(f"artifacts of MLflow: {error}") from error
 
 
 def settle(begin: float) -> None:
@@ -319,6 +321,14 @@ def _impatient() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _artifact_location(name: str) -> str | None:
+    """Beside an SQLite database, wherever the command runs; None where MLflow does so itself, or a server does."""
+    path = Path(mlflow.get_tracking_uri().removeprefix("sqlite:///"))
+    if not path.is_absolute() or path.parent == Path.cwd():
+        return None
+    return str(path.parent / "mlruns" / name)
+
+
 def _experiment(client: MlflowClient) -> str:
     """The experiment's id; whoever comes first creates it."""
     if named := os.environ.get("MLFLOW_EXPERIMENT_ID"):
@@ -327,7 +337,7 @@ def _experiment(client: MlflowClient) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name))
+            return str(client.create_experiment(name, _artifact_location(name)))
         except MlflowException:  # another process was faster
             found = client.get_experiment_by_name(name)
             if found is None:

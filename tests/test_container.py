@@ -1,0 +1,278 @@
+"""The image on a real Docker engine: what it holds, `mlflow run` in it, and a sweep of pods on a real server."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import KEY, ROOT, SECRET, SHIPPED, free_port, wait_for
+from mlflow import MlflowClient
+
+IMAGE = "activation-distillation"
+SHARDS = int(os.environ.get("TEST_SHARDS", "3"))
+LIMITED = ("--read-only", "--tmpfs", "/tmp", "--user", "12345:12345", "--cap-drop", "ALL")
+pytestmark = pytest.mark.timeout(900)
+
+
+def docker(*arguments, check=True, **options):
+    done = subprocess.run(["docker", *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done.stdout if check else done
+
+
+@pytest.fixture(scope="session")
+def image():
+    """The image, built on TEST_BASE_IMAGE where that is set, or as `make image` has left it."""
+    if shutil.which("docker") is None or docker("info", check=False).returncode:
+        pytest.skip("needs a Docker engine")
+    if base := os.environ.get("TEST_BASE_IMAGE"):
+        make = ["make", "image", f"BASE_IMAGE={base}", "DOCKER_FLAGS=--network host"]
+        done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    elif docker("image", "inspect", IMAGE, check=False).returncode:
+        pytest.skip("needs the image: make image")
+    return IMAGE
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The project as a fresh clone has it."""
+    folder = tmp_path / "project with a space"
+    for name in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+def mlflow_run(project, entry, *parameters):
+    command = [sys.executable, "-m", "mlflow", "run", ".", "-e", entry]
+    command += [part for parameter in parameters for part in ("-P", parameter)]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_the_image_holds_the_program_and_nothing_else(image):
+    layers = [json.loads(line) for line in docker("history", "--format", "{{json .}}", image).splitlines()]
+    own = 0.0
+    for layer in layers:
+        if "/opt/venv" in layer["CreatedBy"]:  # what follows is base and packages
+            break
+        number, unit = re.fullmatch(r"([\d.]+)([kM]?B)", layer["Size"]).groups()
+        own += float(number) * {"B": 1e-6, "kB": 1e-3, "MB": 1.0}[unit]
+    assert own < 30
+    look = "ls -A /opt/activation-distillation /tmp; ls /root/.cache /var/lib/apt/lists 2>&1; id -u; command -v gcc pip"
+    found = docker("run", "--rm", "--entrypoint", "sh", image, "-c", f"{look}; true")
+    for absent in ("tests", "benchmarks", ".git", "/gcc", "/pip", "InRelease", "templates"):
+        assert absent not in found
+    assert "65532" in found
+    told = docker("image", "inspect", image)
+    assert not re.search(r"PASSWORD|SECRET|TOKEN", told)
+    assert "org.opencontainers.image.licenses" in told
+
+
+def test_every_entry_point_runs_in_the_container_and_leaves_all_on_the_host(image, project):
+    done = mlflow_run(project, "sweep", "epochs=1")
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    experiment = client.get_experiment_by_name(IMAGE)
+    runs = client.search_runs([experiment.experiment_id])
+    [parent] = [run for run in runs if run.data.tags["role"] == "sweep"]
+    cells = [run for run in runs if run.data.tags["role"] == "cell"]
+    assert len(cells) == 24
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in cells} == {parent.info.run_id}
+    assert parent.data.tags["mlflow.project.env"] == "docker"
+    for run in cells:
+        assert Path(run.info.artifact_uri, "cell.json").stat().st_uid == os.getuid()
+        model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
+        assert next(Path(model.artifact_location).rglob("model.safetensors")).stat().st_size
+    assert len(list((project / "results").glob("*.png"))) > 4
+    for entry, *parameters in (
+        ("extract", "teacher=smollm2-135m", "num_concepts=30", "layers=2", "output=few.safetensors"),
+        ("train", "epochs=1", "concepts=40", "output=my-student"),
+        ("report",),
+    ):
+        done = mlflow_run(project, entry, *parameters)
+        assert done.returncode == 0, done.stderr
+    assert (project / "few.safetensors").is_file()
+    assert (project / "my-student" / "model.safetensors").is_file()
+    assert not Path("/mlflow.db").exists()  # where MLflow looks for a relative database
+
+
+def test_a_missing_image_gives_advice(image, project):
+    path = project / "MLproject"
+    path.write_text(path.read_text().replace(f"image: {IMAGE}", "image: no-such-image"))
+    done = mlflow_run(project, "sweep", "epochs=1")
+    assert done.returncode != 0
+    assert "docker image no-such-image: not here; build it with: make image" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_any_user_can_run_it_on_a_read_only_root(image, tmp_path):
+    tmp_path.chmod(0o777)
+    common = ("run", "--rm", *LIMITED, "-v", f"{tmp_path}:/work", "-e", "MLFLOW_TRACKING_URI=sqlite:////work/mlflow.db")
+    docker(*common, image, "python", "-m", "pipeline", "train", "--epochs", "1", "--concepts", "40", "--output",
+           "/work/student")  # fmt: skip
+    assert (tmp_path / "student" / "model.safetensors").stat().st_uid == 12345
+    told = docker(*common, image, "python", "-m", "pipeline", "train", "--epochs", "1", "--output", "/opt/student",
+                  check=False)  # fmt: skip
+    assert told.returncode == 2
+    assert "/opt/results" in told.stderr.splitlines()[-1]
+    assert "Read-only file system" in told.stderr.splitlines()[-1]
+
+
+def test_a_full_disk_is_said_in_one_line(image):
+    told = docker("run", "--rm", *LIMITED, "--tmpfs", "/work:size=3m,mode=1777", "-e",
+                  "MLFLOW_TRACKING_URI=sqlite:////tmp/mlflow.db", image, "python", "-m", "pipeline", "train",
+                  "--epochs", "1", "--concepts", "40", "--hidden-dim", "1024", "--output", "/work/student",
+                  check=False)  # fmt: skip
+    assert told.returncode == 1
+    assert "No space left on device" in told.stderr.splitlines()[-1]
+    assert "Traceback" not in told.stderr
+
+
+def test_a_stop_of_the_container_closes_the_runs(image, tmp_path):
+    tmp_path.chmod(0o777)
+    uri = "sqlite:////work/mlflow.db"
+    name = f"stop-{os.getpid()}"
+    docker("run", "--detach", "--rm", "--name", name, *LIMITED, "-v", f"{tmp_path}:/work", "-e",
+           f"MLFLOW_TRACKING_URI={uri}", image, "accelerate", "launch", "--quiet", "--num_processes", "1",
+           "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "pipeline", "train",
+           "--epochs", "100000", "--output", "/work/student")  # fmt: skip
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db") if wait_for_cell(tmp_path) else None
+    begin = time.monotonic()
+    docker("stop", "--time", "30", name)
+    assert time.monotonic() - begin < 15
+    runs = client.search_runs([client.get_experiment_by_name(IMAGE).experiment_id])
+    assert {run.info.status for run in runs} == {"KILLED"}
+
+
+def wait_for_cell(folder):
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        time.sleep(1)
+        if (folder / "mlflow.db").exists():
+            client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+            experiment = client.get_experiment_by_name(IMAGE)
+            if experiment and client.search_runs([experiment.experiment_id], "tags.role = 'cell'"):
+                time.sleep(2)
+                return True
+    return False
+
+
+@contextmanager
+def postgres(folder):
+    """A real PostgreSQL; its port. Its own user, for it does not run as root."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    if not found:
+        pytest.skip("needs PostgreSQL")
+    home, port = folder / "postgres", free_port()
+    home.mkdir()
+    for path in (*folder.parents, folder):
+        if str(path).startswith("/tmp/"):
+            path.chmod(0o755)
+    owner = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+    if owner:
+        shutil.chown(home, **owner)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": home, **owner}
+    subprocess.run([found[-1].with_name("initdb"), "-D", home / "data", "-A", "trust", "-U", "me"], check=True, **quiet)
+    command = [found[-1], "-D", home / "data", "-p", str(port), "-k", home, "-h", "127.0.0.1"]
+    server = subprocess.Popen(command, **quiet)
+    wait_for(port)
+
+    def restart():
+        nonlocal server
+        server.send_signal(signal.SIGINT)
+        server.wait()
+        time.sleep(3)
+        server = subprocess.Popen(command, **quiet)
+        wait_for(port)
+
+    try:
+        yield port, restart
+    finally:
+        server.send_signal(signal.SIGQUIT)
+        server.wait()
+
+
+@pytest.fixture
+def tracking(image, s3, tmp_path):
+    """The image's own MLflow server on PostgreSQL with artifacts in S3: its address, and how to restart PostgreSQL."""
+    with postgres(tmp_path) as (database, restart):
+        port, name = free_port(), f"mlflow-{os.getpid()}"
+        docker("run", "--detach", "--rm", "--name", name, "--network", "host", *LIMITED,
+               "-e", f"MLFLOW_BACKEND_STORE_URI=postgresql://me@127.0.0.1:{database}/postgres",
+               "-e", "MLFLOW_ARTIFACTS_DESTINATION=s3://bucket/artifacts", "-e", f"AWS_ENDPOINT_URL={s3.url}",
+               "-e", f"MLFLOW_S3_ENDPOINT_URL={s3.url}", "-e", f"AWS_ACCESS_KEY_ID={KEY}",
+               "-e", f"AWS_SECRET_ACCESS_KEY={SECRET}", image, "mlflow", "server", "--host", "127.0.0.1", "--port",
+               port, "--workers", "2")  # fmt: skip
+        try:
+            wait_for(port, 120)
+            yield f"http://127.0.0.1:{port}", restart
+        finally:
+            docker("kill", name, check=False)
+
+
+GRID = """
+fixed: {epochs: 30, concepts: 300}
+axes: {hidden_dim: [64, 128, 192], layers: [1, 2], learning_rate: [0.001, 0.002]}
+"""
+CELLS = 12
+
+
+def pod(uri, folder, index, name):
+    """A container as a pod of k8s/sweep-job.yaml is: the index in the environment, nothing shared but the server."""
+    home = folder / f"pod{index}"
+    home.mkdir(exist_ok=True)
+    home.chmod(0o777)
+    docker("run", "--detach", "--name", name, "--network", "host", *LIMITED, "-v", f"{home}:/work", "-v",
+           f"{folder}/grid.yaml:/grid.yaml:ro", "-e", f"MLFLOW_TRACKING_URI={uri}", "-e",
+           f"JOB_COMPLETION_INDEX={index}", IMAGE, "sh", "-c",
+           f"exec python -m pipeline sweep --grid /grid.yaml --output /work/results "
+           f"--shard $JOB_COMPLETION_INDEX/{SHARDS}")  # fmt: skip
+
+
+def test_pods_make_up_one_sweep_even_if_each_is_killed_once(tracking, workplace, run):
+    uri, restart = tracking
+    Path("grid.yaml").write_text(GRID)
+    names = [f"pod-{os.getpid()}-{index}" for index in range(SHARDS)]
+    twin = f"pod-{os.getpid()}-twin"
+    try:
+        for index, name in enumerate(names):
+            pod(uri, workplace, index, name)
+        time.sleep(20)
+        for name in names:
+            docker("kill", "--signal", "KILL", name, check=False)
+        restart()
+        for name in names:
+            docker("start", name)
+        pod(uri, workplace, 0, twin)  # and two with one index
+        codes = [docker("wait", name).strip() for name in (*names, twin)]
+        logs = [docker("logs", name, check=False) for name in (*names, twin)]
+    finally:
+        docker("rm", "--force", *names, twin, check=False)
+    assert set(codes) == {"0"}, [log.stderr[-500:] for log in logs]
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name(IMAGE).experiment_id])
+    [parent] = [one for one in found if one.data.tags.get("role") == "sweep"]
+    cells = [one for one in found if one.data.tags.get("role") == "cell"]
+    assert parent.info.status == "FINISHED"
+    assert Counter(one.info.status for one in cells) == {"FINISHED": CELLS}
+    assert len({one.data.tags["cell_key"] for one in cells}) == CELLS
+    names = [item.path for item in client.list_artifacts(parent.info.run_id)]
+    assert len([name for name in names if name.endswith("_report.html")]) == 1
+    assert not any(SECRET in log.stderr + log.stdout for log in logs)
+    code, _, err = run("sweep", "--grid", "grid.yaml", "--vectors", SHIPPED, "--output", "whole")
+    assert code == 0, err
+    [path] = Path("whole").glob("*.json")
+    whole = {cell["name"]: cell["test_cosine"] for cell in json.loads(path.read_text())["cells"]}
+    assert {one.info.run_name: one.data.metrics["test_cosine"] for one in cells} == pytest.approx(whole, abs=2e-3)
