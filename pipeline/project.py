@@ -54,11 +54,13 @@ def check_container(folder: Path) -> None:
     """Check that ``docker run`` of the project will work, as far as can be told beforehand.
 
     Raises:
-        InputError: no Docker, no image, or a database that the container cannot see.
+        InputError: a folder with a space, no Docker, no image, or a database that the container cannot see.
     """
     from pipeline.errors import InputError
 
     image = _project(str(folder))
+    if " " in str(folder.resolve()):
+        raise InputError(f"{folder.resolve()}: MLflow mounts no folder with a space in its name; rename it, {HOST}")
     if shutil.which("docker") is None:
         raise InputError(f"docker: not found; install it, {HOST}")
     engine = subprocess.run(["docker", "info"], capture_output=True, text=True, check=False)

@@ -45,7 +45,7 @@ def image():
 @pytest.fixture
 def project(tmp_path):
     """The project as a fresh clone has it."""
-    folder = tmp_path / "project with a space"
+    folder = tmp_path / "project"
     for name in subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split():
@@ -108,13 +108,22 @@ def test_every_entry_point_runs_in_the_container_and_leaves_all_on_the_host(imag
     assert not Path("/mlflow.db").exists()  # where MLflow looks for a relative database
 
 
-def test_a_missing_image_gives_advice(image, project):
+def test_what_keeps_the_container_from_running_is_said_with_advice(image, project, monkeypatch):
+    def advice():
+        done = mlflow_run(project, "sweep", "epochs=1")
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert "--backend host" in done.stderr.splitlines()[-1]
+        return done.stderr.splitlines()[-1]
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////tmp/elsewhere.db")
+    assert "the container sees the project's folder only" in advice()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     path = project / "MLproject"
     path.write_text(path.read_text().replace(f"image: {IMAGE}", "image: no-such-image"))
-    done = mlflow_run(project, "sweep", "epochs=1")
-    assert done.returncode != 0
-    assert "docker image no-such-image: not here; build it with: make image" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    assert "docker image no-such-image: not here; build it with: make image" in advice()
+    project = project.rename(project.with_name("with a space"))
+    assert "mounts no folder with a space" in advice()
 
 
 def test_any_user_can_run_it_on_a_read_only_root(image, tmp_path):
