@@ -209,9 +209,9 @@ def run_sweep(
         parent = _open_parent(claims, accelerator, name, tags)
         with claims.join(parent), _closing(claims, recorder, engine):
             if accelerator.is_main_process:
-                parent.log_params(params)
+                patiently(lambda: parent.log_params(params))
                 uses = (f"vectors {data.vectors.teacher}", data.vectors.sha256, vectors_uri, _profile(data), "training")
-                parent.log_dataset(*uses)
+                patiently(lambda: parent.log_dataset(*uses))
             _train(engine, recorder, todo, rows, watcher, resume)
             if not accelerator.is_main_process:
                 return None

@@ -18,6 +18,7 @@ import numpy as np
 from mlflow import MlflowClient, pyfunc
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema, TensorSpec
 
@@ -36,9 +37,16 @@ class Run:
     experiment_id: str
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Log what is not there yet (MLflow's parameters cannot change, and ``mlflow run`` logs some itself)."""
-        known = self.client.get_run(self.id).data.params
-        self.log(params={key: value for key, value in params.items() if key not in known})
+        """Log what is not there yet: parameters cannot change, and ``mlflow run`` and other workers log them too."""
+
+        def log_missing() -> None:
+            known = self.client.get_run(self.id).data.params
+            self.log(params={key: value for key, value in params.items() if key not in known})
+
+        try:
+            log_missing()
+        except MlflowException:  # another worker was faster
+            log_missing()
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set all tags in one request."""

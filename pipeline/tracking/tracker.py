@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +62,7 @@ class Tracker:
         """The parent run of a sweep, the same for all workers that ask at the same time.
 
         A sweep of the same id goes on in the same run. Under ``mlflow run`` the run that it opened is the parent,
-        unless others are at work on the sweep. Runs have no unique names, so workers that find no parent make one each,
-        wait until everyone who was about to must have done so, and agree on the least id; the others' are removed.
+        unless others are at work on the sweep.
 
         Args:
             sweep_id: the sweep.
@@ -82,8 +81,7 @@ class Tracker:
         else:
             self.open_run(name, {**tags, "sweep_id": sweep_id, "role": "candidate"})
             settle(begin)
-            elected = [run for run in self._parents(sweep_id) if run.info.run_id not in known]
-            parent = min(elected or self._candidates(sweep_id), key=lambda run: str(run.info.run_id))
+            parent = self._elect(sweep_id, known, is_at_work)
         run = self._reopen(parent)
         run.set_tags({"role": "sweep"})
         for candidate in self._candidates(sweep_id):
@@ -95,6 +93,34 @@ class Tracker:
         if opened not in (None, run.id):
             self.discard(self.client.get_run(opened), f"sweep {sweep_id} goes on in run {run.id}")
         return run
+
+    def _elect(self, sweep_id: str, known: set[str], is_at_work: Callable[[MlflowRun], bool]) -> MlflowRun:
+        """One parent of several workers that have each made a candidate.
+
+        Runs have no unique names, and workers do not see the same candidates: a slow one comes late, a quick one has
+        looked early. So each marks the least candidate that it sees and waits until everyone has; then all see the same
+        marks, and of several that one stands below which there is work already, or the least.
+        """
+
+        def marked() -> list[MlflowRun]:
+            return [run for run in self._parents(sweep_id) if run.info.run_id not in known]
+
+        def least(runs: Sequence[MlflowRun]) -> MlflowRun:
+            return min(runs, key=lambda run: str(run.info.run_id))
+
+        found: list[MlflowRun] = []
+        while not found:
+            begin = time.monotonic()
+            if standing := marked() or self._candidates(sweep_id):
+                with contextlib.suppress(MlflowException):  # a worker that saw a lesser one has removed this one
+                    self.client.set_tag(least(standing).info.run_id, "role", "sweep")
+            settle(begin)
+            found = marked()
+        parent = least([run for run in found if is_at_work(run)] or found)
+        for run in found:
+            if run is not parent:
+                self.discard(run, f"took part in sweep {sweep_id}, whose cells are below run {parent.info.run_id}")
+        return parent
 
     def discard(self, run: MlflowRun, why: str) -> None:
         """Remove a run that lost against another; one that ``mlflow run`` opened stays, with a note."""
