@@ -171,7 +171,7 @@ def _sweep(
     part = parse_shard(shard)
     data = Catalogued(read_vectors(fetch(str(options.vectors))))
     cells = prepare(cells, data)
-    for folder in (output, student_folder or output):
+    for folder in (student_folder or output, output):
         writable(folder / "results.json")
     tracker = connect()
     with display.sweep() as watcher:

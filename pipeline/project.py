@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import urlparse
 
 import yaml
 
@@ -69,9 +68,10 @@ def check_container(folder: Path) -> None:
         raise InputError(f"docker: the engine does not answer ({reason}); start it, {HOST}")
     if subprocess.run(["docker", "image", "inspect", str(image)], capture_output=True, check=False).returncode:
         raise InputError(f"docker image {image}: not here; build it with: make image, {HOST}")
-    uri = urlparse(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    if uri.scheme == "sqlite" and not Path(uri.path[1:]).resolve().is_relative_to(folder.resolve()):
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:") and not path.resolve().is_relative_to(folder.resolve()):
         raise InputError(
-            f"MLFLOW_TRACKING_URI {uri.geturl()}: the container sees the project's folder only; "
+            f"MLFLOW_TRACKING_URI {uri}: the container sees the project's folder only; "
             f"use a database in it or a tracking server, {HOST}"
         )

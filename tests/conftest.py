@@ -1,9 +1,12 @@
 """Real parts for the tests: the shipped vectors, the embedded teacher, and tiny random models of real architectures."""
 
+import functools
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +22,7 @@ import mlflow
 import pytest
 import torch
 from faults import Faulty
+from mlflow import MlflowClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -124,10 +128,26 @@ def tiny_folder(catalogue, tmp_path_factory):
     return make
 
 
+@functools.cache
+def _template():
+    """An empty tracking database: MLflow takes seconds to make one."""
+    path = Path(tempfile.mkdtemp()) / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+def fresh_database(path):
+    """Make an empty tracking database, where there is none, and give its address."""
+    if not path.exists():
+        shutil.copy(_template(), path)
+    return f"sqlite:///{path}"
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """An empty current folder with a fresh tracking database in it."""
     monkeypatch.chdir(tmp_path)
+    fresh_database(tmp_path / "mlflow.db")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return tmp_path

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHIPPED, free_port, wait_for
+from conftest import ROOT, SHIPPED, free_port, fresh_database, wait_for
 from mlflow import MlflowClient
 
 from pipeline.options import Cell
@@ -40,7 +40,7 @@ def grid(workplace):
 
 def database(name="mlflow"):
     """A database in the current folder; by its whole path, for MLflow keeps one connection to an address."""
-    return f"sqlite:///{Path.cwd()}/{name}.db"
+    return fresh_database(Path.cwd() / f"{name}.db")
 
 
 def sweep(*arguments, uri=None, **environment):
@@ -132,9 +132,10 @@ def test_what_a_worker_has_left_of_cells_that_mlflow_has_is_cleared_away(grid):
 
 
 def test_workers_that_start_at_once_agree_on_one_parent_and_train_every_cell_once(grid):
-    workers = [sweep("--sweep-id", "same", "--output", f"out{number}") for number in range(2)]
+    uri = f"sqlite:///{Path.cwd()}/new.db"  # which neither has made
+    workers = [sweep("--sweep-id", "same", "--output", f"out{number}", uri=uri) for number in range(2)]
     outputs = [finish(worker) for worker in workers]
-    check_runs()
+    check_runs(uri)
     equal(results("out0"), results("out1"))
     assert len({line for out in outputs for line in out.splitlines() if line.startswith("MLflow")}) == 1
     assert not list(Path().glob("out*/.spool"))
@@ -168,7 +169,7 @@ def test_a_worker_takes_over_what_a_dead_one_has_left(grid):
 def server(port):
     """A real tracking server on a database, with artifacts through it."""
     command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///server.db", "--port", str(port),
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database("server"), "--port", str(port),
         "--artifacts-destination", "artifacts", "--workers", "1",
     ]  # fmt: skip
     process = subprocess.Popen(

@@ -164,7 +164,7 @@ def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplac
         while time.monotonic() < deadline and process.poll() is None and finished_children() == finished:
             time.sleep(0.2)
         process.send_signal(stop)
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=200)[1]
         assert process.returncode == 130, error
         assert "Traceback" not in error
         [parent], children = runs()

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +43,7 @@ class Run:
             known = self.client.get_run(self.id).data.params
             self.log(params={key: value for key, value in params.items() if key not in known})
 
-        try:
-            log_missing()
-        except MlflowException:  # another worker was faster
-            log_missing()
+        _whoever_is_faster(log_missing)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set all tags in one request."""
@@ -88,7 +85,8 @@ class Run:
     def log_dataset(self, name: str, digest: str, source: str, profile: str, use: str) -> None:
         """Name the data that the run used or made; ``use`` is MLflow's context, such as "training"."""
         dataset = Dataset(name, digest[:36], "local", source, profile=profile)
-        self.client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", use)])])
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", use)])]
+        _whoever_is_faster(lambda: self.client.log_inputs(self.id, inputs))
 
     def log_student(self, folder: Path, d_model: int, there: MlflowRun) -> str:
         """Log a student folder as an MLflow model that carries its code and needs no pickle; returns its id.
@@ -119,6 +117,14 @@ class Run:
     def end(self, status: str) -> None:
         """Close the run: "FINISHED", "FAILED" or "KILLED"."""
         self.client.set_terminated(self.id, status)
+
+
+def _whoever_is_faster(work: Callable[[], None]) -> None:
+    """Do what another worker may do at this moment; where that made it fail, the second try finds it done."""
+    try:
+        work()
+    except MlflowException:
+        work()
 
 
 @functools.cache
