@@ -14,7 +14,7 @@ from conftest import ROOT
 from pipeline.cli import cli
 
 VERSIONS = ("1.35", "1.36", "1.37")  # the three newest
-FILES = sorted((ROOT / "k8s").glob("*-job.yaml")) + [ROOT / "k8s" / "mlflow.yaml"]
+FILES = [*sorted((ROOT / "k8s").glob("*-job.yaml")), ROOT / "k8s" / "mlflow.yaml"]
 KUSTOMIZATIONS = [ROOT / "k8s", *sorted((ROOT / "k8s" / "overlays").iterdir())]
 
 
