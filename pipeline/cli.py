@@ -18,6 +18,8 @@ from pipeline.options import (
     Cell,
     EvaluateOptions,
     ExtractOptions,
+    PredictOptions,
+    PushOptions,
     ReportOptions,
     SweepOptions,
     TrainOptions,
@@ -27,14 +29,14 @@ from pipeline.options import (
 from pipeline.storage import output_folder
 
 
-def options_of(settings: type) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
-    """Give a command the options of a dataclass; the function receives the checked dataclass."""
+def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a dataclass; the function receives it, checked, and the command's arguments."""
 
-    def decorate(function: Callable[[Any], None]) -> Callable[..., None]:
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def command(**values: Any) -> None:
-            chosen = settings(**values)
+            chosen = settings(**{item.name: values.pop(item.name) for item in fields(settings)})
             check(chosen)
-            function(chosen)
+            function(chosen, **values)
 
         types = get_type_hints(settings)
         for item in reversed(fields(settings)):
@@ -90,7 +92,9 @@ def extract(options: ExtractOptions) -> None:
     from pipeline.jobs import run_extract
     from pipeline.processes import start
 
-    told = run_extract(options, start(), display.concepts)
+    told = run_extract(
+        options, start(), display.counting("extract", "concepts"), display.counting("vocabulary", "tokens")
+    )
     if told:
         click.echo(told)
 
@@ -160,6 +164,7 @@ def _sweep(
     shard: str = "0/1",
 ) -> None:
     from pipeline import display
+    from pipeline.export import standing_alone
     from pipeline.features import Catalogued
     from pipeline.processes import parse_shard, start
     from pipeline.report import SHORT, table_rows, verdict, write_report
@@ -171,16 +176,17 @@ def _sweep(
     part = parse_shard(shard)
     data = Catalogued(read_vectors(fetch(str(options.vectors))))
     cells = prepare(cells, data)
-    for folder in (student_folder or output, output):
-        writable(folder / "results.json")
-    tracker = connect()
+    for path in (output / "results.json", *([student_folder / "config.json"] if student_folder else [])):
+        writable(path)
+    tracker, accelerator = connect(), start()
+    bar = display.counting("vocabulary", "tokens")
     with display.sweep() as watcher:
         done = run_sweep(
             name,
             cells,
             data,
             tracker,
-            start(),
+            accelerator,
             params=asdict(options),
             vectors_uri=str(options.vectors),
             output=output,
@@ -189,6 +195,8 @@ def _sweep(
             resume=options.resume,
             shard=part,
             report=lambda results, stem, student: write_report(results, stem, output, student, data.vectors),
+            export=lambda trained: standing_alone(trained, data, str(options.vectors), accelerator.device, bar),
+            register=options.register,
             watcher=watcher,
         )
     if done is None:
@@ -203,7 +211,7 @@ def _sweep(
     click.echo(f"{verdict(done.results)}\n")
     for title, path in zip(["results", "report"] + [""] * len(done.files), [done.path, *done.files], strict=False):
         click.echo(f"{title:10}{path}")
-    click.echo(f"student   {done.student_folder}")
+    click.echo(f"student   {done.student_folder} ({done.student.described})")
     click.echo(f"MLflow    run {done.run.id} at {os.environ['MLFLOW_TRACKING_URI']} (make ui shows it)")
 
 
@@ -249,6 +257,39 @@ def evaluate(options: EvaluateOptions) -> None:
     display.table(head, rows)
     for path in written:
         click.echo(path)
+
+
+@cli.command()
+@click.argument("texts", nargs=-1)
+@options_of(PredictOptions)
+def predict(options: PredictOptions, texts: tuple[str, ...]) -> None:
+    r"""Turn TEXTS into activation vectors with a trained student.
+
+    \b
+    Examples:
+      python -m pipeline predict volcano "slow cooking" --nearest 5
+      python -m pipeline predict --file words.txt --output vectors.npy
+    """
+    from pipeline import display
+    from pipeline.predict import run_predict
+
+    rows = run_predict(options, texts, display.counting("predict", "texts"))
+    if rows is not None:
+        display.table(*rows)
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("repository")
+@options_of(PushOptions)
+def push(options: PushOptions, source: str, repository: str) -> None:
+    """Publish SOURCE, a student folder or a vectors file, as REPOSITORY (owner/name) on the Hugging Face hub.
+
+    Log in first: hf auth login, or set HF_TOKEN. Students load from there again: Student.load("hf://owner/name").
+    """
+    from pipeline import hub
+
+    click.echo(hub.push(Path(source), repository, options.licence, options.private))
 
 
 def main() -> None:

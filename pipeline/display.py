@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich import box
@@ -46,12 +46,16 @@ def _bar(*columns: Any) -> Progress:
     )  # fmt: skip
 
 
-@contextmanager
-def concepts(total: int) -> Iterator[Callable[[float], None]]:
-    """A bar over concepts; gives the function that advances it."""
-    with _bar(MofNCompleteColumn(), _Rate("concepts")) as bar:
-        task = bar.add_task("extract", total=total)
-        yield lambda count: bar.advance(task, count)
+def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextManager[Callable[[float], None]]]:
+    """A bar that counts: given how many there are, it gives the function that advances it."""
+
+    @contextmanager
+    def shown(total: int | None) -> Iterator[Callable[[float], None]]:
+        with _bar(MofNCompleteColumn(), _Rate(unit)) as bar:
+            task = bar.add_task(work, total=total)
+            yield lambda count: bar.advance(task, count)
+
+    return shown
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.export import checkpoint
 from pipeline.features import Catalogued
 from pipeline.lanes import Handle, Lanes, room
 from pipeline.metrics import by_category
@@ -18,7 +19,6 @@ from pipeline.options import Cell
 from pipeline.schedule import flops_of_prediction, parts_of, training_flops
 from pipeline.spool import Spool
 from pipeline.stack import Progress, Snapshot
-from pipeline.students import Student
 from pipeline.training import Keeping, Trained, train_stack
 
 Row = dict[str, Any]
@@ -178,7 +178,5 @@ class Engine:
             "curves": trained.curves,
         }
         if self.spool is not None:
-            self.spool.add(
-                key, row, Student.from_training(cell, trained.parameters, subset, self.data, trained.metrics)
-            )
+            self.spool.add(key, row, checkpoint(cell, trained.parameters, subset, self.data, trained.metrics))
         return row

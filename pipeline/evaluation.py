@@ -24,7 +24,7 @@ from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_e
 from pipeline.options import Cell, EvaluateOptions
 from pipeline.report import markdown_table, newest_results, read_results, vectors_for
 from pipeline.storage import is_remote, writable, write_atomically
-from pipeline.students import Student
+from pipeline.student import Student
 from pipeline.students.baselines import BASELINES
 from pipeline.sweep import baseline_of
 from pipeline.teachers import Teacher, find_teacher, load_teacher

@@ -151,6 +151,68 @@ def read_parts(
     return cost
 
 
+def read_texts(
+    teacher: Teacher,
+    texts: Sequence[str],
+    template: str,
+    layer: int,
+    pool: str,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda prompts: None,
+) -> NDArray[np.float32]:
+    """The teacher's activation vectors of any texts, in memory, ``[n, d_model]``.
+
+    Args:
+        teacher: the model.
+        texts: what to put into the template.
+        template: a prompt with ``{concept}``.
+        layer: the block to read after.
+        pool: "last" or "mean".
+        batch_tokens: tokens of a batch; found from the device by default.
+        progress: called after each batch with its number of prompts.
+    """
+    return _read_prompts(teacher, tokenize(teacher, texts, template), layer, pool, batch_tokens, progress)
+
+
+def read_vocabulary(
+    teacher: Teacher,
+    template: str,
+    block: int,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda prompts: None,
+) -> NDArray[np.float32]:
+    """The residual stream at an early block for every token of the vocabulary by itself, ``[vocabulary, d_model]``.
+
+    The token stands after what the template begins with, as in `_Reader.read_alone`.
+    """
+    before = beginning_of(teacher, template)
+    prompts = [Prompt([*before, token], [len(before)]) for token in range(len(teacher.embedding_table))]
+    return _read_prompts(teacher, prompts, block, "mean", batch_tokens, progress)
+
+
+def beginning_of(teacher: Teacher, template: str) -> list[int]:
+    """The tokens of what stands before the concept."""
+    return list(teacher.tokenizer(template[: template.index("{concept}")].rstrip())["input_ids"])
+
+
+def _read_prompts(
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    layer: int,
+    pool: str,
+    batch_tokens: int | None,
+    progress: Callable[[int], None],
+) -> NDArray[np.float32]:
+    if not prompts:
+        return np.empty((0, teacher.embedding_table.shape[1]), np.float32)
+    request = Request(
+        (), (), (), (layer,), (), teacher.name, teacher.revision, pool, teacher.dtype, depth=len(teacher.blocks)
+    )
+    tokens = batch_tokens or automatic_batch_tokens(teacher.model.config, teacher.device)
+    values, _ = _Reader(teacher, request, tokens, progress).read([prompts])  # [n, 1, 1, d_model]
+    return values[:, 0, 0].cpu().numpy()
+
+
 class _NotPlain(Exception):  # noqa: N818 (not an error)
     """The token tree does not give this teacher's vectors."""
 
@@ -210,8 +272,7 @@ class _Reader:
         if block is None:
             return np.empty((0, width), np.float32)
         types = np.unique([token for prompt in prompts for token in prompt.own_ids])
-        template = self.request.templates[0]
-        before = list(self.teacher.tokenizer(template[: template.index("{concept}")].rstrip())["input_ids"])
+        before = beginning_of(self.teacher, self.request.templates[0])
         values = np.empty((len(types), width), np.float32)
         step = max(1, self.batch_tokens // (len(before) + 1))
         for start in range(0, len(types), step):

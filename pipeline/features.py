@@ -2,141 +2,34 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.concepts import balanced_order, by_categories
 from pipeline.errors import InputError, choices
 from pipeline.options import Cell
+from pipeline.reading import BLOCK, NGRAM_BUCKETS, POOLED, Floats, Ragged, Reading, Table, Texts, parts_of
 from pipeline.vectors import Vectors
 
-NGRAM_SIZES = (2, 3, 4)  # characters, with < and > around a word (Bojanowski et al., 2017)
-NGRAM_BUCKETS = 2048
 WHITENING = 1.0  # shrinkage, in mean eigenvalues of the embeddings' covariance
-BLOCK = "block"
 VARIANTS = 8  # of each training concept, where augmentation changes what is read
-# By name: the token table that is pooled, and how.
-POOLED = {
-    "embeddings": ("token_embeddings", ("mean", "last")),
-    "embeddings-first": ("token_embeddings", ("mean", "last", "first")),
-    "embeddings-whitened": ("token_embeddings", ("mean", "last")),
-    "activations": ("token_activations", ("mean", "last")),
-}
-STREAMS = ("embeddings", "embeddings-first", "activations")  # parts in the coordinates of the residual stream
-INPUTS = (*POOLED, "ngrams", "bag")
-POOLS = {"mean": lambda tokens: tokens.mean(0), "last": lambda tokens: tokens[-1], "first": lambda tokens: tokens[0]}
+EYES = ("ngrams", "bag")
+INPUTS = (*POOLED, *EYES)
 TARGETS = ("first", "mean", "all")
 SPLITS = ("concepts", "categories")
-
-
-def pooled(table: Tensor, types: Sequence[Tensor], pools: Sequence[str]) -> Tensor:
-    """Each concept's tokens as one vector, ``[concepts, pools * d_model]``.
-
-    Args:
-        table: ``[types, d_model]``.
-        types: for each concept the rows of its tokens, in order.
-        pools: of `POOLS`.
-    """
-    return torch.stack([torch.cat([POOLS[pool](table[rows]) for pool in pools]) for rows in types])
-
-
-def ngrams(texts: Sequence[str]) -> Tensor:
-    """Counts of hashed character n-grams, each row of length 1, ``[concepts, NGRAM_BUCKETS]``."""
-    counts = torch.zeros(len(texts), NGRAM_BUCKETS)
-    for row, text in enumerate(texts):
-        for word in text.casefold().split():
-            whole = f"<{word}>"
-            grams = [whole[a : a + size] for size in NGRAM_SIZES for a in range(len(whole) - size + 1)]
-            for gram in grams:
-                counts[row, zlib.crc32(gram.encode()) % NGRAM_BUCKETS] += 1
-    return F.normalize(counts, dim=-1)
-
-
-def sequences(table: Tensor, types: Sequence[Tensor], longest: int) -> Tensor:
-    """Each concept's last ``longest`` tokens end to end, the last at the end, ``[concepts, longest * d_model]``."""
-    rows = torch.zeros(len(types), longest, table.shape[1])
-    for row, tokens in enumerate(types):
-        kept = tokens[-longest:]
-        rows[row, longest - len(kept) :] = table[kept]
-    return rows.flatten(1)
 
 
 def width_of(name: str, d_model: int, types: int, longest: int) -> int:
     """Features of one part of what is read, of so many token types and at most so many tokens a concept."""
     widths = {"ngrams": NGRAM_BUCKETS, "bag": types, "sequence": d_model * longest}
     return d_model * len(POOLED[name][1]) if name in POOLED else widths.get(name, d_model)
-
-
-def bags(types: Sequence[Tensor], size: int) -> Tensor:
-    """The share of each token type among a concept's tokens, ``[concepts, types]``: a linear map learns embeddings."""
-    rows = torch.zeros(len(types), size)
-    for row, tokens in enumerate(types):
-        rows[row].index_add_(0, tokens, torch.full((len(tokens),), 1 / len(tokens)))
-    return rows
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a student reads concepts: fitted on its training concepts, kept with it.
-
-    Attributes:
-        inputs: parts joined by ``+``: names of `INPUTS`, ``sequence`` (the transformer's), and ``block<k>``, the
-            teacher's own residual stream after an early block.
-        tables: what it looks up, by name: ``[types, d_model]`` for tokens, ``[concepts, d_model]`` for a block.
-        offset, scale: ``[features]``, taken off and divided by.
-    """
-
-    inputs: str
-    tables: dict[str, Tensor]
-    offset: Tensor
-    scale: Tensor
-
-    def __call__(self, texts: Sequence[str], types: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-        """Features, ``[concepts, features]``.
-
-        Args:
-            texts: the concepts.
-            types: of each its token rows in the tables.
-            rows: of each its place among the concepts of the vectors file.
-        """
-        raw = raw_features(self.inputs, self.tables, texts, types, rows)
-        return (raw - self.offset) / self.scale
-
-    def streams(self, d_model: int) -> list[slice]:
-        """The columns that are the residual stream of a token, each ``d_model`` wide."""
-        found, start = [], 0
-        for name in self.inputs.split("+"):
-            width = width_of(name, d_model, int(self.tables["types"]), int(self.tables["longest"]))
-            if name.startswith(BLOCK) or name in STREAMS:
-                found += [slice(place, place + d_model) for place in range(start, start + width, d_model)]
-            start += width
-        return found
-
-
-def raw_features(
-    inputs: str, tables: dict[str, Tensor], texts: Sequence[str], types: Sequence[Tensor], rows: Sequence[int]
-) -> Tensor:
-    """Features before standardisation, ``[concepts, features]``."""
-    parts = []
-    for name in inputs.split("+"):
-        if name.startswith(BLOCK):
-            parts.append(tables[name][list(rows)].float())
-        elif name == "sequence":
-            parts.append(sequences(tables[name].float(), types, int(tables["longest"])))
-        elif name == "ngrams":
-            parts.append(ngrams(texts))
-        elif name == "bag":
-            parts.append(bags(types, int(tables["types"])))
-        else:
-            parts.append(pooled(tables[name].float(), types, POOLED[name][1]))
-    return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True)
@@ -219,9 +112,10 @@ class Catalogued:
                 raise InputError(f"the vectors file has no {side} concepts; extract more (10 at the least)")
 
     @cached_property
-    def types(self) -> list[Tensor]:
+    def types(self) -> Ragged:
         """Of each concept the rows of its tokens in the token tables."""
-        return [torch.from_numpy(rows) for rows in self.vectors.token_rows]
+        rows = np.searchsorted(self.vectors.token_vocab, self.vectors.token_ids)
+        return Ragged(rows.astype(np.int64), self.vectors.token_offsets)
 
     def rows(self, side: str, split: str = "concepts") -> list[int]:
         """Rows of one side of a split, in the order in which training subsets are taken."""
@@ -315,41 +209,61 @@ class Catalogued:
 
     def _read(self, cell: Cell, rows: list[int]) -> tuple[Reading, Tensor]:
         """The cell's reading, fitted on training rows, and the features of all concepts."""
-        inputs, places = reading_of(cell), range(len(self.types))
-        tables = self._tables(inputs, rows)
-        raw = raw_features(inputs, tables, self.vectors.concepts, self.types, places)
+        inputs, zero, one = reading_of(cell), np.zeros(1, np.float32), np.ones(1, np.float32)
+        reading = Reading(tuple(parts_of(inputs)), self._tables(inputs, rows), zero, one, self.longest)
+        raw = reading.raw(Texts(self.vectors.concepts, self.types, np.arange(len(self.types))))
         if inputs == "sequence":  # the table itself is standardised, and zeros stand where no token is
-            return Reading(inputs, tables, torch.zeros(1), torch.ones(1)), raw
-        offset, spread = raw[rows].mean(0), torch.empty(raw.shape[1])
+            return reading, torch.from_numpy(raw[0])
+        offset = np.concatenate([values[rows].mean(0) for values in raw])
+        scale, everything = np.empty_like(offset), np.concatenate(raw, 1)
         start = 0
-        for name in inputs.split("+"):  # one scale for all columns of a part: which vary more than others tells much
-            part = slice(start, start := start + self._width(name))
-            spread[part] = (raw[rows][:, part] - offset[part]).square().mean().sqrt().clamp(min=1e-12)
-        reading = Reading(inputs, tables, offset, spread)
-        return reading, (raw - offset) / spread
+        for name in inputs.split("+"):  # one scale for all columns of an input: which vary more than others tells much
+            here = slice(start, start := start + self._width(name))
+            spread = np.square(everything[rows, here] - offset[here]).mean()
+            scale[here] = max(float(np.sqrt(spread)), 1e-12)
+        return replace(reading, offset=offset, scale=scale), torch.from_numpy((everything - offset) / scale)
 
     def _width(self, name: str) -> int:
         return width_of(name, self.vectors.d_model, len(self.vectors.token_vocab), self.longest)
 
-    def _tables(self, inputs: str, rows: list[int]) -> dict[str, Tensor]:
+    def _tables(
+        self, inputs: str, rows: list[int], vocabulary: Mapping[str, NDArray[Any]] | None = None
+    ) -> dict[str, Table]:
+        """The tables that inputs look up, for the tokens of the concepts or of a whole vocabulary.
+
+        Args:
+            inputs: parts joined by ``+``.
+            rows: the training concepts, on whose tokens tables are fitted.
+            vocabulary: tables of all tokens, by name; those of the vectors file by default.
+        """
         vectors = self.vectors
-        sizes = {"types": torch.tensor(len(vectors.token_vocab)), "longest": torch.tensor(self.longest)}
-        own = torch.from_numpy(np.unique(np.concatenate([self.types[row] for row in rows])))  # of the training concepts
-        if inputs == "sequence":
-            name = "token_embeddings" if vectors.token_block is None else "token_activations"
-            table = torch.from_numpy(getattr(vectors, name).astype(np.float32))
-            centred = table - table[own].mean(0)
-            return sizes | {inputs: centred / centred[own].square().mean().sqrt()}
-        tables = sizes
+        own = np.unique(self.types.take(rows).values)  # of the training concepts
+        tables = {}
         for name in inputs.split("+"):
             if name.startswith(BLOCK):
-                place = vectors.layer_index(int(name.removeprefix(BLOCK)))
-                tables[name] = torch.from_numpy(vectors.vectors[:, 0, place].copy())
-            if name in POOLED:
-                tables[name] = torch.from_numpy(getattr(vectors, POOLED[name][0]).copy())
-            if name == "embeddings-whitened":
-                tables[name] = _whitened(tables[name].float(), own)
+                tables[name] = Table(vectors.vectors[:, 0, vectors.layer_index(int(name.removeprefix(BLOCK)))])
+            elif name in EYES:  # each n-gram and each token type is a column of its own
+                tables[name] = Table(np.eye(self._width(name), dtype=np.int8))
+            else:
+                source = self.table_of(name)
+                known = getattr(vectors, source)
+                table = known if vocabulary is None else vocabulary[source]
+                if name in PREPARED:
+                    tables[name] = Table(PREPARED[name](table, known[own]))
+                else:
+                    tables[source] = Table(table)
         return tables
+
+    def table_of(self, name: str) -> str:
+        """The token table that an input reads."""
+        if name == "sequence":
+            return "token_embeddings" if self.vectors.token_block is None else "token_activations"
+        return POOLED[name][0]
+
+    def reading_with(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> Reading:
+        """The cell's reading with tables of a whole vocabulary, each row a token id."""
+        subset = self.subset(cell)
+        return replace(subset.reading, tables=self._tables(reading_of(cell), subset.train.rows, vocabulary))
 
     def _augment(self, cell: Cell, reading: Reading, train: Side, targets: Tensor) -> tuple[int, Side]:
         """The training side as descent sees it.
@@ -366,10 +280,11 @@ class Catalogued:
             return 1, train
         draw = np.random.default_rng(0)
         inputs = [train.inputs]
+        texts = [self.vectors.concepts[row] for row in train.rows]
         for _ in range(1, variants):
             types = [_drop(self.types[row], cell.token_dropout, draw) for row in train.rows]
-            texts = [self.vectors.concepts[row] for row in train.rows]
-            inputs.append(reading(texts, types, train.rows) if cell.token_dropout else train.inputs)
+            asked = Texts(texts, Ragged.of(types), np.array(train.rows))
+            inputs.append(torch.from_numpy(reading(asked)) if cell.token_dropout else train.inputs)
         if templates > 1:
             answers = [targets[:, number % templates] for number in range(variants)]
         else:
@@ -379,15 +294,29 @@ class Catalogued:
         return variants, Side(train.rows, *flat)
 
 
-def _drop(types: Tensor, share: float, draw: np.random.Generator) -> Tensor:
+def _drop(types: NDArray[np.int64], share: float, draw: np.random.Generator) -> NDArray[np.int64]:
     """A concept's tokens without some of them; one stays at the least."""
     kept = np.flatnonzero(draw.random(len(types)) >= share)
     return types[kept if len(kept) else [int(draw.integers(len(types)))]]
 
 
-def _whitened(table: Tensor, own: Tensor) -> Tensor:
+def _whitened(table: NDArray[Any], fitted: NDArray[Any]) -> Floats:
     """Token embeddings without the correlations that those of the training concepts have, shrunk."""
-    centred = table.double() - table[own].double().mean(0)
-    values, vectors = torch.linalg.eigh(centred[own].mT @ centred[own] / len(own))
-    whitened: Tensor = centred @ vectors / (values.clamp(min=0) + WHITENING * values.mean()).sqrt()
-    return whitened.float()
+    own = fitted.astype(np.float64)
+    offset = own.mean(0)
+    values, vectors = np.linalg.eigh((own - offset).T @ (own - offset) / len(own))
+    scale = np.sqrt(values.clip(min=0) + WHITENING * values.mean())
+    whitened: Floats = ((table.astype(np.float64) - offset) @ vectors / scale).astype(np.float32)
+    return whitened
+
+
+def _standardised(table: NDArray[Any], fitted: NDArray[Any]) -> Floats:
+    """Rows as a transformer reads them: centred, and of one scale."""
+    own = fitted.astype(np.float32)
+    offset = own.mean(0)
+    standardised: Floats = (table.astype(np.float32) - offset) / np.sqrt(np.square(own - offset).mean())
+    return standardised
+
+
+# Tables that are made from the teacher's, given the rows of the training concepts' tokens.
+PREPARED = {"embeddings-whitened": _whitened, "sequence": _standardised}

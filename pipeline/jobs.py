@@ -6,14 +6,14 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
 from matplotlib import pyplot as plt
 
-from pipeline import plots
+from pipeline import plots, vocabulary
 from pipeline.audit import Audit, audit
 from pipeline.concepts import counts, read_catalogue
 from pipeline.errors import InputError
@@ -22,22 +22,23 @@ from pipeline.forward import flops_per_token
 from pipeline.options import ExtractOptions
 from pipeline.plan import Output, Plan, Request, check_output, check_prompts, is_extracted, make_request, merge
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
-from pipeline.teachers import Source, find_teacher, load_teacher
+from pipeline.storage import put
+from pipeline.teachers import Source, Teacher, find_teacher, load_teacher
 from pipeline.tracking import Run, closing, connect
 from pipeline.vectors import read_header
-
-Bar = Callable[[int], AbstractContextManager[Callable[[float], None]]]
+from pipeline.vocabulary import Bar
 
 log = logging.getLogger(__name__)
 
 
-def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar) -> str | None:
+def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tokens_bar: Bar) -> str | None:
     """Extract as the options say; every process of the job calls it.
 
     Args:
         options: what the user asked for.
         accelerator: this process among the others.
         bar: given a number of concepts, a progress bar that is advanced by concepts.
+        tokens_bar: the same for the tokens of the vocabulary.
 
     Returns:
         What to tell the user, from the main process.
@@ -71,12 +72,16 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar) -> 
             output.leave()
             run.set_tags({"cache": "hit", "vectors_sha256": (output.header() or {})["sha256"]})
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
-        plan = _share(options, accelerator, source, request, output, shard, bar, run)
+        plan, teacher = _share(options, accelerator, source, request, output, shard, bar, run)
         if not options.merge and (missing := len(plan.missing())) and not plan.is_merged:
             output.leave()
             return f"{output}: shard {options.shard} is done; the last shard merges, {missing} parts are left to others"
         in_sink = merge(request, plan)
         told = _log(run, request, output, options, in_sink)
+        if options.vocabulary and output.path.suffix != ".pt":
+            teacher = teacher or load_teacher(source, accelerator.device, options.device_map)
+            place = _write_vocabulary(teacher, request, output, tokens_bar)
+            told += f"\n{place}: the teacher's vocabulary, with which students answer for any text"
         output.leave()
         return told
 
@@ -95,8 +100,13 @@ def _share(
     shard: Worker,
     bar: Bar,
     run: Run | None = None,
-) -> Plan:
-    """Read this process's share of the parts; the main process waits for the others on its machine."""
+) -> tuple[Plan, Teacher | None]:
+    """Read this process's share of the parts; the main process waits for the others on its machine.
+
+    Returns:
+        The plan, and the teacher where there was something to read.
+    """
+    teacher = None
     me = worker_of(shard, accelerator)
     tokens = options.batch_tokens or automatic_batch_tokens(source.config, accelerator.device)
     d_model = source.config.get_text_config().hidden_size
@@ -119,7 +129,16 @@ def _share(
         here = [Worker(shard.index * accelerator.num_processes + n, me.count) for n in range(accelerator.num_processes)]
         while any(plan.missing(worker) for worker in here) and not plan.is_merged:
             time.sleep(0.2)
-    return plan
+    return plan, teacher
+
+
+def _write_vocabulary(teacher: Teacher, request: Request, output: Output, bar: Bar) -> str:
+    """Leave the vocabulary beside the vectors file; where it is."""
+    place, path = vocabulary.beside(str(output)), Path(vocabulary.beside(str(output.path)))
+    vocabulary.write(vocabulary.read_from(teacher, request.templates[0], request.token_block, bar), path)
+    if output.url is not None:
+        put(path, place)
+    return place
 
 
 def _speed(cost: Cost, templates: int, token_flops: float, accelerator: Accelerator) -> dict[str, float]:

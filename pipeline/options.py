@@ -114,6 +114,9 @@ class ExtractOptions:
     output: str | None = option(None, "Where to write.  [default: data/vectors/<teacher>.safetensors]")
     shard: str = option("0/1", "The part i/n of the work, i from 0; the shard that finishes last merges.")
     merge: bool = option(False, "Read nothing, only join the parts that shards have left.")
+    vocabulary: bool = option(
+        True, "Also write the teacher's whole vocabulary, beside the vectors: with it students answer for any text."
+    )
     device_map: str | None = option(
         None, "Spread a big teacher over devices: auto, balanced or sequential.  [default: one device]"
     )
@@ -196,6 +199,7 @@ class TrainOptions(Cell):
 
     vectors: str = option(SHIPPED, "The vectors file: a local path or runs:/<run id>/<artifact>.")
     output: str | None = option(None, "Folder for the student.  [default: results/<time>_student]")
+    register: str | None = option(None, "Register the student in MLflow under this name, with the alias best.")
     resume: bool = option(True, "Take over a student that was trained before with the same settings and data.")
 
 
@@ -222,6 +226,7 @@ class SweepOptions:
         plain=True,
     )
     output: str = option("results", "Folder for the results file, the plots and the best student.")
+    register: str | None = option(None, "Register the best student in MLflow under this name, with the alias best.")
     shard: str = option("0/1", "The part i/n of the cells, i from 0; the shard that completes the sweep reports.")
     resume: bool = option(True, "Skip cells that are finished already, with the same settings, data and code.")
     dry_run: bool = option(False, "Train nothing; show the cells, how they are dealt out, and about how long it takes.")
@@ -260,3 +265,34 @@ class EvaluateOptions:
         None, "The vectors file that the students were trained on.  [default: the grid's, or " + SHIPPED + "]"
     )
     output: str = option("results", "Folder for the table and the JSON file.")
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Ask a student for the vectors of any text."""
+
+    run: str | None = option(
+        None,
+        "The student: a folder, s3://..., hf://owner/name, runs:/<run id>, or models:/<name>@<alias>.  "
+        "[default: newest in results/]",
+    )
+    file: str | None = option(
+        None, "A file with a text a line, a .csv file, or - for standard input; instead of texts as arguments."
+    )
+    column: str = option("concept", "The column of a .csv file that holds the texts.")
+    output: str | None = option(
+        None, "Where to write: .safetensors, .npy, .csv or .jsonl.  [default: JSON lines on standard output]"
+    )
+    nearest: int | None = option(None, "Also name so many concepts whose true vectors are nearest.", minimum=1)
+    compare: bool = option(False, "Also run the teacher, and give the cosine of each vector with the true one.")
+    teacher: str | None = option(None, "The teacher to compare with.  [default: the student's own]")
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """Publish a student or a vectors file on the Hugging Face hub."""
+
+    licence: str | None = option(
+        None, "The teacher's licence, such as apache-2.0, where it is not known.", aliases=("--license",)
+    )
+    private: bool = option(False, "Make a new repository private.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from pipeline.metrics import interval
 from pipeline.options import SHIPPED, Cell
 from pipeline.schedule import number_of_parameters, teacher_flops
 from pipeline.storage import write_atomically
-from pipeline.students import KINDS, Student
+from pipeline.student import Student
+from pipeline.students import KINDS
 from pipeline.sweep import RIVAL, baseline_of, prepare
 from pipeline.tracking import connect, fetch
 from pipeline.vectors import Vectors, read_vectors
@@ -120,8 +121,13 @@ def load_sweep(
         return stem, found, tracker.student_of(found["best"]["run_id"])
     path = fetch(results) if results else newest_results(folder)
     found, beside = read_results(path), path.with_name(f"{path.stem}_student")
-    student = Student.load(beside) if beside.is_dir() else connect().student_of(found["best"]["run_id"])
-    return path.stem, found, student
+    if beside.is_dir() and (student := Student.load(beside)).config["cell"] == _cell(found["best"]):
+        return path.stem, found, student
+    return path.stem, found, connect().student_of(found["best"]["run_id"])
+
+
+def _cell(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in Cell.__dataclass_fields__}
 
 
 def table_rows(results: dict[str, Any], columns: Sequence[str] = tuple(FORMATS)) -> tuple[list[str], list[list[str]]]:
@@ -211,7 +217,7 @@ def neighbours(student: Student, vectors: Vectors, layer: int) -> list[list[str]
     """The test concepts that the student answers best and worst, with the true vectors nearest to its answers."""
     rows = _test_rows(student, vectors)
     names = [vectors.concepts[row] for row in rows]
-    mean = student.mean.numpy()
+    mean = student.mean
     truth = vectors.vectors[rows, 0, vectors.layer_index(layer)].astype(np.float32) - mean
     answers = student.encode(names) - mean
     unit = [values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12) for values in (answers, truth)]
@@ -379,7 +385,7 @@ def _figures(results: dict[str, Any], student: Student, vectors: Vectors) -> dic
     rows = _test_rows(student, vectors)
     truth = vectors.vectors[rows, 0, vectors.layer_index(best["layer"])].astype(np.float32)
     predicted = student.encode([vectors.concepts[row] for row in rows])
-    mean = student.mean.numpy()
+    mean = student.mean
     return {
         "scaling": plots.scaling(cells, results["baselines"]),
         "heatmap": plots.heat_map(cells),

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from pipeline.options import Cell
 from pipeline.stack import Snapshot
 from pipeline.storage import write_atomically
-from pipeline.students import Student
+from pipeline.student import Student
 
 GENERATOR = "generator."  # of dropout, by seed, among the tensors of a state
 

@@ -53,6 +53,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()  # with the permissions that the user's files have; safetensors gives its own to the owner alone
         write(part)
         with part.open("rb") as file:
             os.fsync(file.fileno())

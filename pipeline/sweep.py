@@ -22,6 +22,7 @@ from pipeline.claims import Claims
 from pipeline.curriculum import CURRICULA
 from pipeline.engine import Engine, Row
 from pipeline.errors import InputError, WorkError, choices
+from pipeline.export import needs_teacher
 from pipeline.features import Catalogued
 from pipeline.metrics import faithfulness
 from pipeline.objectives import terms
@@ -32,7 +33,8 @@ from pipeline.schedule import shares, stacks_of, training_flops
 from pipeline.spool import Spool
 from pipeline.stack import PRECISIONS, Progress
 from pipeline.storage import write_atomically
-from pipeline.students import KINDS, Student
+from pipeline.student import Student
+from pipeline.students import KINDS
 from pipeline.students.baselines import BASELINES
 from pipeline.students.transformer import HEAD_DIM
 from pipeline.tracking import Run, Tracker, TrackingError, patiently
@@ -40,7 +42,8 @@ from pipeline.training import train_stack
 
 # Whatever changes a number changes the key of a cell: these files are the code version in it.
 CODE = (
-    "features.py", "metrics.py", "objectives.py", "curriculum.py", "stack.py", "training.py", "students/kinds.py",
+    "reading.py", "features.py", "metrics.py", "objectives.py", "curriculum.py", "stack.py", "training.py",
+    "students/kinds.py",
     "students/mlp.py", "students/transformer.py", "students/ridge.py", "students/kernel.py",
 )  # fmt: skip
 
@@ -74,7 +77,8 @@ class Sweep:
         results: the content of the results file.
         path: the results file.
         files: what the report wrote.
-        student_folder: the best student.
+        student_folder: the best student that stands alone, or the best one where none does.
+        student: the same, from this process.
         run: the parent run.
     """
 
@@ -82,6 +86,7 @@ class Sweep:
     path: Path
     files: list[Path]
     student_folder: Path
+    student: Student
     run: Run
 
 
@@ -103,6 +108,8 @@ class Incomplete:
 
 
 Report = Callable[[dict[str, Any], str, Student], list[Path]]
+Export = Callable[[Student], Student]
+ALIAS = "best"  # of the registered model's version that a sweep has made last
 
 
 @functools.cache
@@ -155,6 +162,8 @@ def run_sweep(
     resume: bool = True,
     shard: Worker = ALONE,
     report: Report = lambda results, stem, student: [],
+    export: Export | None = None,
+    register: str | None = None,
     watcher: Watcher | None = None,
 ) -> Sweep | Incomplete | None:
     """Train a shard's cells and track them; once the sweep is complete, write the results file and the best student.
@@ -175,6 +184,8 @@ def run_sweep(
         resume: take finished cells over instead of training them again.
         shard: the part of the cells that this command trains.
         report: writes tables and pictures from the results, the beginning of the file names, and the best student.
+        export: makes a student for any text of a cell's; it is logged below the parent run.
+        register: the registered model whose newest version that student becomes.
         watcher: callbacks for a display.
 
     Returns:
@@ -221,7 +232,7 @@ def run_sweep(
                     parent.leave()
                 return Incomplete(identity, len(rows), len(cells), parent)
             results = results_of(name, data, [rows[keys[cell]] for cell in cells], identity)
-            sweep = _conclude(results, parent, tracker, output, student_folder, report)
+            sweep = _conclude(results, parent, tracker, output, student_folder, report, export, register)
             parent.end("FINISHED")
             spool.clear(keys.values())
             return sweep
@@ -282,7 +293,14 @@ def _closing(claims: Claims, recorder: Recorder, engine: Engine) -> Iterator[Non
 
 
 def _conclude(
-    results: dict[str, Any], parent: Run, tracker: Tracker, output: Path, student_folder: Path | None, report: Report
+    results: dict[str, Any],
+    parent: Run,
+    tracker: Tracker,
+    output: Path,
+    student_folder: Path | None,
+    report: Report,
+    export: Export | None,
+    register: str | None,
 ) -> Sweep:
     """Write the results file, the best student and the report, here and in MLflow.
 
@@ -292,11 +310,20 @@ def _conclude(
     path = output / f"{results['grid']}_results_{max(row['finished'] for row in results['cells'])}.json"
     write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
     folder = student_folder or path.with_name(f"{path.stem}_student")
-    student = patiently(lambda: tracker.student_of(best["run_id"]))
+    trained = patiently(lambda: tracker.student_of(best["run_id"]))
+    files = report(results, path.stem, trained)
+    alone = best_alone(results["cells"])
+    if alone["run_id"] != best["run_id"]:
+        trained = patiently(lambda: tracker.student_of(alone["run_id"]))
+    student = trained if export is None or needs_teacher(_cell_of(alone)) else export(trained)
     student.save(folder)
-    files = report(results, path.stem, student)
 
     def log() -> None:
+        if student is not trained:
+            model_id = parent.log_student(folder, student.d_model, tracker.client.get_run(parent.id))
+            if register is not None:
+                version = tracker.register(register, model_id, ALIAS)
+                parent.set_tags({"registered_model": f"{register} version {version}"})
         for file in (path, *files):
             parent.log_artifact(file)
         best_values = {f"best_{name}": best[name] for name in ("val_cosine", "test_cosine")}
@@ -304,7 +331,17 @@ def _conclude(
         parent.set_tags({"best_run_id": best["run_id"], "best_cell": best["name"]})
 
     patiently(log)
-    return Sweep(results, path, files, folder, parent)
+    return Sweep(results, path, files, folder, student, parent)
+
+
+def best_alone(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The best cell whose student needs no teacher; the best of all where every one does."""
+    alone = [row for row in rows if not needs_teacher(_cell_of(row))]
+    return max(alone or rows, key=lambda row: row["val_cosine"])
+
+
+def _cell_of(row: Mapping[str, Any]) -> Cell:
+    return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
 
 
 def _profile(data: Catalogued) -> str:

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.card import UNSTATED
 from pipeline.errors import InputError, choices
 from pipeline.processes import multiplies_faster
 from pipeline.storage import fetch, is_remote
@@ -44,6 +45,14 @@ HUB_IDS = {
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
     "gemma-3-270m": "google/gemma-3-270m",
     "gemma-3-1b": "google/gemma-3-1b-pt",
+}
+# As their model cards on the hub state it.
+LICENCES = {
+    "Qwen/Qwen3": "apache-2.0",
+    "openai-community/gpt2": "mit",
+    "HuggingFaceTB/SmolLM2": "apache-2.0",
+    "meta-llama/Llama-3.2": "llama3.2",
+    "google/gemma-3": "gemma",
 }
 # Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
 # the same vectors, with a network or without; the hub id asks for the unquantised weights.
@@ -106,6 +115,12 @@ class Teacher:
     def device(self) -> torch.device:
         """Where the model takes its input."""
         return self.embedding_table.device
+
+
+def licence_of(name: str) -> str:
+    """The licence of a teacher by its short name or hub id; "unstated" where the program does not know it."""
+    hub_id = HUB_IDS.get(name, name)
+    return next((licence for family, licence in LICENCES.items() if hub_id.startswith(family)), UNSTATED)
 
 
 def find_teacher(

@@ -10,7 +10,7 @@ import torch
 from pipeline.evaluation import evaluate, evaluation_table
 from pipeline.function import Continuations, kl_recovered, recovered_interval
 from pipeline.options import Cell
-from pipeline.students import Student
+from pipeline.export import checkpoint
 from pipeline.training import train_stack
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ def students(data, cell, seeds=1):
     cells = [replace(cell, seed=seed) for seed in range(seeds)]
     subset = data.subset(cell)
     return [
-        Student.from_training(trained.cell, trained.parameters, subset, data, trained.metrics)
+        checkpoint(trained.cell, trained.parameters, subset, data, trained.metrics)
         for trained in train_stack(cells, [subset] * seeds, CPU)
     ]
 

@@ -10,7 +10,7 @@ from conftest import ROOT, SECRET, SHIPPED
 
 from pipeline import storage
 from pipeline.errors import WorkError
-from pipeline.students import Student
+from pipeline.student import Student
 
 CSV = "concept,category\n" + "".join(f"{name},any\n" for name in ("ice", "fire", "slow cooking", "rain", "sun", "moon"))
 

@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 from pipeline.curriculum import leave_one_out, shown
 from pipeline.errors import InputError
 from pipeline.options import Cell
-from pipeline.students import KINDS, Student, ridge
+from pipeline.students import KINDS, ridge
 from pipeline.training import predict, stack_key, train_stack
 
 SHORT = Cell(concepts=100, hidden_dim=32, layers=2, epochs=6, batch_size=48, layer=15, precision="float32")
@@ -252,27 +252,3 @@ def test_more_concepts_than_there_are_for_training_are_refused(data):
         data.subset(Cell(concepts=available + 1, layer=15))
     with pytest.raises(InputError, match="available: 1, 2, 4, 6, 15, 22"):
         data.subset(Cell(concepts=100, layer=7))
-
-
-@pytest.mark.parametrize("student", KINDS)
-def test_a_saved_student_answers_as_it_was_trained(data, tmp_path, student):
-    cell = replace(SHORT, student=student)
-    trained = train([cell], data)[cell]
-    subset, vectors = data.subset(cell), data.vectors
-    made = Student.from_training(cell, trained.parameters, subset, data, trained.metrics)
-    made.save(tmp_path / "student")
-    back = Student.load(tmp_path / "student")
-    names = [vectors.concepts[row] for row in subset.test.rows]
-    expected = predict(student, trained.parameters, subset.test) + subset.mean
-    np.testing.assert_allclose(back.encode(names), expected.numpy(), rtol=1e-4, atol=1e-4)
-    assert back.config == made.config
-    with pytest.raises(InputError, match="'unheard of'"):
-        back.encode(["unheard of"])
-
-
-def test_a_damaged_student_is_refused(tmp_path):
-    with pytest.raises(InputError, match="not a student folder"):
-        Student.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"format": "student-9"}')
-    with pytest.raises(InputError, match="student-9"):
-        Student.load(tmp_path)

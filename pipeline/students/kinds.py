@@ -90,7 +90,7 @@ def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parame
 
 
 def _start_transformer(cell: Cell, subset: Subset, generator: torch.Generator) -> Parameters:
-    tokens = int(subset.reading.tables["longest"])
+    tokens = subset.reading.longest
     d_model = subset.train.targets.shape[-1]
     width = subset.train.inputs.shape[-1] // tokens
     return transformer.init(tokens, width, d_model, cell.hidden_dim, cell.layers, generator)

@@ -39,7 +39,7 @@ def passing(subset: Subset) -> Tensor:
     """
     x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
     d_model, weights = y.shape[1], 1 / y.std(0).clamp(min=1e-12)
-    streams = subset.reading.streams(d_model)
+    streams = subset.reading.streams
     weight = torch.zeros(x.shape[1], d_model, dtype=torch.float64)
     if streams:
         parts = torch.stack([(weights * x[:, part]).flatten() for part in streams], 1)  # [N d_model, streams]

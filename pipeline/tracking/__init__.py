@@ -5,9 +5,9 @@ from mlflow.entities import Run as MlflowRun
 
 from pipeline.tracking.backend import HostBackend
 from pipeline.tracking.runs import Run, closing, curve_metrics, final_metrics
-from pipeline.tracking.tracker import Tracker, TrackingError, connect, fetch, patiently, settle
+from pipeline.tracking.tracker import Tracker, TrackingError, connect, fetch, patiently, settle, student_at
 
 __all__ = [
     "HostBackend", "Metric", "MlflowRun", "Run", "Tracker", "TrackingError", "closing", "connect", "curve_metrics",
-    "fetch", "final_metrics", "patiently", "settle",
+    "fetch", "final_metrics", "patiently", "settle", "student_at",
 ]  # fmt: skip

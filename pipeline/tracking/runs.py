@@ -23,9 +23,9 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema, TensorSpec
 
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
-# What a logged student carries: the room of the students, and those that it imports.
-STUDENT_CODE = ("__init__", "errors", "options", "storage", "concepts", "vectors", "metrics", "features")
-STUDENT_NEEDS = ("numpy", "safetensors", "snowballstemmer", "torch")
+# What a logged student carries: the rooms that turn text into vectors, without torch.
+STUDENT_CODE = ("__init__", "errors", "storage", "reading", "inference", "student", "served")
+STUDENT_NEEDS = ("numpy", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _whoever_is_faster(work: Callable[[], None]) -> None:
 def _frame(d_model: int) -> tempfile.TemporaryDirectory[str]:
     """A model folder without a student: description, code, requirements. It is removed as the process ends."""
     signature = ModelSignature(
-        Schema([ColSpec("string", "concept")]), Schema([TensorSpec(np.dtype("float32"), (-1, d_model))])
+        Schema([ColSpec("string", "text")]), Schema([TensorSpec(np.dtype("float32"), (-1, d_model))])
     )
     frame = tempfile.TemporaryDirectory(prefix="student-model-")
     package = Path(__file__).parent.parent
@@ -139,12 +139,12 @@ def _frame(d_model: int) -> tempfile.TemporaryDirectory[str]:
         warnings.filterwarnings("ignore", message=".*input example.*")
         (Path(parts) / "student").mkdir()
         code = Path(parts) / "pipeline"
-        shutil.copytree(package / "students", code / "students", ignore=shutil.ignore_patterns("__pycache__"))
+        code.mkdir()
         for name in STUDENT_CODE:
             shutil.copy(package / f"{name}.py", code)
         pyfunc.save_model(
             frame.name,
-            loader_module="pipeline.students.pyfunc",
+            loader_module="pipeline.served",
             data_path=str(Path(parts) / "student"),
             code_paths=[str(code)],
             signature=signature,

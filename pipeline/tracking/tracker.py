@@ -24,10 +24,10 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_
 from requests import RequestException
 from sqlalchemy import make_url
 
-from pipeline import storage
+from pipeline import hub, storage
 from pipeline.errors import InputError, WorkError
 from pipeline.storage import write_atomically
-from pipeline.students import Student
+from pipeline.student import Student
 from pipeline.tracking.runs import Run
 
 EXPERIMENT = "activation-distillation"
@@ -208,7 +208,20 @@ class Tracker:
             raise InputError(f"run {run_id} has no logged student")
         with tempfile.TemporaryDirectory() as folder:
             path = mlflow.artifacts.download_artifacts(f"models:/{models[0].model_id}", dst_path=folder)
-            return Student.load(next(Path(path).glob("data/*")))
+            return Student.load(_student_folder(Path(path)))
+
+    def register(self, name: str, model_id: str, alias: str) -> str:
+        """Make a logged model the newest version of a registered one, and give it an alias; the version.
+
+        Raises:
+            InputError: MLflow takes no such name, or its database has no registry.
+        """
+        try:
+            made = mlflow.register_model(f"models:/{model_id}", name)
+            self.client.set_registered_model_alias(name, alias, made.version)
+        except MlflowException as error:
+            raise InputError(f"--register {name}: {error}") from error
+        return str(made.version)
 
     def _create(self, name: str, tags: Mapping[str, str], experiment_id: str) -> Run:
         own = {**context.resolve_tags(), MLFLOW_RUN_NAME: name, **tags}
@@ -310,21 +323,52 @@ def settle(begin: float) -> None:
 
 
 def fetch(uri: str) -> Path:
-    """A local path for a file named by a local path, by ``s3://bucket/key`` or by ``runs:/<run id>/<artifact>``.
+    """A local path for what stands at a place.
+
+    Args:
+        uri: a local path, ``s3://bucket/key``, ``hf://…`` (the Hugging Face hub), ``runs:/<run id>/<artifact>``, or a
+            logged or registered student: ``models:/<name>@<alias>``.
 
     Raises:
         InputError: there is no such file or artifact, or the place is of another kind.
         WorkError: the store does not answer.
     """
-    if not uri.startswith("runs:"):
-        if ("://" in uri or uri.startswith("models:")) and not storage.is_remote(uri):
-            raise InputError(f"{uri}: expected a local path, s3://bucket/key or runs:/<run id>/<artifact>")
+    if uri.startswith(hub.SCHEME):
+        return hub.fetch(uri)
+    if not uri.startswith(("runs:", "models:")):
+        if "://" in uri and not storage.is_remote(uri):
+            raise InputError(
+                f"{uri}: expected a local path, s3://bucket/key, hf://owner/name, runs:/<run id>/<artifact> or "
+                "models:/<name>@<alias>"
+            )
         return storage.fetch(uri)
     connect()
     try:
-        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="artifact-")))
+        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="artifact-")))
     except (MlflowException, OSError) as error:
         raise InputError(f"{uri}: MLflow has no such artifact ({error})") from error
+    return _student_folder(path) if (path / "MLmodel").is_file() else path
+
+
+def student_at(place: str) -> Student:
+    """The student at a place: what `fetch` knows, or a run of MLflow, ``runs:/<run id>``, that has logged one.
+
+    Raises:
+        InputError: nothing is there, or no student.
+    """
+    run_id = place.removeprefix("runs:/")
+    if place.startswith("runs:/") and "/" not in run_id:
+        tracker = connect()
+        try:
+            return tracker.student_of(run_id)
+        except MlflowException as error:
+            raise InputError(f"{place}: MLflow has no such run ({error})") from error
+    return Student.load(fetch(place))
+
+
+def _student_folder(model: Path) -> Path:
+    """The student in the folder of a logged model."""
+    return next((model / "data").glob("*"))
 
 
 def _without_password(text: str) -> str:

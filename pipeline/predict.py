@@ -1,0 +1,254 @@
+"""The predict command: texts from anywhere through a student to vectors, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pipeline.errors import InputError, choices
+from pipeline.options import PredictOptions
+from pipeline.plan import Output
+from pipeline.reading import Floats, checked
+from pipeline.storage import write_atomically
+from pipeline.student import Student
+from pipeline.tracking import fetch, student_at
+
+CHUNK = 8192  # texts held at once
+DECIMALS = 5  # of a vector's numbers in text
+Bar = Callable[[int | None], AbstractContextManager[Callable[[float], None]]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some texts with all that is known of them.
+
+    Attributes:
+        texts: ``n`` texts.
+        vectors: ``[n, d_model]``, not centred.
+        nearest: of each the nearest concepts with their centred cosine; None where it was not asked for.
+        cosines: of each the centred cosine with the true vector, ``[n]``; None where it was not asked for.
+    """
+
+    texts: list[str]
+    vectors: Floats
+    nearest: list[list[tuple[str, float]]] | None
+    cosines: Floats | None
+
+
+def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tuple[list[str], list[list[str]]] | None:
+    """Predict as the options say.
+
+    Args:
+        options: what the user asked for.
+        texts: the arguments of the command.
+        bar: a progress bar over texts.
+
+    Returns:
+        A table to show, where nearest concepts or cosines are asked for and no file that could hold them.
+
+    Raises:
+        InputError: no texts or an empty one, an unknown kind of file, or no such student.
+    """
+    if bool(texts) == (options.file is not None):
+        raise InputError("predict: expected texts as arguments, or --file FILE (- for standard input)")
+    output = None if options.output is None else Output.at(options.output)
+    kind = "" if output is None else output.path.suffix
+    if kind not in WRITERS:
+        raise choices("kind of --output", kind, [name for name in WRITERS if name])
+    student = student_at(options.run or _newest_student())
+    compare = _comparison(student, options) if options.compare else None
+    shown: list[list[str]] = []
+    holds = kind in (".csv", ".jsonl") or (output is None and not (options.nearest or options.compare))
+
+    def chunks(source: Iterable[str], advance: Callable[[float], None]) -> Iterator[Chunk]:
+        rest, number = iter(source), 1
+        while some := list(islice(rest, CHUNK)):
+            some = checked(some, number)
+            number += len(some)
+            vectors = student.encode(some)
+            chunk = Chunk(
+                some,
+                vectors,
+                student.nearest(vectors, options.nearest) if options.nearest else None,
+                compare(some, vectors) if compare is not None else None,
+            )
+            if not holds:
+                shown.extend(_rows(chunk))
+            yield chunk
+            advance(len(some))
+
+    with _texts(options, texts, counted=kind in (".npy", ".safetensors")) as (source, total):
+        quiet = output is None or total == 0
+        with nullcontext(lambda number: None) if quiet else bar(total) as advance:
+            made = chunks(source, advance)
+            if output is None:
+                for chunk in made:
+                    if holds:
+                        sys.stdout.writelines(_lines(chunk))
+            else:
+                write_atomically(output.path, lambda part: WRITERS[kind](part, made, total, student))
+    if output is not None:
+        output.publish()
+        output.leave()
+    return (_head(options), shown) if shown else None
+
+
+def _newest_student() -> str:
+    found = sorted(Path("results").glob("*_student"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError("no student in results/; train one with sweep or train, or name one with --run")
+    return str(found[-1])
+
+
+def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str], Floats], Floats]:
+    """What gives the centred cosines with the teacher's own vectors; the teacher is loaded here."""
+    from pipeline.extraction import read_texts
+    from pipeline.processes import start
+    from pipeline.teachers import find_teacher, load_teacher
+
+    device = start().device
+    name = options.teacher or student.config["teacher"]
+    teacher = load_teacher(find_teacher(name, student.config["dtype"], device), device)
+
+    def compare(texts: list[str], vectors: Floats) -> Floats:
+        place = student.config
+        true = read_texts(teacher, texts, place["template"], place["layer"], place["pool"]) - student.mean
+        answer = vectors - student.mean
+        lengths = np.linalg.norm(answer, axis=1) * np.linalg.norm(true, axis=1)
+        cosines: Floats = (answer * true).sum(1) / lengths.clip(1e-12)
+        return cosines
+
+    return compare
+
+
+@contextmanager
+def _texts(options: PredictOptions, texts: Sequence[str], counted: bool) -> Iterator[tuple[Iterable[str], int | None]]:
+    """The texts one after the other, and how many there are where that is known or must be."""
+    if options.file is None:
+        yield texts, len(texts)
+        return
+    if options.file == "-" and not counted:
+        yield _lines_of(sys.stdin), None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = fetch(options.file) if options.file != "-" else Path(folder) / "texts"
+        if options.file == "-":  # to be read twice
+            with path.open("w", encoding="utf-8") as file:
+                shutil.copyfileobj(sys.stdin, file)
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                total = sum(1 for _ in _read(file, path, options.column))
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                yield _read(file, path, options.column), total
+        except OSError as error:
+            raise InputError(f"--file {options.file}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"--file {options.file}: not UTF-8 text (byte {error.start})") from error
+
+
+def _read(file: IO[str], path: Path, column: str) -> Iterator[str]:
+    if path.suffix != ".csv":
+        yield from _lines_of(file)
+        return
+    rows = csv.DictReader(file)
+    if rows.fieldnames is None or column not in rows.fieldnames:
+        raise InputError(f"--file {path}: no column {column!r}; it has {', '.join(rows.fieldnames or ['none'])}")
+    for row in rows:
+        yield row[column] or ""
+
+
+def _lines_of(file: IO[str]) -> Iterator[str]:
+    for line in file:
+        if text := line.strip():
+            yield text
+
+
+def _numbers(vectors: Floats) -> list[list[float]]:
+    return vectors.astype(np.float64).round(DECIMALS).tolist()  # type: ignore[no-any-return]
+
+
+def _lines(chunk: Chunk) -> Iterator[str]:
+    for place, (text, vector) in enumerate(zip(chunk.texts, _numbers(chunk.vectors), strict=True)):
+        line: dict[str, Any] = {"text": text}
+        if chunk.nearest is not None:
+            line["nearest"] = [[name, round(cosine, 4)] for name, cosine in chunk.nearest[place]]
+        if chunk.cosines is not None:
+            line["cosine"] = round(float(chunk.cosines[place]), 4)
+        yield json.dumps(line | {"vector": vector}, ensure_ascii=False) + "\n"
+
+
+def _head(options: PredictOptions) -> list[str]:
+    wanted = [("nearest concepts (cosine)", options.nearest), ("cosine with the true vector", options.compare)]
+    return ["text", *(title for title, asked in wanted if asked)]
+
+
+def _rows(chunk: Chunk) -> list[list[str]]:
+    rows = [[text] for text in chunk.texts]
+    for place, row in enumerate(rows):
+        if chunk.nearest is not None:
+            row.append(", ".join(f"{name} ({cosine:.2f})" for name, cosine in chunk.nearest[place]))
+        if chunk.cosines is not None:
+            row.append(f"{chunk.cosines[place]:.3f}")
+    return rows
+
+
+def _write_lines(path: Path, chunks: Iterable[Chunk], _total: int | None, _student: Student) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for chunk in chunks:
+            file.writelines(_lines(chunk))
+
+
+def _write_csv(path: Path, chunks: Iterable[Chunk], _total: int | None, student: Student) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        for number, chunk in enumerate(chunks):
+            extra = [
+                name for name in ("nearest", "cosine") if getattr(chunk, name.replace("cosine", "cosines")) is not None
+            ]
+            if number == 0:
+                table.writerow(["text", *extra, *(f"v{column}" for column in range(student.d_model))])
+            for row, vector in zip(_rows(chunk), _numbers(chunk.vectors), strict=True):
+                table.writerow([*row, *vector])
+
+
+def _write_npy(path: Path, chunks: Iterable[Chunk], total: int | None, student: Student) -> None:
+    assert total is not None
+    array = np.lib.format.open_memmap(path, "w+", np.float32, (total, student.d_model))
+    start = 0
+    for chunk in chunks:
+        array[start : start + len(chunk.texts)] = chunk.vectors
+        start += len(chunk.texts)
+    array.flush()
+
+
+def _write_safetensors(path: Path, chunks: Iterable[Chunk], total: int | None, student: Student) -> None:
+    """One tensor, ``vectors`` ``[texts, d_model]`` float32, in the order of the texts."""
+    assert total is not None
+    told = {name: str(student.config[name]) for name in ("teacher", "revision", "layer", "template")}
+    described = {"dtype": "F32", "shape": [total, student.d_model], "data_offsets": [0, 4 * total * student.d_model]}
+    text = json.dumps({"__metadata__": told, "vectors": described}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for chunk in chunks:
+            file.write(np.ascontiguousarray(chunk.vectors, "<f4").data)
+
+
+WRITERS: dict[str, Callable[[Path, Iterable[Chunk], int | None, Student], None]] = {
+    "": _write_lines,
+    ".jsonl": _write_lines,
+    ".csv": _write_csv,
+    ".npy": _write_npy,
+    ".safetensors": _write_safetensors,
+}

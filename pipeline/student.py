@@ -1,0 +1,422 @@
+"""A trained student as a thing of its own: a folder from whose text comes a vector, with NumPy and nothing else.
+
+``config.json`` says what it is, ``model.safetensors`` holds its numbers, ``tokenizer.json`` is the teacher's, and
+``README.md`` its card. Checksums in ``config.json`` cover all of them. A student without a tokenizer answers for the
+concepts of its vectors file: that is how a sweep keeps its cells.
+
+    from pipeline import Student
+    Student.load("my-student").encode(["volcano", "slow cooking"])  # [2, d_model]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from tokenizers import Tokenizer
+
+from pipeline.errors import InputError
+from pipeline.inference import FORWARD, first_map
+from pipeline.reading import NGRAM_BUCKETS, Floats, Part, Ragged, Reading, Table, Texts, Tokenization, checked
+from pipeline.storage import fetch, write_atomically
+
+FORMAT = "student-4"
+CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+MOST_BYTES = {CONFIG: 1 << 23, TOKENIZER: 1 << 27, MODEL: 1 << 36}  # more is no student
+CHUNK = 1024  # texts read at once, so that they stay in the cache
+THREADS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A student with all that turns text into a vector. It may be used by many threads at once.
+
+    Attributes:
+        config: what it is and where it comes from (plain JSON values).
+        parameters: its weights.
+        mean: mu of its training vectors, ``[d_model]``, which is added to its answer.
+        reading: how it reads.
+        concepts: of the vectors file that it was trained on.
+        token_rows: of each of these its rows in the token tables; None where it has the teacher's tokenizer.
+        tokenization: how any text becomes rows of the token tables; None where it knows its concepts only.
+        catalogue: true vectors of the first concepts, ``[.., d_model]``; None where it has none.
+        card: the text of its README.
+    """
+
+    config: dict[str, Any]
+    parameters: dict[str, Floats]
+    mean: Floats
+    reading: Reading
+    concepts: tuple[str, ...]
+    token_rows: Ragged | None = None
+    tokenization: Tokenization | None = None
+    catalogue: Table | None = None
+    card: str = ""
+
+    @property
+    def d_model(self) -> int:
+        """Width of its vectors."""
+        return len(self.mean)
+
+    @property
+    def described(self) -> str:
+        """What it answers for and what its 8 bits cost, in a few words."""
+        if self.tokenization is None:
+            return f"answers for the {len(self.concepts):,} concepts of its vectors file"
+        metrics = self.config["metrics"]
+        return (
+            f"answers for any text; test cosine {metrics['test_cosine']:.3f}, of which 8 bits cost "
+            f"{metrics['test_cosine_lost_to_int8']:.4f}"
+        )
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {concept: place for place, concept in enumerate(self.concepts)}
+
+    @cached_property
+    def _directions(self) -> Floats:
+        """The catalogue centred and of length 1, ``[.., d_model]``."""
+        assert self.catalogue is not None
+        return _unit(self.catalogue[np.arange(len(self.catalogue.values))] - self.mean)
+
+    def encode(
+        self,
+        sentences: str | Sequence[str],
+        batch_size: int = CHUNK,
+        show_progress_bar: bool = False,
+        normalize_embeddings: bool = False,
+    ) -> Floats:
+        """The predicted activation vectors of texts, not centred.
+
+        The arguments are named as those of sentence-transformers.
+
+        Args:
+            sentences: texts, or one.
+            batch_size: texts at once.
+            show_progress_bar: show how far it is.
+            normalize_embeddings: centre the vectors and give them length 1, so that a product is a cosine.
+
+        Returns:
+            ``[n, d_model]``, or ``[d_model]`` of one text.
+
+        Raises:
+            InputError: something that is no text, an empty one, one too long, or one that the student does not know.
+        """
+        if isinstance(sentences, str):
+            answer: Floats = self.encode([sentences], normalize_embeddings=normalize_embeddings)[0]
+            return answer
+        if batch_size < 1:
+            raise InputError(f"batch_size {batch_size}: expected at least 1")
+        texts = checked(sentences)
+        answers = np.empty((len(texts), self.d_model), np.float32)
+        starts = range(0, len(texts), batch_size)
+
+        def work(start: int) -> None:
+            part = texts[start : start + batch_size]
+            read = self.reading(self._texts(part))
+            answers[start : start + len(part)] = FORWARD[self.config["student"]](self.parameters, read)
+
+        with _progress(len(texts), show_progress_bar) as advance:
+            for start in _side_by_side(work, starts):
+                advance(min(batch_size, len(texts) - start))
+        if normalize_embeddings:
+            return _unit(answers)
+        answers += self.mean
+        return answers
+
+    def _texts(self, texts: Sequence[str]) -> Texts:
+        if self.tokenization is not None:
+            return Texts(texts, self.tokenization(texts))
+        assert self.token_rows is not None
+        for text in texts:
+            if text not in self._places:
+                raise InputError(
+                    f"text {text[:60]!r}: this student answers for the {len(self.concepts):,} concepts of its vectors "
+                    "file only; the one that a sweep leaves in its results answers for any text"
+                )
+        places = [self._places[text] for text in texts]
+        return Texts(texts, self.token_rows.take(places), np.array(places, np.int64))
+
+    def nearest(self, vectors: Floats, count: int) -> list[list[tuple[str, float]]]:
+        """Of each vector the concepts whose true vectors have the highest centred cosine with it, best first.
+
+        Args:
+            vectors: not centred, ``[n, d_model]``.
+            count: how many concepts.
+
+        Raises:
+            InputError: the student carries no catalogue.
+        """
+        if self.catalogue is None:
+            raise InputError("this student carries no catalogue of concepts; the one that a sweep leaves does")
+        similarity = _unit(vectors - self.mean) @ self._directions.T  # [n, catalogue]
+        order = np.argsort(-similarity, axis=1)[:, :count]
+        return [
+            [(self.concepts[place], float(row[place])) for place in places]
+            for row, places in zip(similarity, order, strict=True)
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Write the folder's files, each whole or not at all."""
+        tensors: dict[str, NDArray[Any]] = {"mean": self.mean}
+        tensors |= {f"parameters.{name}": value for name, value in self.parameters.items()}
+        tensors |= {"reading.offset": self.reading.offset, "reading.scale": self.reading.scale}
+        for name, table in self._tables().items():
+            tensors[f"{name}.values"] = table.values
+            if table.scale is not None:
+                tensors[f"{name}.scale"] = table.scale
+        if self.token_rows is not None:
+            tensors |= {"token_rows": self.token_rows.values, "token_offsets": self.token_rows.offsets}
+        contents = {MODEL: save({name: np.ascontiguousarray(value) for name, value in tensors.items()})}
+        config = self.config | {
+            "format": FORMAT,
+            "concepts": list(self.concepts),
+            "reading": {
+                "parts": [[part.table, part.pool] for part in self.reading.parts],
+                "longest": self.reading.longest,
+                "is_folded": self.reading.is_folded,
+            },
+        }
+        if self.tokenization is not None:
+            contents[TOKENIZER] = self.tokenization.tokenizer.to_str().encode()
+            config["tokenization"] = {name: getattr(self.tokenization, name) for name in ("prompt", "whole", "by_word")}
+        config["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        config["sha256"] = _sha256(config)
+        contents[CARD] = self.card.encode()
+        contents[CONFIG] = json.dumps(
+            config, indent=1, ensure_ascii=False
+        ).encode()  # last: with it the folder is whole
+        for name, content in contents.items():
+            if content:
+                write_atomically(folder / name, lambda part, content=content: part.write_bytes(content))  # type: ignore[misc]
+
+    def _tables(self) -> dict[str, Table]:
+        tables = {f"tables.{name}": table for name, table in self.reading.tables.items()}
+        return tables if self.catalogue is None else tables | {"catalogue": self.catalogue}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Student:
+        """Read a student folder: a local one, ``s3://bucket/key``, or ``hf://owner/name`` of the Hugging Face hub.
+
+        Raises:
+            InputError: not a student folder, a damaged one, one of another format, or one that does not fit together.
+        """
+        place = str(folder)
+        if place.startswith("hf://"):
+            from pipeline.hub import fetch as fetch_from_hub
+
+            path = fetch_from_hub(place)
+        else:
+            path = fetch(place)
+        try:
+            config = _read_config(path)
+            contents = {name: _read(path, name, digest) for name, digest in config.pop("files").items()}
+            return _assembled(config, contents, _card(path))
+        except InputError as error:
+            raise InputError(f"student {place}: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
+            raise InputError(f"student {place}: not a student folder, or damaged ({error})") from error
+
+
+def _side_by_side(work: Any, starts: Sequence[int]) -> Iterator[int]:
+    """Do the work in threads; NumPy and the tokenizer let others run meanwhile."""
+    if len(starts) < 2:
+        for start in starts:
+            work(start)
+            yield start
+        return
+    with ThreadPoolExecutor(THREADS) as threads:
+        for start, done in zip(starts, threads.map(work, starts), strict=True):
+            assert done is None
+            yield start
+
+
+class _progress:  # noqa: N801 (used like a function)
+    """A progress bar in texts, where one is wanted."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self.bar: Any = None
+        if shown:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="text", unit_scale=True)
+
+    def __enter__(self) -> Any:
+        return self.bar.update if self.bar is not None else lambda number: None
+
+    def __exit__(self, *_error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _unit(values: Floats) -> Floats:
+    unit: Floats = values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12)
+    return unit
+
+
+def _sha256(config: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in config.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _read(folder: Path, name: str, digest: str | None = None) -> bytes:
+    """The bytes of a file of the folder itself, once they are known to be what was written."""
+    if name not in MOST_BYTES:
+        raise InputError(f"names the file {name!r}; expected {', '.join(sorted(MOST_BYTES))}")
+    path = folder / name
+    size = path.stat().st_size
+    if size > MOST_BYTES[name]:
+        raise InputError(f"{name} has {size:,} bytes; expected {MOST_BYTES[name]:,} at the most")
+    content = path.read_bytes()
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise InputError(f"{name} is damaged (it does not match its checksum)")
+    return content
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = json.loads(_read(folder, CONFIG))
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"format {found!r}, expected {FORMAT!r}; train it again")
+    if config.pop("sha256") != _sha256(config):
+        raise InputError(f"{CONFIG} is damaged (it does not match its checksum)")
+    if config["student"] not in FORWARD:
+        raise InputError(f"a student of an unknown kind, {config['student']!r}")
+    return config
+
+
+def _card(folder: Path) -> str:
+    path = folder / CARD
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _assembled(config: dict[str, Any], contents: dict[str, bytes], card: str) -> Student:
+    """A student from the contents of its files, all of whose shapes fit together.
+
+    Raises:
+        InputError: they do not.
+    """
+    tensors = load(contents[MODEL])
+    for name, value in tensors.items():
+        if value.dtype not in (np.int8, np.int64, np.float16, np.float32):
+            raise InputError(f"tensor {name}: {value.dtype}, expected int8, int64, float16 or float32")
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise InputError(f"tensor {name}: values that are not finite")
+
+    def table(name: str) -> Table:
+        values, scale = tensors[f"{name}.values"], tensors.get(f"{name}.scale")
+        if values.ndim != 2 or (scale is not None and scale.shape != values.shape[:1]):
+            raise InputError(f"table {name}: shapes that do not fit together")
+        return Table(values, scale)
+
+    told = config.pop("reading")
+    parts = tuple(Part(str(name), str(pool)) for name, pool in told["parts"])
+    reading = Reading(
+        parts,
+        {part.table: table(f"tables.{part.table}") for part in parts},
+        tensors["reading.offset"],
+        tensors["reading.scale"],
+        int(told["longest"]),
+        bool(told["is_folded"]),
+    )
+    prefix = "parameters."
+    parameters = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    names = config.pop("concepts")
+    if not all(isinstance(name, str) for name in names):
+        raise InputError("concepts that are no texts")
+    token_rows = Ragged(tensors["token_rows"], tensors["token_offsets"]) if "token_rows" in tensors else None
+    how = config.pop("tokenization", None)
+    student = Student(
+        config,
+        parameters,
+        tensors["mean"],
+        reading,
+        tuple(names),
+        token_rows,
+        None if how is None else _tokenization(contents[TOKENIZER], how),
+        table("catalogue") if "catalogue.values" in tensors else None,
+        card,
+    )
+    _check(student)
+    return student
+
+
+def _tokenization(content: bytes, how: Mapping[str, Any]) -> Tokenization:
+    try:
+        tokenizer = Tokenizer.from_str(content.decode())
+    except BaseException as error:  # the library's own panics are no Exceptions
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise InputError(f"{TOKENIZER} is no tokenizer ({str(error)[:100]})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    prompt = str(how["prompt"])
+    if prompt.count("{concept}") != 1:
+        raise InputError(f"the prompt {prompt[:60]!r} should have {{concept}} once")
+    return Tokenization(tokenizer, prompt, bool(how["whole"]), bool(how["by_word"]))
+
+
+def _check(student: Student) -> None:
+    """Try the student: whatever does not fit together shows here and not later.
+
+    Raises:
+        InputError: shapes that do not fit together, or tokens without a row.
+    """
+    rows = [_rows_of(student, part) for part in student.reading.parts]
+    needed = _needed(student)
+    if any(own < needed for part, own in zip(student.reading.parts, rows, strict=True) if part.pool in TOKENS):
+        raise InputError(f"{needed:,} tokens, and tables of {min(rows):,}")
+    if student.catalogue is not None and (
+        student.catalogue.width != student.d_model or len(student.catalogue.values) > len(student.concepts)
+    ):
+        raise InputError("a catalogue that does not fit its concepts and vectors")
+    try:
+        read = student.reading(Texts(["a"], Ragged.of([[0]]), np.zeros(1, np.int64)))
+        answer = FORWARD[student.config["student"]](student.parameters, read)
+        fits = answer.shape == (1, student.d_model) and student.mean.ndim == 1
+    except (ValueError, IndexError, KeyError, AssertionError, ZeroDivisionError) as error:
+        raise InputError(f"tensors that do not fit together ({error})") from error
+    if not fits or (student.reading.is_folded and first_map(student.parameters) is not None):
+        raise InputError("tensors that do not fit together")
+
+
+def _rows_of(student: Student, part: Part) -> int:
+    """Rows of a part's table, once they and its kind are known to be right."""
+    own = len(student.reading.tables[part.table].values)
+    expected = {"place": len(student.concepts), "ngrams": NGRAM_BUCKETS}
+    if part.pool not in TOKENS and expected.get(part.pool) != own:
+        raise InputError(f"a table of {own:,} rows for {part.pool!r}")
+    if part.pool == "place" and student.tokenization is not None:
+        raise InputError("tables of concepts, and a tokenizer for any text")
+    if part.pool == "sequence" and student.parameters["positions"].shape[:1] != (student.reading.longest,):
+        raise InputError("a sequence of another length than its positions")
+    return own
+
+
+def _needed(student: Student) -> int:
+    """How many tokens the student's tables must have a row for."""
+    if student.tokenization is not None:
+        return max(student.tokenization.tokenizer.get_vocab().values(), default=-1) + 1
+    ragged = student.token_rows
+    if ragged is None:
+        raise InputError("neither a tokenizer nor the tokens of its concepts")
+    whole = ragged.offsets.shape == (len(student.concepts) + 1,) and ragged.values.ndim == 1
+    if not whole or ragged.offsets[0] or (ragged.lengths < 1).any() or ragged.offsets[-1] != len(ragged.values):
+        raise InputError("tokens of its concepts that do not fit together")
+    if ragged.values.min() < 0:
+        raise InputError("a token below zero")
+    return int(ragged.values.max()) + 1
+
+
+TOKENS = ("mean", "last", "first", "sequence")
