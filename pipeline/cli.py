@@ -287,9 +287,9 @@ def push(options: PushOptions, source: str, repository: str) -> None:
 
     Log in first: hf auth login, or set HF_TOKEN. Students load from there again: Student.load("hf://owner/name").
     """
-    from pipeline import hub
+    from pipeline import publish
 
-    click.echo(hub.push(Path(source), repository, options.licence, options.private))
+    click.echo(publish.push(Path(source), repository, options.licence, options.private))
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def export(trained: Student, data: Catalogued, vocabulary: Vocabulary) -> Studen
     order = balanced_order(data.vectors.concepts, data.vectors.categories)[:MOST_CATALOGUE]
     first = [*order, *sorted(set(range(len(data.vectors.concepts))) - set(order))]
     place = data.vectors.layer_index(cell.layer)
-    catalogue = data.vectors.vectors[order, 0, place].astype(np.float32)
+    catalogue = data.vectors.vectors[order, 0, place].astype(np.float32) - trained.mean
     student = replace(
         trained,
         config=trained.config | {"teacher_licence": licence_of(trained.config["teacher"])},

@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -309,7 +310,7 @@ class Tokenization:
     Attributes:
         tokenizer: the teacher's.
         prompt: what stands around ``{concept}``: the template, or as much of it as tells how a text's tokens fall.
-        whole: whether all tokens of the prompt are the text's own.
+        whole: whether all tokens of the prompt are the text's own, but for a blank before it.
         by_word: whether the words of a text are tokens of their own each, so that words can be remembered.
     """
 
@@ -326,9 +327,19 @@ class Tokenization:
             InputError: a text without any token.
         """
         found = self._by_word(texts) if self.by_word else self._encode(texts)
+        if self._blank is not None:
+            found = [ids[1:] if ids and ids[0] == self._blank else ids for ids in found]
         if (place := next((place for place, ids in enumerate(found) if not ids), None)) is not None:
             raise InputError(f"text {texts[place][:60]!r}: the teacher's tokenizer gives it no token")
         return Ragged.of(found)
+
+    @cached_property
+    def _blank(self) -> int | None:
+        """The token of a blank before a text that does not become one with the text's first token."""
+        if not (self.whole and self.prompt.startswith(" ")):
+            return None
+        ids = self.tokenizer.encode(" ", add_special_tokens=False).ids
+        return int(ids[0]) if len(ids) == 1 else None
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         prompts = [self.prompt.replace("{concept}", text) for text in texts]

@@ -92,7 +92,7 @@ class Recorder:
     def _upload(self, key: str, row: Row, run: Run, now: int) -> bool:
         if (now_there := self.claims.still_ours(run)) is None:
             return False
-        model_id = run.log_student(self.spool.student(key), self.data.vectors.d_model, now_there)
+        model_id = run.log_student(self.spool.student(key), now_there)
         curves = dict(row["curves"])
         epochs = curves.pop("epoch")
         names = [name for name in row if name.startswith(("val_", "test_"))]

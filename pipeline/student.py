@@ -50,7 +50,7 @@ class Student:
         concepts: of the vectors file that it was trained on.
         token_rows: of each of these its rows in the token tables; None where it has the teacher's tokenizer.
         tokenization: how any text becomes rows of the token tables; None where it knows its concepts only.
-        catalogue: true vectors of the first concepts, ``[.., d_model]``; None where it has none.
+        catalogue: true vectors of the first concepts, centred, ``[.., d_model]``; None where it has none.
         card: the text of its README.
     """
 
@@ -86,9 +86,9 @@ class Student:
 
     @cached_property
     def _directions(self) -> Floats:
-        """The catalogue centred and of length 1, ``[.., d_model]``."""
+        """The catalogue with rows of length 1, ``[.., d_model]``."""
         assert self.catalogue is not None
-        return _unit(self.catalogue[np.arange(len(self.catalogue.values))] - self.mean)
+        return _unit(self.catalogue[np.arange(len(self.catalogue.values))])
 
     def encode(
         self,

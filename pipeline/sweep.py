@@ -320,7 +320,7 @@ def _conclude(
 
     def log() -> None:
         if student is not trained:
-            model_id = parent.log_student(folder, student.d_model, tracker.client.get_run(parent.id))
+            model_id = parent.log_student(folder, tracker.client.get_run(parent.id))
             if register is not None:
                 version = tracker.register(register, model_id, ALIAS)
                 parent.set_tags({"registered_model": f"{register} version {version}"})

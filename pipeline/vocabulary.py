@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ class Vocabulary:
         key: of what the tables follow from.
     """
 
-    tables: dict[str, NDArray[Any]]
-    tokenizer: str
+    tables: dict[str, NDArray[Any]] = field(repr=False)
+    tokenizer: str = field(repr=False)
     key: str
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipeline.evaluation import evaluate, evaluation_table
+from pipeline.export import checkpoint
 from pipeline.function import Continuations, kl_recovered, recovered_interval
 from pipeline.options import Cell
-from pipeline.export import checkpoint
 from pipeline.training import train_stack
 
 CPU = torch.device("cpu")

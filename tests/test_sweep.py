@@ -10,7 +10,6 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
-import pandas as pd
 import pytest
 from conftest import ROOT, SHIPPED
 from mlflow import MlflowClient
@@ -80,7 +79,7 @@ def test_a_logged_model_loads_again_and_predicts_the_same(swept, vectors):
     model = mlflow.pyfunc.load_model(f"models:/{best.outputs.model_outputs[0].model_id}")
     [folder] = Path("results").glob("*_student")
     concepts = list(vectors.concepts[:20])
-    served = model.predict(pd.DataFrame({"text": concepts}))
+    served = np.array(model.predict(concepts))
     alone = Student.load(folder)
     assert served.shape == (len(concepts), 576)
     centred = [values - alone.mean for values in (served, alone.encode(concepts))]
@@ -140,7 +139,7 @@ def test_train_is_a_sweep_of_one_cell(workplace, run):
     assert code == 0, err
     _, [child] = runs("FINISHED")
     assert child.info.run_name == "c30-h8-l2-s0"
-    assert Student.load("mine").config["metrics"]["test_cosine"] == pytest.approx(child.data.metrics["test_cosine"])
+    assert Student.load("mine").config["metrics"]["test_cosine"] == pytest.approx(child.data.metrics["test_cosine"], abs=1e-3)
     code, _, err = run("train", "--vectors", SHIPPED, "--student", "ridge", "--concepts", 50, "--output", "linear")
     assert code == 0, err
     assert Student.load("linear").config["student"] == "ridge"

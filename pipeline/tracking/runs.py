@@ -8,7 +8,6 @@ import json
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +18,17 @@ from mlflow import MlflowClient, pyfunc
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.models import Model
+
+from pipeline.reading import Part, Ragged, Reading, Table
+from pipeline.student import Student
 
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
 # What a logged student carries: the rooms that turn text into vectors, without torch.
 STUDENT_CODE = ("__init__", "errors", "storage", "reading", "inference", "student", "served")
-STUDENT_NEEDS = ("numpy", "safetensors", "tokenizers")
+EXAMPLE = ("volcano", "slow cooking")  # what a logged student may be asked
+STUDENT_PLACE = "artifacts/student"  # in the folder of a logged model
+STUDENT_NEEDS = ("mlflow", "numpy", "safetensors", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Run:
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", use)])]
         _whoever_is_faster(lambda: self.client.log_inputs(self.id, inputs))
 
-    def log_student(self, folder: Path, d_model: int, there: MlflowRun) -> str:
+    def log_student(self, folder: Path, there: MlflowRun) -> str:
         """Log a student folder as an MLflow model that carries its code and needs no pickle; returns its id.
 
         What `mlflow.pyfunc.log_model` does, with the parts that all students share made once. A model that an earlier
@@ -99,13 +102,13 @@ class Run:
         else:
             model = self.client.create_logged_model(self.experiment_id, "student", self.id)
             self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
-        frame = _frame(d_model)
+        frame = _frame()
         described = Model.load(frame.name)
         described.run_id, described.model_id, described.model_uuid = self.id, model.model_id, model.model_id
         described.artifact_path = model.artifact_location
         with tempfile.TemporaryDirectory() as own:
             described.save(str(Path(own) / "MLmodel"))
-            for part, place in ((frame.name, None), (str(folder), "data/student"), (own, None)):
+            for part, place in ((frame.name, None), (str(folder), STUDENT_PLACE), (own, None)):
                 self.client.log_model_artifacts(model.model_id, part, place)
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return str(model.model_id)
@@ -128,29 +131,33 @@ def _whoever_is_faster(work: Callable[[], None]) -> None:
 
 
 @functools.cache
-def _frame(d_model: int) -> tempfile.TemporaryDirectory[str]:
+def _frame() -> tempfile.TemporaryDirectory[str]:
     """A model folder without a student: description, code, requirements. It is removed as the process ends."""
-    signature = ModelSignature(
-        Schema([ColSpec("string", "text")]), Schema([TensorSpec(np.dtype("float32"), (-1, d_model))])
-    )
     frame = tempfile.TemporaryDirectory(prefix="student-model-")
     package = Path(__file__).parent.parent
-    with tempfile.TemporaryDirectory() as parts, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*input example.*")
-        (Path(parts) / "student").mkdir()
-        code = Path(parts) / "pipeline"
+    with tempfile.TemporaryDirectory() as parts:
+        code, place = Path(parts) / "pipeline", Path(parts) / "student"
         code.mkdir()
         for name in STUDENT_CODE:
             shutil.copy(package / f"{name}.py", code)
+        _smallest_student().save(place)
         pyfunc.save_model(
             frame.name,
-            loader_module="pipeline.served",
-            data_path=str(Path(parts) / "student"),
+            python_model=str(code / "served.py"),
+            artifacts={"student": str(place)},
             code_paths=[str(code)],
-            signature=signature,
+            input_example=list(EXAMPLE),
             pip_requirements=[f"{name}=={_public_version(name)}" for name in STUDENT_NEEDS],
         )
+        shutil.rmtree(Path(frame.name) / STUDENT_PLACE)
     return frame
+
+
+def _smallest_student() -> Student:
+    """One that answers for the example only, for MLflow tries what it is to describe."""
+    table = Table(np.zeros((1, 1), np.float32))
+    reading = Reading((Part("0", "mean"),), {"0": table}, np.zeros(1, np.float32), np.ones(1, np.float32), 1, True)
+    return Student({"student": "ridge"}, {}, np.zeros(1, np.float32), reading, EXAMPLE, Ragged.of([[0]] * len(EXAMPLE)))
 
 
 def curve_metrics(curves: Mapping[str, Mapping[int, float]], times: Mapping[int, int]) -> list[Metric]:

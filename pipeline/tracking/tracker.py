@@ -28,7 +28,7 @@ from pipeline import hub, storage
 from pipeline.errors import InputError, WorkError
 from pipeline.storage import write_atomically
 from pipeline.student import Student
-from pipeline.tracking.runs import Run
+from pipeline.tracking.runs import STUDENT_PLACE, Run
 
 EXPERIMENT = "activation-distillation"
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -368,7 +368,7 @@ def student_at(place: str) -> Student:
 
 def _student_folder(model: Path) -> Path:
     """The student in the folder of a logged model."""
-    return next((model / "data").glob("*"))
+    return model / STUDENT_PLACE
 
 
 def _without_password(text: str) -> str:
