@@ -8,7 +8,7 @@ monosemanticity").
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,21 +24,16 @@ BATCH_TOKENS = 2048
 
 
 @contextmanager
-def replaced(teacher: Teacher, layer: int, vectors: Tensor) -> Iterator[None]:
-    """Put ``vectors`` ``[batch, d_model]`` in place of the last position's residual stream after block ``layer``."""
-
-    def put(stream: Tensor) -> Tensor:
-        changed = stream.clone()
-        changed[:, -1] = vectors.to(stream)
-        return changed
+def at_block(teacher: Teacher, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the residual stream ``[batch, tokens, d_model]`` after block ``layer``; 0 is the embedding output."""
 
     def after(_module: Any, _args: Any, output: Any) -> Any:
-        return (put(output[0]), *output[1:]) if isinstance(output, tuple) else put(output)
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (put(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": put(kwargs["hidden_states"])}
+            return (change(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
 
     hook = (
         teacher.blocks[layer - 1].register_forward_hook(after)
@@ -49,6 +44,19 @@ def replaced(teacher: Teacher, layer: int, vectors: Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def replaced(teacher: Teacher, layer: int, vectors: Tensor) -> Iterator[None]:
+    """Put ``vectors`` ``[batch, d_model]`` in place of the last position's residual stream after block ``layer``."""
+
+    def put(stream: Tensor) -> Tensor:
+        changed = stream.clone()
+        changed[:, -1] = vectors.to(stream)
+        return changed
+
+    with at_block(teacher, layer, put):
+        yield
 
 
 class Continuations:

@@ -20,9 +20,9 @@ from pipeline.errors import InputError
 from pipeline.extraction import Cost, automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
 from pipeline.options import ExtractOptions
-from pipeline.plan import Output, Plan, Request, check_output, check_prompts, is_extracted, make_request, merge
+from pipeline.plan import Plan, Request, check_output, check_prompts, header_of, is_extracted, make_request, merge
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
-from pipeline.storage import put
+from pipeline.storage import Output, put
 from pipeline.teachers import Source, Teacher, find_teacher, load_teacher
 from pipeline.tracking import Run, closing, connect
 from pipeline.vectors import read_header
@@ -70,7 +70,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
         run.log_params(asdict(options))
         if held:
             output.leave()
-            run.set_tags({"cache": "hit", "vectors_sha256": (output.header() or {})["sha256"]})
+            run.set_tags({"cache": "hit", "vectors_sha256": (header_of(output) or {})["sha256"]})
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
         plan, teacher = _share(options, accelerator, source, request, output, shard, bar, run)
         if not options.merge and (missing := len(plan.missing())) and not plan.is_merged:

@@ -27,18 +27,7 @@ from safetensors import safe_open
 from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.processes import Worker
-from pipeline.storage import (
-    beginning,
-    create,
-    get,
-    is_remote,
-    names_below,
-    put,
-    remove,
-    staged,
-    writable,
-    write_atomically,
-)
+from pipeline.storage import Output, beginning, create, get, names_below, put, remove, write_atomically
 from pipeline.teachers import Source, parse_layers
 from pipeline.vectors import (
     FORMAT,
@@ -154,60 +143,26 @@ def check_prompts(templates: Sequence[str], pool: str) -> None:
         raise choices("pool", pool, POOLS)
 
 
-@dataclass(frozen=True)
-class Output:
-    """Where a vectors file will be: here, or in S3 with a place here where it is made.
+def header_of(output: Output) -> dict[str, str] | None:
+    """What stands at an output says of itself; nothing if it is no vectors file, None if nothing stands there.
 
-    Attributes:
-        path: the local file.
-        url: its place in S3.
+    Raises:
+        InputError, WorkError: the store does not let us look.
     """
-
-    path: Path
-    url: str | None = None
-
-    @classmethod
-    def at(cls, place: str) -> Output:
-        """The output at a local path or in S3, once it can be written.
-
-        Raises:
-            InputError: it cannot.
-        """
-        return cls(writable(staged(place)), place) if is_remote(place) else cls(writable(place))
-
-    def __str__(self) -> str:
-        return self.url or str(self.path)
-
-    def header(self) -> dict[str, str] | None:
-        """What stands there says of itself; nothing if it is no vectors file, None if nothing stands there.
-
-        Raises:
-            InputError, WorkError: the store does not let us look.
-        """
-        if self.url is None:
-            return read_unverified_header(self.path) if self.path.is_file() else None
-        head = beginning(self.url, 8)
-        if head is None:
-            return None
-        length = 8 + int.from_bytes(head, "little")
-        if length > MOST_HEADER_BYTES:
-            return {}
-        return parse_header(beginning(self.url, length) or b"")
-
-    def publish(self) -> None:
-        """Put the finished file where it belongs."""
-        if self.url is not None:
-            put(self.path, self.url)
-
-    def leave(self) -> None:
-        """Remove what was here only to be put into S3."""
-        if self.url is not None:
-            shutil.rmtree(self.path.parent, ignore_errors=True)
+    if output.url is None:
+        return read_unverified_header(output.path) if output.path.is_file() else None
+    head = beginning(output.url, 8)
+    if head is None:
+        return None
+    length = 8 + int.from_bytes(head, "little")
+    if length > MOST_HEADER_BYTES:
+        return {}
+    return parse_header(beginning(output.url, length) or b"")
 
 
 def is_extracted(output: Output, request: Request) -> bool:
     """Whether the output holds the answer to this very request already, whole (S3 shows nothing that is not)."""
-    if output.path.suffix == ".pt" or (output.header() or {}).get("extraction_key") != request.key:
+    if output.path.suffix == ".pt" or (header_of(output) or {}).get("extraction_key") != request.key:
         return False
     try:
         return output.url is not None or bool(read_header(output.path))
@@ -221,7 +176,7 @@ def check_output(output: Output, request: Request, concepts: str) -> None:
     Raises:
         InputError: something else stands there.
     """
-    header = output.header()
+    header = header_of(output)
     if header is None:
         return
     if output.url is None and Path(concepts).exists() and output.path.samefile(concepts):

@@ -18,13 +18,11 @@ import numpy as np
 
 from pipeline.errors import InputError, choices
 from pipeline.options import PredictOptions
-from pipeline.plan import Output
 from pipeline.reading import Floats, checked
-from pipeline.storage import write_atomically
+from pipeline.storage import Output, fetch, write_atomically
 from pipeline.student import Student
-from pipeline.tracking import fetch, student_at
 
-CHUNK = 8192  # texts held at once
+CHUNK = 1 << 15  # texts held at once
 DECIMALS = 5  # of a vector's numbers in text
 Bar = Callable[[int | None], AbstractContextManager[Callable[[float], None]]]
 
@@ -66,7 +64,7 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
     kind = "" if output is None else output.path.suffix
     if kind not in WRITERS:
         raise choices("kind of --output", kind, [name for name in WRITERS if name])
-    student = student_at(options.run or _newest_student())
+    student = _student_at(options.run or _newest_student())
     compare = _comparison(student, options) if options.compare else None
     shown: list[list[str]] = []
     holds = kind in (".csv", ".jsonl") or (output is None and not (options.nearest or options.compare))
@@ -102,6 +100,14 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
         output.publish()
         output.leave()
     return (_head(options), shown) if shown else None
+
+
+def _student_at(place: str) -> Student:
+    if not place.startswith(("runs:", "models:")):
+        return Student.load(place)
+    from pipeline.tracking import student_at  # only here: MLflow takes seconds to load
+
+    return student_at(place)
 
 
 def _newest_student() -> str:

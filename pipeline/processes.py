@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import resource
-import time
 from dataclasses import dataclass
 
 import torch
@@ -58,21 +56,3 @@ def start() -> Accelerator:
     here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     return accelerator
-
-
-@functools.cache
-def multiplies_faster(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether matrix products in a short type take well under the time that float32 takes here, measured."""
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-    def seconds(kind: torch.dtype) -> float:
-        a, b = torch.ones(256, 512, dtype=kind), torch.ones(512, 512, dtype=kind)
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    return seconds(dtype) < 0.8 * seconds(torch.float32)

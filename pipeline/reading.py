@@ -37,6 +37,7 @@ LARGEST = 127  # of 8 bits
 LONGEST_TEXT = 10_000  # characters
 KNOWN_WORDS = 200_000  # whose tokens are remembered
 LETTERS = re.compile(r"[^\W\d_]+(?: [^\W\d_]+)*")
+LINES_OF_LETTERS = re.compile(r"[^\W\d_]+(?:[ \n][^\W\d_]+)*")
 
 
 @dataclass(frozen=True)
@@ -326,6 +327,8 @@ class Tokenization:
         Raises:
             InputError: a text without any token.
         """
+        if self.by_word and (quick := self._all_words(texts)) is not None:
+            return quick
         found = self._by_word(texts) if self.by_word else self._encode(texts)
         if self._blank is not None:
             found = [ids[1:] if ids and ids[0] == self._blank else ids for ids in found]
@@ -361,13 +364,34 @@ class Tokenization:
         if len(known) > KNOWN_WORDS:
             known = self._known[0] = {}  # others go on with the one they have
         words = [text.split(" ") if LETTERS.fullmatch(text) else None for text in texts]
-        new = list({word for own in words if own for word in own if word not in known})
-        if new:
-            known.update(zip(new, self._encode(new), strict=True))
+        self._learn({word for own in words if own for word in own}, known)
         others = iter(self._encode([text for text, own in zip(texts, words, strict=True) if own is None]))
         return [
             next(others) if own is None else list(chain.from_iterable(map(known.__getitem__, own))) for own in words
         ]
+
+    def _all_words(self, texts: Sequence[str]) -> Ragged | None:
+        """Tokens of texts that are words and blanks alone, with nothing done for each text by itself; else None."""
+        lines = "\n".join(texts)
+        if not LINES_OF_LETTERS.fullmatch(lines):
+            return None
+        words = lines.replace("\n", " ").split(" ")
+        known = self._known[0]
+        if len(known) > KNOWN_WORDS:
+            known = self._known[0] = {}
+        self._learn(set(words), known)
+        tokens = Ragged.of(list(map(known.__getitem__, words)))
+        numbers = np.fromiter((text.count(" ") for text in texts), np.int64, len(texts)) + 1  # words of each text
+        if numbers.sum() != len(words):  # a line break inside a text
+            return None
+        found = Ragged(tokens.values, tokens.offsets[np.concatenate([[0], numbers.cumsum()])])
+        # Letters that no blank becomes one with begin with a token of the blank: those texts are done one by one.
+        return None if (found.values[found.offsets[:-1]] == self._blank).any() else found
+
+    def _learn(self, words: set[str], known: dict[str, list[int]]) -> None:
+        """Know the tokens of words."""
+        if new := list(words - known.keys()):
+            known.update(zip(new, self._encode(new), strict=True))
 
 
 def checked(texts: Iterable[object], first: int = 0) -> list[str]:
@@ -380,24 +404,30 @@ def checked(texts: Iterable[object], first: int = 0) -> list[str]:
     Raises:
         InputError: something that is no text, an empty one, one with a null byte, or one too long.
     """
-    found = []
-    for place, text in enumerate(texts, first):
-        if not isinstance(text, str):
-            raise InputError(f"text {place}: expected text, found {type(text).__name__}")
-        bare = text.strip()
-        if not bare:
-            raise InputError(f"text {place}: empty")
-        if len(bare) > LONGEST_TEXT:
-            raise InputError(f"text {place}: {len(bare):,} characters; expected {LONGEST_TEXT:,} at the most")
-        if "\0" in bare or not _is_unicode(bare):
-            raise InputError(f"text {place}: a null byte or half a character in it")
-        found.append(bare)
-    return found
-
-
-def _is_unicode(text: str) -> bool:
+    texts = list(texts)
     try:
-        text.encode()
+        bare = list(map(str.strip, texts))  # type: ignore[arg-type]
+        whole = "\n".join(bare)
+        whole.encode()
+        if "\0" not in whole and all(bare) and max(map(len, bare), default=0) <= LONGEST_TEXT:
+            return bare
+    except (TypeError, UnicodeEncodeError):
+        pass
+    return [_checked(text, place) for place, text in enumerate(texts, first)]  # which it is, and what is wrong with it
+
+
+def _checked(text: object, place: int) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"text {place}: expected text, found {type(text).__name__}")
+    bare = text.strip()
+    if not bare:
+        raise InputError(f"text {place}: empty")
+    if len(bare) > LONGEST_TEXT:
+        raise InputError(f"text {place}: {len(bare):,} characters; expected {LONGEST_TEXT:,} at the most")
+    try:
+        bare.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can carry
-        return False
-    return True
+        raise InputError(f"text {place}: half a character in it") from None
+    if "\0" in bare:
+        raise InputError(f"text {place}: a null byte in it")
+    return str(bare)

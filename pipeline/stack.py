@@ -24,7 +24,7 @@ from pipeline.features import Subset
 from pipeline.metrics import cosines
 from pipeline.objectives import objective_of
 from pipeline.options import Cell
-from pipeline.processes import multiplies_faster
+from pipeline.precision import multiplies_faster
 from pipeline.students import KINDS
 
 PER_DOUBLING = 8  # evaluations while the epochs double, where they are log-spaced

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,41 @@ def output_folder(place: str) -> Iterator[Path]:
             put(path, f"{place.rstrip('/')}/{name}")
     if not any(folder.glob(".*")):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a file will be: here, or in S3 with a place here where it is made.
+
+    Attributes:
+        path: the local file.
+        url: its place in S3.
+    """
+
+    path: Path
+    url: str | None = None
+
+    @classmethod
+    def at(cls, place: str) -> Output:
+        """The output at a local path or in S3, once it can be written.
+
+        Raises:
+            InputError: it cannot.
+        """
+        return cls(writable(staged(place)), place) if is_remote(place) else cls(writable(place))
+
+    def __str__(self) -> str:
+        return self.url or str(self.path)
+
+    def publish(self) -> None:
+        """Put the finished file where it belongs."""
+        if self.url is not None:
+            put(self.path, self.url)
+
+    def leave(self) -> None:
+        """Remove what was here only to be put into S3."""
+        if self.url is not None:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +35,8 @@ FORMAT = "student-4"
 CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 MOST_BYTES = {CONFIG: 1 << 23, TOKENIZER: 1 << 27, MODEL: 1 << 36}  # more is no student
 CHUNK = 1024  # texts read at once, so that they stay in the cache
+BULK = 20_000  # texts for which loading torch pays
+BULK_CHUNK = 4096
 THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -99,7 +101,8 @@ class Student:
     ) -> Floats:
         """The predicted activation vectors of texts, not centred.
 
-        The arguments are named as those of sentence-transformers.
+        The arguments are named as those of sentence-transformers. `BULK` texts and more go through torch where it is
+        installed, in bfloat16 where the processor is faster in it: within 1 % of the numbers of few texts.
 
         Args:
             sentences: texts, or one.
@@ -120,20 +123,36 @@ class Student:
             raise InputError(f"batch_size {batch_size}: expected at least 1")
         texts = checked(sentences)
         answers = np.empty((len(texts), self.d_model), np.float32)
-        starts = range(0, len(texts), batch_size)
+        compute = self._bulk if len(texts) >= BULK else None
+        if compute is None:
+            compute = self._compute
+        else:
+            batch_size = max(batch_size, BULK_CHUNK)
 
         def work(start: int) -> None:
             part = texts[start : start + batch_size]
-            read = self.reading(self._texts(part))
-            answers[start : start + len(part)] = FORWARD[self.config["student"]](self.parameters, read)
+            answers[start : start + len(part)] = compute(self._texts(part))
 
         with _progress(len(texts), show_progress_bar) as advance:
-            for start in _side_by_side(work, starts):
+            for start in _side_by_side(work, range(0, len(texts), batch_size)):
                 advance(min(batch_size, len(texts) - start))
         if normalize_embeddings:
             return _unit(answers)
         answers += self.mean
         return answers
+
+    def _compute(self, texts: Texts) -> Floats:
+        """Centred vectors, ``[n, d_model]``."""
+        return FORWARD[self.config["student"]](self.parameters, self.reading(texts))
+
+    @cached_property
+    def _bulk(self) -> Callable[[Texts], Floats] | None:
+        """The same for very many texts, where torch is installed and the student is of a kind that it speeds up."""
+        try:
+            from pipeline.bulk import bulk_of
+        except ImportError:  # where a student stands alone
+            return None
+        return bulk_of(self)
 
     def _texts(self, texts: Sequence[str]) -> Texts:
         if self.tokenization is not None:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.card import UNSTATED
 from pipeline.errors import InputError, choices
-from pipeline.processes import multiplies_faster
+from pipeline.precision import multiplies_faster
 from pipeline.storage import fetch, is_remote
 
 HUB_IDS = {

@@ -22,8 +22,9 @@ from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import read_parts
 from pipeline.forward import residuals
-from pipeline.plan import Output, Plan, is_extracted, make_request, merge
+from pipeline.plan import Plan, is_extracted, make_request, merge
 from pipeline.processes import Worker
+from pipeline.storage import Output
 from pipeline.teachers import find_teacher, load_teacher, parse_layers
 from pipeline.vectors import read_vectors
 
@@ -226,7 +227,8 @@ import sys
 from pathlib import Path
 from pipeline.concepts import read_catalogue
 from pipeline.extraction import read_parts
-from pipeline.plan import Output, Plan, make_request, merge
+from pipeline.storage import Output
+from pipeline.plan import Plan, make_request, merge
 from pipeline.teachers import find_teacher, load_teacher
 teacher, output = sys.argv[1], Path(sys.argv[2])
 source = find_teacher(teacher)

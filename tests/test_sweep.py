@@ -139,7 +139,9 @@ def test_train_is_a_sweep_of_one_cell(workplace, run):
     assert code == 0, err
     _, [child] = runs("FINISHED")
     assert child.info.run_name == "c30-h8-l2-s0"
-    assert Student.load("mine").config["metrics"]["test_cosine"] == pytest.approx(child.data.metrics["test_cosine"], abs=1e-3)
+    assert Student.load("mine").config["metrics"]["test_cosine"] == pytest.approx(
+        child.data.metrics["test_cosine"], abs=1e-3
+    )
     code, _, err = run("train", "--vectors", SHIPPED, "--student", "ridge", "--concepts", 50, "--output", "linear")
     assert code == 0, err
     assert Student.load("linear").config["student"] == "ridge"

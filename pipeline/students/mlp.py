@@ -50,7 +50,7 @@ def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = N
     """Predict.
 
     Args:
-        parameters: each ``[S, rows, columns]``.
+        parameters: each ``[S, rows, columns]``; without ``in.weight`` the inputs have gone through it already.
         inputs: ``[S, B, features]``.
         masks: dropout masks, ``[S or 1, B, width]`` each, 0 or 1 / (1 - dropout); none when not training.
 
@@ -59,7 +59,10 @@ def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = N
     """
     blocks = sum(name.startswith("block") and name.endswith(".weight") for name in parameters)
     hidden = inputs if masks is None else inputs * masks[0]
-    hidden = torch.baddbmm(parameters["in.bias"], hidden, parameters["in.weight"])  # [S, B, hidden]
+    if "in.weight" in parameters:
+        hidden = torch.baddbmm(parameters["in.bias"], hidden, parameters["in.weight"])  # [S, B, hidden]
+    else:
+        hidden = hidden + parameters["in.bias"]
     for block in range(blocks):
         change = F.gelu(torch.baddbmm(parameters[f"block{block}.bias"], hidden, parameters[f"block{block}.weight"]))
         hidden = hidden + (change if masks is None else change * masks[block + 1])
