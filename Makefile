@@ -25,6 +25,8 @@ bench: env ## measure against peers and limits
 	python -m benchmarks.extract
 	python -m benchmarks.sweep
 	python -m benchmarks.sweep --sizes --rounds 1
+	test -d results || python -m pipeline sweep --grid scaling
+	python -m benchmarks.predict
 
 image: ## build the CUDA image; BASE_IMAGE=... takes another base
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(DOCKER_FLAGS) --tag activation-distillation .

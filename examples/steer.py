@@ -3,10 +3,10 @@
     python examples/steer.py --output docs/steering.png
 
 For each concept, the true vector, the student's and a random one of equal length (all centred, after the same block)
-are added, times a strength, at every position. What changes is measured on neutral prompts: by how much the teacher then
-prefers the concept's words (the mean log-probability of the concept as a continuation), and how far its next-token
-distribution moves (Kullback-Leibler divergence). Activation addition: Turner et al. (2023), "Activation addition:
-steering language models without optimization".
+are added, times a strength, at every position. What changes is measured on neutral prompts: by how much the teacher
+then prefers the concept's words (the mean log-probability of the concept as a continuation), and how far its
+next-token distribution moves (Kullback-Leibler divergence). Activation addition: Turner et al. (2023), "Activation
+addition: steering language models without optimization".
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from pipeline import Student
 from pipeline.extraction import read_texts
@@ -32,8 +33,12 @@ from pipeline.teachers import Teacher, find_teacher, load_teacher
 CONCEPTS = ("volcano", "slow cooking", "chess", "sadness", "the ocean", "money", "a violin", "winter")
 PROMPTS = ("I think that", "Yesterday we talked about", "The most interesting thing is", "My favourite topic is")
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)
-RANDOM = 8  # directions drawn for each concept
+RANDOM = 4  # directions drawn for each concept
 KINDS = ("true vector", "student's vector", "random vector")
+MEASURES = {
+    "gain": "gain in log-probability of the concept's words",
+    "divergence": "divergence of the next-token distribution (nats)",
+}
 Floats = NDArray[np.float32]
 log = logging.getLogger("steer")
 
@@ -46,28 +51,27 @@ def steered(teacher: Teacher, layer: int, direction: Tensor) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def logits(teacher: Teacher, ids: Tensor) -> Tensor:
-    """Next-token logits at every position, ``[batch, tokens, vocabulary]``."""
-    stream = teacher.model(input_ids=ids, use_cache=False).last_hidden_state
+def logits(teacher: Teacher, ids: Tensor, first: int) -> Tensor:
+    """Next-token logits from position ``first`` on, ``[batch, tokens - first, vocabulary]``."""
+    stream = teacher.model(input_ids=ids, use_cache=False).last_hidden_state[:, first:]
     found: Tensor = teacher.head(stream).float()
     return found
 
 
-def preference(teacher: Teacher, layer: int, prompt: list[int], words: list[int], directions: Tensor) -> Tensor:
-    """Mean log-probability of the words after the prompt under each direction, ``[directions]``."""
+def effect(
+    teacher: Teacher, layer: int, prompt: list[int], words: list[int], directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What directions do after a prompt, of which the first should change nothing.
+
+    Returns:
+        Mean log-probability of the words, and divergence from the first in nats; ``[directions]`` both.
+    """
     ids = torch.tensor([prompt + words]).expand(len(directions), -1)
     with steered(teacher, layer, directions):
-        said = logits(teacher, ids)[:, len(prompt) - 1 : -1].log_softmax(-1)  # [directions, words, vocabulary]
-    return said.gather(-1, torch.tensor(words).expand(len(directions), -1)[..., None]).mean((1, 2))
-
-
-def divergence(teacher: Teacher, layer: int, prompt: list[int], directions: Tensor) -> Tensor:
-    """How far the next-token distribution moves, in nats, ``[directions]``."""
-    ids = torch.tensor([prompt])
-    plain = logits(teacher, ids)[0, -1].log_softmax(-1)
-    with steered(teacher, layer, directions):
-        moved = logits(teacher, ids.expand(len(directions), -1))[:, -1].log_softmax(-1)
-    return (plain.exp() * (plain - moved)).sum(-1)
+        said = logits(teacher, ids, len(prompt) - 1)[:, :-1].log_softmax(-1)  # [directions, words, vocabulary]
+    chosen = said.gather(-1, torch.tensor(words).expand(len(directions), -1)[..., None]).mean((1, 2))
+    after = said[:, 0]
+    return chosen, (after[0].exp() * (after[0] - after)).sum(-1)
 
 
 def generate(teacher: Teacher, layer: int, prompt: str, direction: Tensor, tokens: int = 14) -> str:
@@ -75,7 +79,7 @@ def generate(teacher: Teacher, layer: int, prompt: str, direction: Tensor, token
     ids = torch.tensor([list(teacher.tokenizer(prompt)["input_ids"])])
     with steered(teacher, layer, direction):
         for _ in range(tokens):
-            ids = torch.cat([ids, logits(teacher, ids)[:, -1:].argmax(-1)], 1)
+            ids = torch.cat([ids, logits(teacher, ids, -1).argmax(-1)], 1)
     return str(teacher.tokenizer.decode(ids[0])).replace("\n", " ")
 
 
@@ -97,34 +101,25 @@ def measure(
     teacher: Teacher, layer: int, concepts: Sequence[str], directions: dict[str, Tensor]
 ) -> dict[str, dict[str, Floats]]:
     """By kind of vector the gain in preference and the divergence, ``[strengths, concepts]`` each."""
-    found: dict[str, dict[str, Floats]] = {}
+    found = {kind: {name: np.zeros((len(STRENGTHS), len(concepts)), np.float32) for name in MEASURES} for kind in KINDS}
     prompts = [list(teacher.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
-    words = [list(teacher.tokenizer(f" {concept}")["input_ids"]) for concept in concepts]
-    for kind, of_concepts in directions.items():
-        gain, moved = (np.zeros((len(STRENGTHS), len(concepts)), np.float32) for _ in range(2))
-        for place, own in enumerate(of_concepts):
-            scaled = torch.cat([strength * own for strength in STRENGTHS])  # [strengths * number, d_model]
-            for prompt in prompts:
-                said = preference(teacher, layer, prompt, words[place], scaled).view(len(STRENGTHS), -1)
-                gain[:, place] += (said - said[0]).mean(1).numpy() / len(prompts)
-                far = divergence(teacher, layer, prompt, scaled).view(len(STRENGTHS), -1)
-                moved[:, place] += far.mean(1).numpy() / len(prompts)
-        found[kind] = {"gain": gain, "divergence": moved}
-        log.info("%s: measured on %d concepts", kind, len(concepts))
+    sizes = [directions[kind].shape[1] for kind in KINDS]
+    for place, concept in enumerate(tqdm(concepts, "steer", unit="concept")):
+        words = list(teacher.tokenizer(f" {concept}")["input_ids"])
+        own = torch.cat([directions[kind][place] for kind in KINDS])  # [all kinds, d_model]
+        scaled = torch.cat([strength * own for strength in STRENGTHS])
+        for prompt in prompts:
+            said, moved = (values.view(len(STRENGTHS), -1) for values in effect(teacher, layer, prompt, words, scaled))
+            for name, values in (("gain", said - said[0]), ("divergence", moved)):
+                for kind, part in zip(KINDS, torch.split(values, sizes, 1), strict=True):
+                    found[kind][name][:, place] += part.mean(1).numpy() / len(prompts)
     return found
 
 
 def picture(found: dict[str, dict[str, Floats]], title: str, path: Path) -> None:
     """Both measures against the strength, with the standard error over concepts."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for axis, (measured, label) in zip(
-        axes,
-        (
-            ("gain", "gain in log-probability of the concept's words"),
-            ("divergence", "divergence of the next-token distribution (nats)"),
-        ),
-        strict=True,
-    ):
+    for axis, (measured, label) in zip(axes, MEASURES.items(), strict=True):
         for kind, color in zip(KINDS, ("tab:blue", "tab:orange", "tab:gray"), strict=True):
             values = found[kind][measured]
             error = values.std(1, ddof=1) / np.sqrt(values.shape[1])
