@@ -13,6 +13,7 @@ import argparse
 import copy
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -169,7 +170,7 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {}
     found: dict[str, Floats] = {}
-    for number in range(options.rounds):
+    for _ in range(options.rounds):
         for name, call in work.items():
             for dtype, label in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
                 if name == f"ours, {label}":
@@ -178,8 +179,8 @@ def main() -> None:
             begin = time.perf_counter()
             made = call()
             seconds.setdefault(name, []).append(time.perf_counter() - begin)
+            print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr)  # noqa: T201
             found[name] = read_vectors(made).vectors[:, 0, 0] if isinstance(made, Path) else made
-        print(f"round {number + 1} of {options.rounds}", flush=True)  # noqa: T201
     shutil.rmtree(folder)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     loop = "plain Hugging Face loop, float32"

@@ -145,7 +145,7 @@ def _show_plan(name: str, cells: list[Cell], options: SweepOptions) -> None:
     from pipeline.vectors import read_vectors
 
     data = Catalogued(read_vectors(fetch(str(options.vectors))))
-    cells = prepare(cells, data)
+    cells = prepare(cells, data, options.grid)
     accelerator, shard = start(), parse_shard(options.shard)
     if accelerator.is_main_process:
         workers = shard.count * accelerator.num_processes
@@ -175,7 +175,7 @@ def _sweep(
 
     part = parse_shard(shard)
     data = Catalogued(read_vectors(fetch(str(options.vectors))))
-    cells = prepare(cells, data)
+    cells = prepare(cells, data, options.grid if isinstance(options, SweepOptions) else None)
     for path in (output / "results.json", *([student_folder / "config.json"] if student_folder else [])):
         writable(path)
     tracker, accelerator = connect(), start()

@@ -169,7 +169,8 @@ class Catalogued:
             if name.startswith(BLOCK):
                 early = [str(layer) for layer in vectors.layers if layer < (cell.layer or 0)]
                 if name.removeprefix(BLOCK) not in early:
-                    raise choices("early block", name.removeprefix(BLOCK), early)
+                    wrong = f"--inputs {cell.inputs}" if name in cell.inputs.split("+") else f"--blocks {cell.blocks}"
+                    raise InputError(f"{wrong}: the vectors file has of the early blocks {', '.join(early) or 'none'}")
             elif name not in (*INPUTS, "sequence"):
                 raise choices("inputs", name, [*INPUTS, "several joined by +"])
             if name == "activations" and vectors.token_block is None:

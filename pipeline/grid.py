@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
@@ -27,7 +28,20 @@ from pipeline.students import KINDS
 KEYS = ("vectors", "axes", "fixed", "include", "exclude", "seeds")
 OPTIONS = tuple(item.name for item in fields(Cell))
 
+NAMED = re.compile(
+    r"(?:unknown )?([\w-]+) "
+)  # the option that an error is about: "--epochs 0: ...", "unknown student ..."
+
 Place = tuple[str | int, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-3 is a number, too, as in JSON and in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = None) -> tuple[str, list[Cell]]:
@@ -54,6 +68,17 @@ def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = 
     return grid.path.stem, list(dict.fromkeys(seeded))
 
 
+def pointing(error: InputError, cell: Cell, name_or_path: str) -> InputError:
+    """The error of a cell that was read from a grid, with the file and the line of the value that is wrong.
+
+    Args:
+        error: its message begins with the option, as `check` and `choices` write it.
+        cell: the cell.
+        name_or_path: the grid.
+    """
+    return _read(_find(name_or_path)).wrong_value(error, cell)
+
+
 def vectors_of(name_or_path: str) -> str:
     """The vectors file that a grid is made for: its ``vectors``, or the shipped one."""
     return str(_read(_find(name_or_path)).content.get("vectors", SHIPPED))
@@ -75,6 +100,28 @@ class _Grid:
         """The error for something at a place, or at the nearest place around it that has a line."""
         line = next((self.lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in self.lines), None)
         return InputError(f"grid {self.path}{f', line {line}' if line else ''}: {message}")
+
+    def wrong_value(self, error: InputError, cell: Cell) -> InputError:
+        """The error of a cell, where the grid has the value that it is about."""
+        found = NAMED.match(str(error))
+        option = found[1].removeprefix("--").replace("-", "_") if found else ""
+        value = getattr(cell, option, None)
+        places: list[Place] = [
+            *(("include", number, option) for number in range(len(self.section("include")))),
+            *(("axes", option, number) for number in range(len(self.section("axes").get(option, ())))),
+            ("fixed", option),
+        ]
+        message = str(error).replace(f"--{option.replace('_', '-')} ", f"{option} ", 1)
+        return self.wrong(message, *next((place for place in places if self._holds(value, place)), ()))
+
+    def _holds(self, value: Any, place: Place) -> bool:
+        """Whether that value stands at a place."""
+        found = self.content
+        for step in place:
+            if isinstance(found, dict) and step not in found:
+                return False
+            found = found[step]
+        return repr(found) == repr(value)
 
     def check_keys(self, known: tuple[str, ...], *place: str | int) -> None:
         """Check the keys of the mapping at a place."""
@@ -128,7 +175,7 @@ def _span(grid: _Grid) -> list[Cell]:
     cells, used = [], set()
     excluded = grid.section("exclude")
     for values, place in _settings(grid.section("axes"), grid.section("fixed"), grid.section("include")):
-        cell = _cell(grid, values, place)
+        cell = _cell(grid, values)
         matches = [n for n, item in enumerate(excluded) if all(getattr(cell, key) == item[key] for key in item)]
         used.update(matches)
         if place or not matches:
@@ -141,15 +188,12 @@ def _span(grid: _Grid) -> list[Cell]:
     return cells
 
 
-def _cell(grid: _Grid, values: dict[str, Any], place: Place) -> Cell:
+def _cell(grid: _Grid, values: dict[str, Any]) -> Cell:
     cell = Cell(**values)
     try:
         check(cell)
     except InputError as error:
-        flag, rest = str(error).split(" ", 1)
-        option = flag.removeprefix("--").replace("-", "_")
-        section = "axes" if option in grid.section("axes") else "fixed"
-        raise grid.wrong(f"{option} {rest}", *(place or (section,)), option) from None
+        raise grid.wrong_value(error, cell) from None
     return cell
 
 
@@ -171,8 +215,8 @@ def canonical(cell: Cell) -> Cell:
 def _read(path: Path) -> _Grid:
     try:
         text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        return _Grid(path, yaml.safe_load(text), dict(_lines(root, (), path)) if root is not None else {})
+        root = yaml.compose(text, Loader=_Loader)
+        return _Grid(path, _Loader(text).get_single_data(), dict(_lines(root, (), path)) if root is not None else {})
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"grid {path}: {' '.join(str(error).split())}") from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pipeline.errors import InputError
 
@@ -38,6 +38,9 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+
+
 def flag(item: Field[Any]) -> str:
     """The option's spelling on the command line."""
     return "--" + item.name.replace("_", "-")
@@ -52,13 +55,12 @@ def check(settings: Any) -> None:
     types = get_type_hints(type(settings))
     for item in fields(settings):
         value, kind = getattr(settings, item.name), types[item.name]
-        if kind in (int, float) and not _is_number(value, kind):
-            raise InputError(f"{flag(item)} {value!r}: expected {'a whole number' if kind is int else 'a number'}")
-        if kind is str and not isinstance(value, str):
-            raise InputError(f"{flag(item)} {value!r}: expected a word")
-        minimum, above, below = (item.metadata.get(bound) for bound in ("minimum", "above", "below"))
-        if value is None:
+        if value is None and type(None) in get_args(kind):
             continue
+        for basic, expected in EXPECTED.items():
+            if basic in (kind, *get_args(kind)) and not _is_a(value, basic):
+                raise InputError(f"{flag(item)} {value!r}: expected {expected}")
+        minimum, above, below = (item.metadata.get(bound) for bound in ("minimum", "above", "below"))
         if item.metadata.get("plain") and not re.fullmatch(r"[\w.-]+", value):
             raise InputError(f"{flag(item)} {value!r}: expected letters, digits, '-', '_' and '.'")
         if minimum is not None and not value >= minimum:
@@ -69,8 +71,10 @@ def check(settings: Any) -> None:
             raise InputError(f"{flag(item)} {value}: expected less than {below}")
 
 
-def _is_number(value: object, kind: type) -> bool:
-    return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+def _is_a(value: object, kind: type) -> bool:
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pipeline.spool import Spool
 from pipeline.stack import Progress
 from pipeline.tracking import Metric, MlflowRun, Run, Tracker, TrackingError, curve_metrics, final_metrics, patiently
 
-FLUSH_SECONDS = 15.0  # between two looks at what running cells have brought
+FLUSH_SECONDS = (15.0, 120.0)  # between two looks at what running cells have brought, at the least and at the most
+FLUSH_SHARE = 0.01  # of the time at the most is spent on them
 CURVE = "val_cosine"  # every epoch that is logged has it
 
 Row = dict[str, Any]
@@ -43,7 +44,7 @@ class Recorder:
         self.open: dict[str, Run] = {}
         self._epochs: dict[str, dict[int, tuple[int, Progress]]] = {key: {} for key in keys.values()}
         self._logged: dict[str, int] = {}
-        self._flushed = time.monotonic()
+        self._next = time.monotonic() + FLUSH_SECONDS[0]
 
     def take(self, cells: Sequence[Cell]) -> list[Cell]:
         """Claim cells; those that are ours now."""
@@ -60,7 +61,7 @@ class Recorder:
 
     def flush(self) -> None:
         """Log the epochs of running cells, now and then; what does not get through is logged later."""
-        if time.monotonic() - self._flushed < FLUSH_SECONDS:
+        if (begin := time.monotonic()) < self._next:
             return
         for key, run in list(self.open.items()):
             with contextlib.suppress(*TrackingError):
@@ -68,7 +69,9 @@ class Recorder:
                 losses = {step.epoch: step.train_loss for step in steps if step.train_loss is not None}
                 curves = {"train_loss": losses, "val_cosine": {step.epoch: step.val_cosine for step in steps}}
                 self._log_curves(key, run, curves)
-        self._flushed = time.monotonic()
+        least, most = FLUSH_SECONDS
+        end = time.monotonic()
+        self._next = end + min(most, max(least, (end - begin) / FLUSH_SHARE))
 
     def finish(self, key: str, row: Row) -> Row | None:
         """Upload a finished cell, which lies in the spool; its row with the run's id.
@@ -105,7 +108,7 @@ class Recorder:
             params=options | {"teacher": self.data.vectors.teacher},
             tags={"dtype": row["dtype"]},
         )  # fmt: skip
-        run.log_json("cell.json", row)
+        run.log_json("cell.json", row, indent=None)
         run.end("FINISHED")
         return True
 

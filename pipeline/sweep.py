@@ -24,6 +24,7 @@ from pipeline.engine import Engine, Row
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.export import needs_teacher
 from pipeline.features import Catalogued
+from pipeline.grid import pointing
 from pipeline.metrics import faithfulness
 from pipeline.objectives import terms
 from pipeline.options import Cell
@@ -127,24 +128,36 @@ def cell_key(cell: Cell, vectors_identity: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def prepare(cells: Sequence[Cell], data: Catalogued) -> list[Cell]:
+def prepare(cells: Sequence[Cell], data: Catalogued, grid: str | None = None) -> list[Cell]:
     """Check every cell before any work begins, and name the block of those that name none.
+
+    Args:
+        cells: the cells.
+        data: the vectors.
+        grid: where the cells were read from, for errors that point at the line.
 
     Raises:
         InputError: a word that no option knows, too many concepts, or a block that the file lacks.
     """
     ready = []
     for cell in cells:
-        terms(cell.objective)
-        for option, known in WORDS.items():
-            if (word := getattr(cell, option)) not in known:
-                raise choices(option, word, known)
-        if cell.student == "transformer" and cell.hidden_dim % HEAD_DIM:
-            raise InputError(f"--hidden-dim {cell.hidden_dim}: a transformer's is a multiple of {HEAD_DIM}")
         layer = data.vectors.middle_layer if cell.layer is None else cell.layer
         ready.append(replace(cell, layer=layer))
-        data.check(ready[-1])
+        try:
+            _check(ready[-1], data)
+        except InputError as error:
+            raise (error if grid is None else pointing(error, cell, grid)) from None
     return ready
+
+
+def _check(cell: Cell, data: Catalogued) -> None:
+    terms(cell.objective)
+    for option, known in WORDS.items():
+        if (word := getattr(cell, option)) not in known:
+            raise choices(option, word, known)
+    if cell.student == "transformer" and cell.hidden_dim % HEAD_DIM:
+        raise InputError(f"--hidden-dim {cell.hidden_dim}: a transformer's is a multiple of {HEAD_DIM}")
+    data.check(cell)
 
 
 def run_sweep(

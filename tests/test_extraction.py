@@ -222,47 +222,62 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny_folder, tmp_path):
         extract(load(tiny_folder("gpt2")), FEW, tmp_path, templates=["{concept} " + "and so on " * 20])
 
 
-EXTRACT = """
-import sys
+# Forks a process for every file that it is told to extract, so that the libraries are loaded once.
+EXTRACTIONS = """
+import os, sys
 from pathlib import Path
 from pipeline.concepts import read_catalogue
 from pipeline.extraction import read_parts
 from pipeline.storage import Output
 from pipeline.plan import Plan, make_request, merge
 from pipeline.teachers import find_teacher, load_teacher
-teacher, output = sys.argv[1], Path(sys.argv[2])
-source = find_teacher(teacher)
-request = make_request(source, read_catalogue("wordfreq:en:20000"), layers="all", templates=["The {concept}"])
-plan = Plan.open(Output(output), request, 32, 40, 128)
-read_parts(load_teacher(source), request, plan, plan.missing())
-merge(request, plan)
+
+def extract(output):
+    source = find_teacher(sys.argv[1])
+    request = make_request(source, read_catalogue("wordfreq:en:8000"), layers="all", templates=["The {concept}"])
+    plan = Plan.open(Output(Path(output)), request, 32, 40, 128)
+    read_parts(load_teacher(source), request, plan, plan.missing())
+    merge(request, plan)
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        extract(line.strip())
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
+KILLS = 10
 
 
 def test_a_run_that_is_killed_again_and_again_leaves_the_same_file(tiny_folder, tmp_path):
-    folder = str(tiny_folder("qwen3"))
+    command = [sys.executable, "-c", EXTRACTIONS, str(tiny_folder("qwen3"))]
+    server = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def begin(name):
-        return subprocess.Popen([sys.executable, "-c", EXTRACT, folder, tmp_path / name], cwd=ROOT)
+        print(tmp_path / name, file=server.stdin, flush=True)
+        return int(server.stdout.readline())
 
-    assert begin("whole.safetensors").wait() == 0
-    moments = random.Random(0)
-    for kill in range(3):
-        process = begin("killed.safetensors")
-        while process.poll() is None and len(list(tmp_path.glob("killed*parts*/part-*"))) < 8 * kill + 3:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    def parts():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed*parts*/part-*.safetensors")}
+
+    begin("whole.safetensors")
+    assert server.stdout.readline() == "0\n"
+    moments, held = random.Random(0), {}
+    for kill in range(KILLS):
+        process, moment = begin("killed.safetensors"), time.monotonic() + moments.uniform(0, 2)
+        while time.monotonic() < moment and len(parts()) < 3 * kill + 3:  # of 40
+            time.sleep(0.005)
+        os.kill(process, signal.SIGKILL)
+        assert server.stdout.readline() == f"{signal.SIGKILL}\n"
         assert not (tmp_path / "killed.safetensors").exists()
-    held = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed*parts*/part-*.safetensors")}
+        assert held.items() <= parts().items()  # nothing is read twice
+        held = parts()
     assert held
-    process = begin("killed.safetensors")
-    while process.poll() is None:
-        for path, written in held.items():
-            assert not path.exists() or path.stat().st_mtime_ns == written  # nothing is read twice
-        time.sleep(0.05)
-    assert process.returncode == 0
+    begin("killed.safetensors")
+    server.stdin.close()
+    assert server.stdout.readline() == "0\n"
+    assert server.wait() == 0
     assert tmp_path.joinpath("killed.safetensors").read_bytes() == tmp_path.joinpath("whole.safetensors").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"killed.safetensors", "whole.safetensors"}
 

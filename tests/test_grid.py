@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.grid import read_grid
+from pipeline.sweep import prepare
 
 
 def test_the_scaling_grid_has_24_cells():
@@ -44,6 +45,10 @@ def test_epochs_and_seeds_of_the_command_line_win():
         ("axes: {seed: [1]}\ninclude: 7", "line 2: include: expected a list of settings"),
         ("axes: {seed: [1]}\nseeds: 0", "line 2: seeds: expected a whole number of at least 1"),
         ("axes: {concepts: [1", "while parsing"),
+        ("axes:\n  concepts:\n    - 100\n    - many", "line 4: concepts 'many': expected a whole number"),
+        ("axes: {seed: [1]}\nfixed:\n  patience: never", "line 3: patience 'never': expected a whole number"),
+        ("axes:\n  layer: [15, middle]", "line 2: layer 'middle': expected a whole number"),
+        ("fixed:\n  skip: perhaps", "line 2: skip 'perhaps': expected true or false"),
     ],
 )
 def test_a_mistake_is_named_with_the_file(tmp_path, content, complaint):
@@ -52,6 +57,37 @@ def test_a_mistake_is_named_with_the_file(tmp_path, content, complaint):
     with pytest.raises(InputError, match=r"mine\.yaml") as caught:
         read_grid(str(path))
     assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("axes:\n  student:\n    - mlp\n    - cnn", "line 4: unknown student 'cnn'; available: kernel, mlp"),
+        ("fixed:\n  epochs: 3\n  objective: l1", "line 3: unknown objective 'l1'; available: cosine"),
+        ("fixed:\n  objective: 0*mse", "line 2: objective 0*mse: expected positive weights"),
+        ("axes:\n  concepts: [100]\ninclude:\n  - seed: 1\n  - concepts: 99999", "line 5: concepts 99999: the vec"),
+        ("axes:\n  concepts:\n    - 100\n    - 99999", "line 4: concepts 99999: the vectors file has"),
+        ("axes:\n  layer: [15]\ninclude:\n  - seed: 1\n    layer: 3", "line 5: layer 3: not in the vectors file"),
+        ("fixed:\n  hidden_dim: 40\n  student: transformer", "line 2: hidden_dim 40: a transformer's is a mult"),
+        ("axes:\n  student: [ridge]\n  inputs: [embeddings, pictures]", "line 3: unknown inputs 'pictures'"),
+        ("fixed:\n  student: truncated\n  blocks: 5", "line 3: blocks 5: the vectors file has of the early blocks 1"),
+        ("fixed:\n  inputs: block5+embeddings", "line 2: inputs block5+embeddings: the vectors file has of the early"),
+        ("fixed:\n  targets: all", "line 2: targets all: the vectors file has one template"),
+        ("fixed:\n  precision: half", "line 2: unknown precision 'half'; available: auto"),
+    ],
+)
+def test_what_only_the_vectors_can_tell_is_named_with_the_line_too(tmp_path, data, content, complaint):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    _, cells = read_grid(str(path), epochs=5, seeds=2)
+    with pytest.raises(InputError) as caught:
+        prepare(cells, data, str(path))
+    assert f"grid {path}, {complaint}" in str(caught.value)
+
+
+def test_a_number_may_be_written_as_people_do(tmp_path):
+    cells = span(tmp_path, "axes: {learning_rate: [1e-3, 2.0e-3, 1E-2]}\nfixed: {weight_decay: 0}")
+    assert [cell.learning_rate for cell in cells] == [1e-3, 2e-3, 1e-2]
 
 
 def test_an_unknown_grid_lists_those_that_exist():

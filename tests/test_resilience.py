@@ -98,23 +98,53 @@ def equal(one, other):
             np.testing.assert_allclose(values, other[name]["curves"][curve], atol=1e-4)
 
 
+# Forks a process for every sweep that it is told to run, so that the libraries are loaded once.
+SWEEPS = """
+import os, shlex, sys
+from pipeline import cli, display, report, sweep, tracking
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)
+        sys.argv = ["pipeline", "sweep", *shlex.split(line)]
+        cli.main()
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+KILLS = 20
+
+
 def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid):
-    finish(sweep("--output", "whole", uri=database("whole")))
-    moments = random.Random(0)
-    finished = {}
-    for _ in range(5):
-        process = sweep()
-        time.sleep(moments.uniform(1, 9))
-        process.kill()
-        process.communicate()
+    server = subprocess.Popen(
+        [sys.executable, "-c", SWEEPS], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": database()},
+    )  # fmt: skip
+
+    def begin(output):
+        print(f"--grid grid.yaml --vectors {SHIPPED} --output {output}", file=server.stdin, flush=True)
+        return int(server.stdout.readline())
+
+    moments, finished, ends = random.Random(0), {}, []
+    for _ in range(KILLS):
+        process = begin("results")
+        time.sleep(moments.uniform(0, 3))
+        os.kill(process, signal.SIGKILL)
+        ends.append(int(server.stdout.readline()))
         _, children = tracked()
         done = {run.data.tags["cell_key"]: run for run in children if run.info.status == "FINISHED"}
         for key, run in finished.items():  # what was finished stays as it is
             assert done[key].info.run_id == run.info.run_id
             assert done[key].info.end_time == run.info.end_time
         finished = done
-    finish(sweep())
+    print(ends, len(finished))
+    begin("results")
+    assert server.stdout.readline() == "0\n"
+    server.stdin.close()
+    assert server.wait() == 0
     check_runs()
+    finish(sweep("--output", "whole", uri=database("whole")))
     equal(results(), results("whole"))
     assert not Path("results/.spool").exists()
 

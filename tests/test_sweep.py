@@ -39,7 +39,7 @@ def results(folder="results"):
     return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*_results_*.json"))]
 
 
-def test_a_sweep_leaves_one_parent_and_a_finished_child_a_cell(swept):
+def test_a_sweep_leaves_one_parent_and_a_finished_child_a_cell(swept, vectors):
     [parent], children = runs("FINISHED")
     assert sorted(run.info.run_name for run in children) == [
         "c20-h16-l2-s0", "c20-h8-l2-s0", "c40-h16-l2-s0", "c40-h8-l2-s0",
@@ -49,6 +49,7 @@ def test_a_sweep_leaves_one_parent_and_a_finished_child_a_cell(swept):
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.data.params["concepts"] in ("20", "40")
         assert child.data.params["epochs"] == "3"
+        assert child.data.tags["extraction_key"] == vectors.extraction_key
         assert {"val_cosine", "test_cosine", "test_r2", "test_retrieval_at_5"} <= set(child.data.metrics)
         history = client.get_metric_history(child.info.run_id, "val_cosine")
         assert {entry.step for entry in history} == {1, 2, 3}
@@ -78,6 +79,7 @@ def test_a_logged_model_loads_again_and_predicts_the_same(swept, vectors):
     best = next(run for run in children if run.info.run_id == content["best"]["run_id"])
     model = mlflow.pyfunc.load_model(f"models:/{best.outputs.model_outputs[0].model_id}")
     [folder] = Path("results").glob("*_student")
+    assert Student.load(folder).config["extraction_key"] == vectors.extraction_key
     concepts = list(vectors.concepts[:20])
     served = np.array(model.predict(concepts))
     alone = Student.load(folder)
@@ -168,7 +170,9 @@ def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplac
         while time.monotonic() < deadline and process.poll() is None and finished_children() == finished:
             time.sleep(0.2)
         process.send_signal(stop)
+        asked = time.monotonic()
         error = process.communicate(timeout=200)[1]
+        assert time.monotonic() - asked < 10
         assert process.returncode == 130, error
         assert "Traceback" not in error
         [parent], children = runs()
