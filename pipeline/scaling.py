@@ -2,8 +2,8 @@
 
 ``1 - cosine = E + A N^-alpha + B P^-beta`` for N concepts and P parameters: the form of Hoffmann et al. (2022),
 "Training compute-optimal large language models", equation 2, fitted as there with a Huber loss on the logarithms, from
-the best of a grid of starts. Intervals come from a bootstrap over the cells; those of predictions also know how far such
-laws went astray when they were asked for cells beyond the ones that they were fitted on.
+the best of a grid of starts. Intervals come from a bootstrap over the cells; those of predictions also know how far
+such laws went astray when they were asked for cells beyond the ones that they were fitted on.
 """
 
 from __future__ import annotations
