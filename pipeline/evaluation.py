@@ -48,8 +48,10 @@ def evaluate(students: Mapping[str, Sequence[Student]], data: Catalogued, teache
         A row a name, and before it its baselines on as many concepts: the mean, and the nearest by what it reads.
 
     Raises:
-        InputError: a student of other vectors.
+        InputError: a student of other vectors, or a teacher for vectors that are means over tokens.
     """
+    if teacher is not None and data.vectors.pool != "last":
+        raise InputError(f"--teacher: takes vectors of one position (--pool last), found {data.vectors.pool}")
     rows: list[Row] = []
     done: set[tuple[Any, ...]] = set()
     continued: dict[tuple[Any, ...], tuple[Continuations, NDArray[np.float64]]] = {}

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -79,7 +80,7 @@ def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
     axes.set(xlabel="training concepts (log scale)", ylabel="test cosine (centred)")
     axes.set_title("Fidelity on held-out concepts" + (" (bands: all seeds)" if _many_seeds(cells) else ""))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     return figure
 
 
@@ -223,32 +224,40 @@ def structure(values: NDArray[np.floating[Any]], layers: Sequence[int], categori
     return figure
 
 
-def pareto(cells: list[Row], teacher_flops: float | None = None) -> Figure:
+def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
     """Test cosine against parameters and against operations of a prediction, for the largest training set.
+
+    Both count the early blocks of the teacher that a truncated student runs. The line joins the students that no
+    other beats at less cost.
 
     Args:
         cells: rows with ``flops``; of equal students the mean over seeds is drawn.
-        teacher_flops: of the teacher up to the block, drawn as the reference with a cosine of 1.
+        teacher: blocks, parameters and operations up to the block to be reproduced: the reference, its cosine 1.
     """
+    blocks, weights, operations = teacher
+
+    def parameters(row: Row) -> float:
+        early = row["blocks"] if row["student"] == "truncated" else 0
+        return float(row["parameters"] + early * weights / max(1, blocks))
+
     most = max(row["concepts"] for row in cells)
     kinds = _groups([row for row in cells if row["concepts"] == most], label)
     figure, panels = plt.subplots(1, 2, figsize=(12, 6.5), sharey=True, layout="constrained")
-    titles = {"parameters": "parameters of the student", "flops": "operations of a prediction, early blocks included"}
     cosine = {name: float(np.mean([row["test_cosine"] for row in rows])) for name, rows in kinds.items()}
     ranked = sorted(kinds, key=lambda name: -cosine[name])
-    for panel, (key, title) in zip(panels, titles.items(), strict=True):
-        points = sorted((kinds[name][0][key], cosine[name]) for name in ranked)
+    for panel, cost, of_teacher, what in (
+        (panels[0], parameters, weights, "parameters"),
+        (panels[1], lambda row: float(row["flops"]), operations, "operations of a prediction"),
+    ):
+        points = sorted(((cost(kinds[name][0]), cosine[name]) for name in ranked), key=lambda p: (p[0], -p[1]))
         best = -np.inf
-        front = [best := point[1] for point in points if point[1] > best]
-        on_front = [point for point in points if point[1] in front]
-        panel.plot([p[0] for p in on_front], [p[1] for p in on_front], color="lightgrey", zorder=0)
+        front = [(x, best := y) for x, y in points if y > best]
+        panel.plot(*zip(*front, strict=True), color="lightgrey", zorder=0)
         for place, name in enumerate(ranked):
             marker, colour = "osD^v"[place // 10 % 5], plt.get_cmap("tab10")(place % 10)
-            panel.scatter(kinds[name][0][key], cosine[name], color=colour, marker=marker, s=44, label=name)
-        if key == "flops" and teacher_flops:
-            panel.scatter(teacher_flops, 1.0, marker="*", s=120, color="black")
-            panel.annotate("teacher", (teacher_flops, 1.0), fontsize=8, xytext=(-8, -12), textcoords="offset points")
-        panel.set(xscale="log", xlabel=title)
+            panel.scatter(cost(kinds[name][0]), cosine[name], color=colour, marker=marker, s=44, label=name)
+        panel.scatter(of_teacher, 1.0, marker="*", s=120, color="black", label="teacher, up to the block")
+        panel.set(xscale="log", xlabel=f"{what}, early blocks of the teacher included")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"test cosine (centred), {most} training concepts")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
@@ -258,23 +267,27 @@ def pareto(cells: list[Row], teacher_flops: float | None = None) -> Figure:
 def fitted(cells: list[Row], law: Law) -> Figure:
     """The scaling law with its cells, and the residuals."""
     figure, (main, rest) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    numbers = np.geomspace(min(r["concepts"] for r in cells), max(r["concepts"] for r in cells), 50)
+    counts = sorted({row["concepts"] for row in cells})
+    numbers = np.geomspace(counts[0], counts[-1], 50)
     sizes = sorted({row["parameters"] for row in cells})
     for place, size in enumerate(sizes):
         colour = COLOURS(0.9 * place / max(1, len(sizes) - 1))
-        own = [row for row in cells if row["parameters"] == size]
+        own = [(row, residual) for row, residual in zip(cells, law.residuals, strict=True) if row["parameters"] == size]
         main.plot(numbers, [1 - law.cosine(n, size) for n in numbers], color=colour, label=f"{size:,} parameters")
-        main.scatter([r["concepts"] for r in own], [1 - r["test_cosine"] for r in own], color=colour, s=14)
-    main.set(xscale="log", yscale="log", xlabel="training concepts", ylabel="1 - test cosine", title="Scaling law")
-    for axis in (main.xaxis, main.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+        x = [row["concepts"] for row, _ in own]
+        main.scatter(x, [1 - row["test_cosine"] for row, _ in own], color=colour, s=14)
+        rest.scatter(x, [100 * residual for _, residual in own], color=colour, s=16)
+    main.set(yscale="log", ylabel="1 - test cosine", title="Scaling law")
+    main.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
+    main.yaxis.set_major_formatter("{x:g}")
+    main.yaxis.set_minor_locator(NullLocator())
     main.legend(fontsize=7)
-    order = [row["concepts"] for row in cells]
-    rest.scatter(order, 100 * law.residuals, s=16, color="black")
     rest.axhline(0, color="grey", linewidth=1)
-    rest.set(xscale="log", xlabel="training concepts", ylabel="residual of the error (%)", title="Residuals")
+    rest.set(ylabel="residual of the error (%)", title="Residuals")
     for panel in (main, rest):
+        panel.set(xscale="log", xlabel="training concepts (log scale)")
+        panel.set_xticks(counts, [str(n) for n in counts])
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(alpha=0.3)
     return figure
 

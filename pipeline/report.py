@@ -21,7 +21,7 @@ from pipeline.features import Catalogued
 from pipeline.grid import read_grid, vectors_of
 from pipeline.metrics import interval
 from pipeline.options import SHIPPED, Cell
-from pipeline.schedule import number_of_parameters, teacher_flops
+from pipeline.schedule import number_of_parameters, teacher_flops, teacher_parameters
 from pipeline.storage import write_atomically
 from pipeline.student import Student
 from pipeline.students import KINDS
@@ -380,12 +380,20 @@ def _page(results: dict[str, Any], findings: list[str], pictures: list[dict[str,
     )
 
 
+def _best_of_kinds(cells: Sequence[Row]) -> list[Row]:
+    """Of each kind of student the best by validation, the best of all first."""
+    ranked = sorted(cells, key=lambda row: -row["val_cosine"])
+    return list({row["student"]: row for row in reversed(ranked)}.values())[::-1]
+
+
 def _figures(results: dict[str, Any], student: Student, vectors: Vectors) -> dict[str, Figure]:
     best, cells = results["best"], results["cells"]
     rows = _test_rows(student, vectors)
     truth = vectors.vectors[rows, 0, vectors.layer_index(best["layer"])].astype(np.float32)
     predicted = student.encode([vectors.concepts[row] for row in rows])
-    mean = student.mean
+    mean, block = student.mean, best["layer"]
+    data = Catalogued(vectors)
+    teacher = (block, teacher_parameters(block, data), teacher_flops(block, data))
     return {
         "scaling": plots.scaling(cells, results["baselines"]),
         "heatmap": plots.heat_map(cells),
@@ -397,6 +405,6 @@ def _figures(results: dict[str, Any], student: Student, vectors: Vectors) -> dic
             f"{best['name']} on {len(rows)} test concepts, {results['teacher']} block {best['layer']}, "
             f"test cosine {best['test_cosine']:.3f}",
         ),
-        "pareto": plots.pareto(cells, teacher_flops(best["layer"], Catalogued(vectors))),
-        "categories": plots.categories({best["name"]: best["test_cosine_by_category"]}),
+        "pareto": plots.pareto(cells, teacher),
+        "categories": plots.categories({row["name"]: row["test_cosine_by_category"] for row in _best_of_kinds(cells)}),
     }

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.errors import InputError
 from pipeline.evaluation import evaluate, evaluation_table
 from pipeline.export import checkpoint
+from pipeline.features import Catalogued
 from pipeline.function import Continuations, kl_recovered, recovered_interval
 from pipeline.options import Cell
 from pipeline.training import train_stack
@@ -54,6 +56,12 @@ def test_next_tokens_are_those_of_the_plain_model(said, smollm2, data):
         expected = teacher.head(hidden).float().log_softmax(-1)
     assert ids
     torch.testing.assert_close(said[0].true[0], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_means_over_tokens_cannot_take_the_place_of_one_activation(data, smollm2):
+    pooled = Catalogued(replace(data.vectors, pool="mean"))
+    with pytest.raises(InputError, match="--teacher: .* mean"):
+        evaluate({}, pooled, smollm2[1])
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "gemma3"])
