@@ -60,7 +60,7 @@ def test_next_tokens_are_those_of_the_plain_model(said, smollm2, data):
 
 def test_means_over_tokens_cannot_take_the_place_of_one_activation(data, smollm2):
     pooled = Catalogued(replace(data.vectors, pool="mean"))
-    with pytest.raises(InputError, match="--teacher: .* mean"):
+    with pytest.raises(InputError, match=r"--teacher: .* mean"):
         evaluate({}, pooled, smollm2[1])
 
 
