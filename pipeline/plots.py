@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
@@ -20,6 +21,7 @@ from sklearn.manifold import TSNE
 
 from pipeline.options import SHORT_NAMES, Cell
 from pipeline.scaling import Law
+from pipeline.transition import detect
 
 Row = dict[str, Any]
 COLOURS = plt.get_cmap("viridis")
@@ -308,20 +310,39 @@ def categories(values: dict[str, dict[str, float]]) -> Figure:
 
 
 def transitions(cells: list[Row]) -> Figure:
-    """Training loss and validation cosine over log epochs, a panel for each number of training concepts."""
+    """Training loss and validation cosine over log epochs, a panel for each number of training concepts.
+
+    A tick on the loss marks where a run has memorised its concepts, a star where a late transition ends.
+    """
     columns = _groups(cells, lambda row: row["concepts"])
+    decays = sorted({row["weight_decay"] for row in cells})
     figure, panels = plt.subplots(
-        1, len(columns), figsize=(max(6.0, 4.2 * len(columns)), 4.4), sharey=True, squeeze=False, layout="constrained"
+        1, len(columns), figsize=(max(6.0, 4.2 * len(columns)), 5.0), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, (number, rows) in zip(panels[0], sorted(columns.items()), strict=True):
-        decays = sorted({row["weight_decay"] for row in rows})
         for row in rows:
             colour = COLOURS(0.9 * decays.index(row["weight_decay"]) / max(1, len(decays) - 1))
-            epochs = row["curves"]["epoch"]
-            panel.plot(epochs, row["curves"]["val_cosine"], color=colour, label=f"weight decay {row['weight_decay']:g}")
-            panel.plot(epochs, row["curves"]["train_loss"], color=colour, linestyle=":")
+            epochs, loss, score = (row["curves"][key] for key in ("epoch", "train_loss", "val_cosine"))
+            panel.plot(epochs, score, color=colour)
+            panel.plot(epochs, loss, color=colour, linestyle=":")
+            found = detect(epochs, loss, score)
+            if found.memorised is not None:
+                panel.plot(found.memorised, loss[epochs.index(found.memorised)], "|", color=colour, markersize=14)
+            if found.late:
+                panel.plot(found.steepest, score[epochs.index(found.steepest)], "*", color=colour, markersize=14)
         panel.set(xscale="log", xlabel="epoch", title=f"{number} training concepts")
         panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("validation cosine (solid), training loss (dotted)")
-    panels[0, 0].legend(fontsize=8)
+    panels[0, 0].set_ylabel("validation cosine, training loss")
+    shades = [COLOURS(0.9 * place / max(1, len(decays) - 1)) for place in range(len(decays))]
+    handles = [Line2D([], [], color=shade) for shade in shades]
+    names = [f"weight decay {decay:g}" for decay in decays]
+    for style, name in (
+        ({}, "validation cosine"),
+        ({"linestyle": ":"}, "training loss"),
+        ({"linestyle": "", "marker": "|", "markersize": 12}, "concepts memorised"),
+        ({"linestyle": "", "marker": "*", "markersize": 12}, "late transition"),
+    ):
+        handles.append(Line2D([], [], color="grey", **style))
+        names.append(name)
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
     return figure
