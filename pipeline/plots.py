@@ -48,13 +48,43 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def _colours(cells: list[Row]) -> dict[str, Any]:
-    """A colour for each kind of student, the same for those that differ in depth only."""
-    kinds = _groups(cells, lambda row: (label({**row, "layers": 0}),))
+    """A colour for each kind of student, the same for those that differ in depth only; shades where width is all."""
+    kinds = _groups(cells, lambda row: label({**row, "layers": 0}))
+    of_one = len({label({**row, "layers": 0, "hidden_dim": 0}) for row in cells}) == 1
+    palette = plt.get_cmap("tab10" if len(kinds) <= 10 else "tab20")
     return {
-        label(row): COLOURS(0.9 * place / max(1, len(kinds) - 1))
+        label(row): COLOURS(0.9 * place / max(1, len(kinds) - 1)) if of_one else palette(place % palette.N)
         for place, rows in enumerate(kinds.values())
         for row in rows
     }
+
+
+def _legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """A legend under the panels with as many columns as there is room for."""
+    column = 0.6 + 0.058 * max(map(len, names))  # inches
+    columns = max(1, int(figure.get_figwidth() / column))
+    rows = -(-len(names) // columns)
+    figure.legend(handles, names, loc="outside lower center", ncols=-(-len(names) // rows), fontsize=8)
+
+
+def ranking(rows: list[tuple[str, float, float, float]], concepts: int) -> Figure:
+    """Test cosine of every configuration with its interval, the best at the top; baselines in grey.
+
+    Args:
+        rows: name, test cosine, and the interval's ends; names of baselines are in parentheses.
+        concepts: training concepts of all of them.
+    """
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.27 * len(rows)), layout="constrained")
+    for place, (name, value, low, high) in enumerate(reversed(rows)):
+        colour = "grey" if name.startswith("(") else "C0"
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot(value, place, "o", color=colour, markersize=5)
+        axes.annotate(f"{value:.3f}", (high, place), xytext=(6, -3), textcoords="offset points", fontsize=8)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)], fontsize=8)
+    axes.set(xlabel=f"test cosine (centred), {concepts} training concepts; 95 % intervals")
+    axes.margins(x=0.08, y=0.02)
+    axes.grid(alpha=0.3)
+    return figure
 
 
 def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
@@ -82,7 +112,7 @@ def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
     axes.set(xlabel="training concepts (log scale)", ylabel="test cosine (centred)")
     axes.set_title("Fidelity on held-out concepts" + (" (bands: all seeds)" if _many_seeds(cells) else ""))
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", fontsize=8, ncols=3)
+    _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -102,7 +132,8 @@ def heat_map(cells: list[Row]) -> Figure:
     grid = np.full((len(kinds), len(numbers)), np.nan)
     for (kind, n), rows in _groups(cells, lambda row: (label(row), row["concepts"])).items():
         grid[kinds.index(kind), numbers.index(n)] = np.mean([row["test_cosine"] for row in rows])
-    figure, axes = plt.subplots(figsize=(2.8 + 1.1 * len(numbers), 1.6 + 0.5 * len(kinds)), layout="constrained")
+    width = 2.4 + 0.09 * max(map(len, kinds)) + 0.9 * len(numbers)
+    figure, axes = plt.subplots(figsize=(width, 1.4 + 0.36 * len(kinds)), layout="constrained")
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
@@ -121,7 +152,7 @@ def curves(cells: list[Row]) -> Figure:
     columns = _groups(cells, lambda row: row["concepts"])
     colours = _colours(cells)
     figure, panels = plt.subplots(
-        2, max(1, len(columns)), figsize=(max(6.0, 3.4 * len(columns)), 6.4), sharex=True, sharey="row",
+        2, max(1, len(columns)), figsize=(max(9.0, 3.4 * len(columns)), 6.8), sharex=True, sharey="row",
         squeeze=False, layout="constrained",
     )  # fmt: skip
     for place, number in enumerate(sorted(columns)):
@@ -147,8 +178,7 @@ def curves(cells: list[Row]) -> Figure:
     for panel in panels.flat:
         panel.grid(alpha=0.3)
     if cells:
-        handles, names = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), fontsize=8)
+        _legend_below(figure, *panels[0, 0].get_legend_handles_labels())
     return figure
 
 
@@ -262,7 +292,7 @@ def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
         panel.set(xscale="log", xlabel=f"{what}, early blocks of the teacher included")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"test cosine (centred), {most} training concepts")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    _legend_below(figure, *panels[0].get_legend_handles_labels())
     return figure
 
 
@@ -295,17 +325,19 @@ def fitted(cells: list[Row], law: Law) -> Figure:
 
 
 def categories(values: dict[str, dict[str, float]]) -> Figure:
-    """Test cosine by category, a bar a student."""
+    """Test cosine by category, a bar a student, in the order of the first."""
     names = sorted(next(iter(values.values())), key=lambda name: next(iter(values.values()))[name])
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.3 * len(names)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 1.5 + (0.16 + 0.06 * len(values)) * len(names)), layout="constrained")
     height = 0.8 / len(values)
     for place, (student, scores) in enumerate(values.items()):
-        places = np.arange(len(names)) + place * height
+        places = np.arange(len(names)) - place * height  # the first at the top of its category
         axes.barh(places, [scores[name] for name in names], height, label=student)
-    axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, names)
-    axes.set(xlabel="test cosine (centred)", title="By category")
+    axes.set_yticks(np.arange(len(names)) - 0.4 + height / 2, names)
+    axes.set(xlabel="test cosine (centred)")
+    axes.margins(y=0.01)
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
+    axes.set_axisbelow(True)
+    _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -344,5 +376,5 @@ def transitions(cells: list[Row]) -> Figure:
     ):
         handles.append(Line2D([], [], color="grey", **style))
         names.append(name)
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
+    _legend_below(figure, handles, names)
     return figure

@@ -35,6 +35,7 @@ NOTE = "Students in parentheses are the baselines. Intervals: bootstrap over tes
 SHOWN = 8  # best and worst concepts
 TITLES = {
     "transition": "Long training",
+    "ranking": "Students",
     "scaling": "Fidelity and training concepts",
     "heatmap": "Students and training concepts",
     "curves": "Training curves",
@@ -185,16 +186,21 @@ def _each(rows: Sequence[Row]) -> NDArray[np.float64]:
     return np.array([row["test_cosines"] for row in rows], np.float64)
 
 
-def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Seeds of one configuration together: means, and a bootstrap interval over test concepts and seeds."""
+def configurations(results: dict[str, Any]) -> list[tuple[str, list[Row]]]:
+    """The seeds of each configuration by its name, and the baselines in parentheses, the best on test first."""
     groups: dict[str, list[Row]] = {}
     for row in results["cells"]:
         groups.setdefault(row["name"].rpartition("-s")[0], []).append(row)
     for row in results["baselines"]:
-        groups[f"({row['student']}, {row['concepts']} concepts, {row['inputs']})"] = [row]
-    ranked = sorted(groups.items(), key=lambda group: -_mean(group[1], "test_cosine"))
+        read = "" if row["student"] == "mean" else f", {row['inputs']}"  # the mean reads nothing
+        groups[f"({row['student']}, {row['concepts']} concepts{read})"] = [row]
+    return sorted(groups.items(), key=lambda group: -_mean(group[1], "test_cosine"))
+
+
+def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Seeds of one configuration together: means, and a bootstrap interval over test concepts and seeds."""
     rows = []
-    for name, own in ranked:
+    for name, own in configurations(results):
         low, high = interval(_each(own))
         size, seeds = (f"{own[0]['parameters']:,}", str(len(own))) if name[0] != "(" else ("", "")
         values = [f"{_mean(own, key):.3f}" for key in ("val_cosine", "test_cosine")]
@@ -393,10 +399,23 @@ def _page(results: dict[str, Any], findings: list[str], pictures: list[dict[str,
     )
 
 
+def _overview(results: dict[str, Any]) -> dict[str, Figure]:
+    """All students at a glance: over the numbers of training concepts, or ranked where there is only one."""
+    cells = results["cells"]
+    if len({row["concepts"] for row in cells}) > 1:
+        return {"scaling": plots.scaling(cells, results["baselines"]), "heatmap": plots.heat_map(cells)}
+    ranked = []
+    for name, own in configurations(results):
+        ranked.append((name, _mean(own, "test_cosine"), *interval(_each(own))))
+    return {"ranking": plots.ranking(ranked, cells[0]["concepts"])}
+
+
 def _best_of_kinds(cells: Sequence[Row]) -> list[Row]:
     """Of each kind of student the best by validation, the best of all first."""
-    ranked = sorted(cells, key=lambda row: -row["val_cosine"])
-    return list({row["student"]: row for row in reversed(ranked)}.values())[::-1]
+    found: dict[str, Row] = {}
+    for row in sorted(cells, key=lambda row: -row["val_cosine"]):
+        found.setdefault(row["student"], row)
+    return list(found.values())
 
 
 def _figures(results: dict[str, Any], student: Student, vectors: Vectors) -> dict[str, Figure]:
@@ -407,9 +426,8 @@ def _figures(results: dict[str, Any], student: Student, vectors: Vectors) -> dic
     mean, block = student.mean, best["layer"]
     data = Catalogued(vectors)
     teacher = (block, teacher_parameters(block, data), teacher_flops(block, data))
-    return {
-        "scaling": plots.scaling(cells, results["baselines"]),
-        "heatmap": plots.heat_map(cells),
+    overview = _overview(results)
+    return overview | {
         "curves": plots.curves(cells),
         "alignment": plots.alignment(
             truth - mean,
