@@ -36,7 +36,7 @@ class Page(HTMLParser):
 
 
 def test_larger_cells_are_predicted_before_they_are_trained_and_the_report_says_how_that_fared(workplace, run):
-    options = ("--grid", "scaling-laws", "--seeds", 1, "--epochs", 1, "--vectors", SHIPPED, "--sweep-id", "laws")
+    options = ("--grid", "scaling-laws", "--seeds", 1, "--epochs", 2, "--vectors", SHIPPED, "--sweep-id", "laws")
     code, _, err = run("sweep", *options, "--max-concepts", 400)
     assert code == 0, err
     code, out, err = run("report", "--sweep-id", "laws", "--predict", 400, "--vectors", SHIPPED)
