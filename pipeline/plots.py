@@ -25,6 +25,7 @@ from pipeline.transition import detect
 
 Row = dict[str, Any]
 COLOURS = plt.get_cmap("viridis")
+COLUMNS = 4  # of panels beside each other
 BASELINE_STYLES = {"ridge": ("black", "--"), "nearest": ("dimgrey", ":"), "mean": ("darkgrey", "-.")}
 
 
@@ -147,9 +148,14 @@ def heat_map(cells: list[Row]) -> Figure:
 
 
 def curves(cells: list[Row]) -> Figure:
-    """Training loss and validation cosine by epoch, a column of panels for each number of training concepts."""
+    """Training loss and validation cosine by epoch, a column of panels for each number of training concepts.
+
+    Of more than `COLUMNS` numbers that many are drawn, the smallest and the largest among them.
+    """
     cells = [row for row in cells if len(row["curves"].get("val_cosine", [])) > 1]
-    columns = _groups(cells, lambda row: row["concepts"])
+    numbers = sorted({row["concepts"] for row in cells})
+    drawn = {numbers[int(place)] for place in np.linspace(0, len(numbers) - 1, COLUMNS)} if numbers else set()
+    columns = _groups([row for row in cells if row["concepts"] in drawn], lambda row: row["concepts"])
     colours = _colours(cells)
     figure, panels = plt.subplots(
         2, max(1, len(columns)), figsize=(max(9.0, 3.4 * len(columns)), 6.8), sharex=True, sharey="row",
