@@ -172,6 +172,7 @@ class Engine:
             "train_seconds": trained.train_seconds,
             "finished": f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}",
             "cell_key": key,
+            "test_cosines": rounded(trained.test_cosines),
             "test_cosine_by_category": by_category(
                 trained.test_cosines, [vectors.categories[place] for place in subset.test.rows]
             ),
@@ -180,3 +181,8 @@ class Engine:
         if self.spool is not None:
             self.spool.add(key, row, checkpoint(cell, trained.parameters, subset, self.data, trained.metrics))
         return row
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Cosines for a results file: four digits are more than a concept's cosine is known to."""
+    return [round(value, 4) for value in values]

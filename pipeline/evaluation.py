@@ -31,6 +31,7 @@ from pipeline.teachers import Teacher, find_teacher, load_teacher
 from pipeline.tracking import closing, connect
 
 FREQUENCIES = (3.0, 4.0, 5.0)  # Zipf scale: 3 is once in a million words, 5 is a hundred times that
+GROUPS = ("category", "tokens", "frequency")
 Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
@@ -44,11 +45,13 @@ def evaluate(students: Mapping[str, Sequence[Student]], data: Catalogued, teache
         teacher: where given, `kl_recovered` is measured in it.
 
     Returns:
-        A row a name, baselines first: ``mean``, ``nearest``.
+        A row a name, and before it its baselines on as many concepts: the mean, and the nearest by what it reads.
 
     Raises:
-        InputError: a student of other vectors.
+        InputError: a student of other vectors, or a teacher for vectors that are means over tokens.
     """
+    if teacher is not None and data.vectors.pool != "last":
+        raise InputError(f"--teacher: takes vectors of one position (--pool last), found {data.vectors.pool}")
     rows: list[Row] = []
     done: set[tuple[Any, ...]] = set()
     continued: dict[tuple[Any, ...], tuple[Continuations, NDArray[np.float64]]] = {}
@@ -62,14 +65,17 @@ def evaluate(students: Mapping[str, Sequence[Student]], data: Catalogued, teache
             said = Continuations(teacher, concepts, data.vectors.templates[0], cell.layer or 0)
             continued[place] = said, said.kl(mean.expand(len(concepts), -1))
         groups = _groups(data, subset.test.rows)
-        if place not in done:
-            done.add(place)
-            rival = data.subset(baseline_of(vars(cell)))
-            for baseline, answer in BASELINES.items():
-                answers = answer(rival, rival.test)[None]
-                rows.append(_row(f"({baseline})", cell, answers, truth, mean, groups, continued.get(place)))
+        rival = baseline_of(vars(cell))
+        for baseline, answer in BASELINES.items():
+            read = f", {rival.inputs}" if baseline == "nearest" else ""
+            named = f"({baseline}, {cell.concepts} concepts{read})"
+            if (named, *place) not in done:
+                done.add((named, *place))
+                answers = answer(data.subset(rival), subset.test)[None]
+                rows.append(_row(named, cell, answers, truth, mean, groups, continued.get(place)))
         answers = torch.stack([torch.from_numpy(student.encode(concepts)) - mean for student in seeds])
-        rows.append(_row(name, cell, answers, truth, mean, groups, continued.get(place)))
+        val = float(np.mean([student.config["metrics"]["val_cosine"] for student in seeds]))
+        rows.append({"val_cosine": val} | _row(name, cell, answers, truth, mean, groups, continued.get(place)))
     return rows
 
 
@@ -81,7 +87,7 @@ def _cell(student: Student, data: Catalogued) -> Cell:
 
 def _groups(data: Catalogued, rows: Sequence[int]) -> dict[str, dict[str, list[int]]]:
     """Places of the test concepts by category, by number of tokens, and by frequency of the concept."""
-    groups: dict[str, dict[str, list[int]]] = {"category": {}, "tokens": {}, "frequency": {}}
+    groups: dict[str, dict[str, list[int]]] = {kind: {} for kind in GROUPS}
     for place, row in enumerate(rows):
         tokens = len(data.types[row])
         zipf = zipf_frequency(data.vectors.concepts[row], "en")
@@ -114,16 +120,19 @@ def _row(
     row |= {f"test_{key}": float(np.mean([one[key] for one in measured])) for key in measured[0]}
     row["test_cka"] = float(np.mean([linear_cka(answer, truth) for answer in answers]))
     row["test_norm_error"] = float(np.mean([norm_error(answer + mean, truth + mean).mean() for answer in answers]))
-    row["by"] = {
-        kind: {value: float(each[:, places].mean()) for value, places in found.items()}
-        for kind, found in groups.items()
-    }
+    row["by"] = {kind: {value: _of(each[:, own]) for value, own in found.items()} for kind, found in groups.items()}
     if continued is not None:
         said, of_mean = continued
         kl = np.stack([said.kl(answer + mean) for answer in answers])
         row["kl_recovered"] = kl_recovered(kl, of_mean)
         row["kl_recovered_low"], row["kl_recovered_high"] = recovered_interval(kl, of_mean)
     return row
+
+
+def _of(each: NDArray[np.floating[Any]]) -> dict[str, float]:
+    """One group's cosines ``[seeds, n]``: how many concepts, their mean and its interval."""
+    low, high = interval(each)
+    return {"concepts": each.shape[1], "cosine": float(each.mean()), "low": low, "high": high}
 
 
 COLUMNS = {
@@ -160,6 +169,26 @@ def evaluation_table(rows: Sequence[Row], brief: bool = False) -> tuple[list[str
     return [COLUMNS[key] for key in columns], [[text(row, key) for key in columns] for row in rows]
 
 
+def group_table(rows: Sequence[Row], kind: str) -> tuple[list[str], list[list[str]]]:
+    """Test cosine of every student (columns) on the concepts of each group (rows), with 95 % intervals."""
+    groups = {value: own["concepts"] for row in rows for value, own in row["by"][kind].items()}
+
+    def text(row: Row, value: str) -> str:
+        own = row["by"][kind].get(value)
+        return f"{own['cosine']:.3f} ({own['low']:.3f} to {own['high']:.3f})" if own else ""
+
+    head = [kind, "concepts", *(row["student"] for row in rows)]
+    return head, [[value, str(size), *(text(row, value) for row in rows)] for value, size in groups.items()]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """All tables as a Markdown page."""
+    parts = ["# Test concepts", "", markdown_table(*evaluation_table(rows))]
+    for kind in GROUPS:
+        parts += [f"## Test cosine by {kind}", "", markdown_table(*group_table(rows, kind))]
+    return "\n".join(parts)
+
+
 def run_evaluate(options: EvaluateOptions, accelerator: Accelerator) -> tuple[list[str], list[list[str]], list[Path]]:
     """Measure students and log what was found.
 
@@ -185,7 +214,7 @@ def run_evaluate(options: EvaluateOptions, accelerator: Accelerator) -> tuple[li
         teacher = load_teacher(source, accelerator.device)
     rows = evaluate(students, data, teacher)
     stem = folder / f"{name}_evaluation_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    contents = {".json": json.dumps(rows, indent=1), ".md": markdown_table(*evaluation_table(rows))}
+    contents = {".json": json.dumps(rows, indent=1), ".md": markdown(rows)}
     written = []
     for suffix, text in contents.items():
         path = stem.with_name(stem.name + suffix)
@@ -195,7 +224,8 @@ def run_evaluate(options: EvaluateOptions, accelerator: Accelerator) -> tuple[li
         run.log_params(asdict(options))
         for path in written:
             run.log_artifact(path)
-        best = max(rows, key=lambda row: row["test_cosine"])
+        best = max((row for row in rows if "val_cosine" in row), key=lambda row: row["val_cosine"])
+        run.set_tags({"best_student": best["student"]})
         run.log_metrics({key: value for key, value in best.items() if isinstance(value, float)})
     return *evaluation_table(rows, brief=True), written
 

@@ -101,9 +101,7 @@ def interval(values: NDArray[np.floating[Any]], level: float = 0.95, samples: in
     """
     draw = np.random.default_rng(0)
     seeds, concepts = values.shape
-    means = []
-    for _ in range(samples):
-        rows = draw.integers(seeds, size=seeds)
-        means.append(values[rows][:, draw.integers(concepts, size=concepts)].mean())
+    rows, columns = (draw.multinomial(size, np.full(size, 1 / size), samples) for size in (seeds, concepts))
+    means = np.einsum("ks,sn,kn->k", rows, values, columns, optimize=True) / (seeds * concepts)  # [samples]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

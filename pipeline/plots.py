@@ -13,15 +13,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from pipeline.options import SHORT_NAMES, Cell
 from pipeline.scaling import Law
+from pipeline.transition import detect
 
 Row = dict[str, Any]
 COLOURS = plt.get_cmap("viridis")
+COLUMNS = 4  # of panels beside each other
 BASELINE_STYLES = {"ridge": ("black", "--"), "nearest": ("dimgrey", ":"), "mean": ("darkgrey", "-.")}
 
 
@@ -45,13 +49,43 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def _colours(cells: list[Row]) -> dict[str, Any]:
-    """A colour for each kind of student, the same for those that differ in depth only."""
-    kinds = _groups(cells, lambda row: (label({**row, "layers": 0}),))
+    """A colour for each kind of student, the same for those that differ in depth only; shades where width is all."""
+    kinds = _groups(cells, lambda row: label({**row, "layers": 0}))
+    of_one = len({label({**row, "layers": 0, "hidden_dim": 0}) for row in cells}) == 1
+    palette = plt.get_cmap("tab10" if len(kinds) <= 10 else "tab20")
     return {
-        label(row): COLOURS(0.9 * place / max(1, len(kinds) - 1))
+        label(row): COLOURS(0.9 * place / max(1, len(kinds) - 1)) if of_one else palette(place % palette.N)
         for place, rows in enumerate(kinds.values())
         for row in rows
     }
+
+
+def _legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """A legend under the panels with as many columns as there is room for."""
+    column = 0.6 + 0.058 * max(map(len, names))  # inches
+    columns = max(1, int(figure.get_figwidth() / column))
+    rows = -(-len(names) // columns)
+    figure.legend(handles, names, loc="outside lower center", ncols=-(-len(names) // rows), fontsize=8)
+
+
+def ranking(rows: list[tuple[str, float, float, float]], concepts: int) -> Figure:
+    """Test cosine of every configuration with its interval, the best at the top; baselines in grey.
+
+    Args:
+        rows: name, test cosine, and the interval's ends; names of baselines are in parentheses.
+        concepts: training concepts of all of them.
+    """
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.27 * len(rows)), layout="constrained")
+    for place, (name, value, low, high) in enumerate(reversed(rows)):
+        colour = "grey" if name.startswith("(") else "C0"
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot(value, place, "o", color=colour, markersize=5)
+        axes.annotate(f"{value:.3f}", (high, place), xytext=(6, -3), textcoords="offset points", fontsize=8)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)], fontsize=8)
+    axes.set(xlabel=f"test cosine (centred), {concepts} training concepts; 95 % intervals")
+    axes.margins(x=0.08, y=0.02)
+    axes.grid(alpha=0.3)
+    return figure
 
 
 def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
@@ -79,7 +113,7 @@ def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
     axes.set(xlabel="training concepts (log scale)", ylabel="test cosine (centred)")
     axes.set_title("Fidelity on held-out concepts" + (" (bands: all seeds)" if _many_seeds(cells) else ""))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
+    _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -99,7 +133,8 @@ def heat_map(cells: list[Row]) -> Figure:
     grid = np.full((len(kinds), len(numbers)), np.nan)
     for (kind, n), rows in _groups(cells, lambda row: (label(row), row["concepts"])).items():
         grid[kinds.index(kind), numbers.index(n)] = np.mean([row["test_cosine"] for row in rows])
-    figure, axes = plt.subplots(figsize=(2.8 + 1.1 * len(numbers), 1.6 + 0.5 * len(kinds)), layout="constrained")
+    width = 2.4 + 0.09 * max(map(len, kinds)) + 0.9 * len(numbers)
+    figure, axes = plt.subplots(figsize=(width, 1.4 + 0.36 * len(kinds)), layout="constrained")
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
@@ -113,12 +148,17 @@ def heat_map(cells: list[Row]) -> Figure:
 
 
 def curves(cells: list[Row]) -> Figure:
-    """Training loss and validation cosine by epoch, a column of panels for each number of training concepts."""
+    """Training loss and validation cosine by epoch, a column of panels for each number of training concepts.
+
+    Of more than `COLUMNS` numbers that many are drawn, the smallest and the largest among them.
+    """
     cells = [row for row in cells if len(row["curves"].get("val_cosine", [])) > 1]
-    columns = _groups(cells, lambda row: row["concepts"])
+    numbers = sorted({row["concepts"] for row in cells})
+    drawn = {numbers[int(place)] for place in np.linspace(0, len(numbers) - 1, COLUMNS)} if numbers else set()
+    columns = _groups([row for row in cells if row["concepts"] in drawn], lambda row: row["concepts"])
     colours = _colours(cells)
     figure, panels = plt.subplots(
-        2, max(1, len(columns)), figsize=(max(6.0, 3.4 * len(columns)), 6.4), sharex=True, sharey="row",
+        2, max(1, len(columns)), figsize=(max(9.0, 3.4 * len(columns)), 6.8), sharex=True, sharey="row",
         squeeze=False, layout="constrained",
     )  # fmt: skip
     for place, number in enumerate(sorted(columns)):
@@ -144,8 +184,7 @@ def curves(cells: list[Row]) -> Figure:
     for panel in panels.flat:
         panel.grid(alpha=0.3)
     if cells:
-        handles, names = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), fontsize=8)
+        _legend_below(figure, *panels[0, 0].get_legend_handles_labels())
     return figure
 
 
@@ -223,92 +262,125 @@ def structure(values: NDArray[np.floating[Any]], layers: Sequence[int], categori
     return figure
 
 
-def pareto(cells: list[Row], teacher_flops: float | None = None) -> Figure:
+def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
     """Test cosine against parameters and against operations of a prediction, for the largest training set.
+
+    Both count the early blocks of the teacher that a truncated student runs. The line joins the students that no
+    other beats at less cost.
 
     Args:
         cells: rows with ``flops``; of equal students the mean over seeds is drawn.
-        teacher_flops: of the teacher up to the block, drawn as the reference with a cosine of 1.
+        teacher: blocks, parameters and operations up to the block to be reproduced: the reference, its cosine 1.
     """
+    blocks, weights, operations = teacher
+
+    def parameters(row: Row) -> float:
+        early = row["blocks"] if row["student"] == "truncated" else 0
+        return float(row["parameters"] + early * weights / max(1, blocks))
+
     most = max(row["concepts"] for row in cells)
     kinds = _groups([row for row in cells if row["concepts"] == most], label)
     figure, panels = plt.subplots(1, 2, figsize=(12, 6.5), sharey=True, layout="constrained")
-    titles = {"parameters": "parameters of the student", "flops": "operations of a prediction, early blocks included"}
     cosine = {name: float(np.mean([row["test_cosine"] for row in rows])) for name, rows in kinds.items()}
     ranked = sorted(kinds, key=lambda name: -cosine[name])
-    for panel, (key, title) in zip(panels, titles.items(), strict=True):
-        points = sorted((kinds[name][0][key], cosine[name]) for name in ranked)
+    for panel, cost, of_teacher, what in (
+        (panels[0], parameters, weights, "parameters"),
+        (panels[1], lambda row: float(row["flops"]), operations, "operations of a prediction"),
+    ):
+        points = sorted(((cost(kinds[name][0]), cosine[name]) for name in ranked), key=lambda p: (p[0], -p[1]))
         best = -np.inf
-        front = [best := point[1] for point in points if point[1] > best]
-        on_front = [point for point in points if point[1] in front]
-        panel.plot([p[0] for p in on_front], [p[1] for p in on_front], color="lightgrey", zorder=0)
+        front = [(x, best := y) for x, y in points if y > best]
+        panel.plot(*zip(*front, strict=True), color="lightgrey", zorder=0)
         for place, name in enumerate(ranked):
             marker, colour = "osD^v"[place // 10 % 5], plt.get_cmap("tab10")(place % 10)
-            panel.scatter(kinds[name][0][key], cosine[name], color=colour, marker=marker, s=44, label=name)
-        if key == "flops" and teacher_flops:
-            panel.scatter(teacher_flops, 1.0, marker="*", s=120, color="black")
-            panel.annotate("teacher", (teacher_flops, 1.0), fontsize=8, xytext=(-8, -12), textcoords="offset points")
-        panel.set(xscale="log", xlabel=title)
+            panel.scatter(cost(kinds[name][0]), cosine[name], color=colour, marker=marker, s=44, label=name)
+        panel.scatter(of_teacher, 1.0, marker="*", s=120, color="black", label="teacher, up to the block")
+        panel.set(xscale="log", xlabel=f"{what}, early blocks of the teacher included")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"test cosine (centred), {most} training concepts")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    _legend_below(figure, *panels[0].get_legend_handles_labels())
     return figure
 
 
 def fitted(cells: list[Row], law: Law) -> Figure:
     """The scaling law with its cells, and the residuals."""
     figure, (main, rest) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    numbers = np.geomspace(min(r["concepts"] for r in cells), max(r["concepts"] for r in cells), 50)
+    counts = sorted({row["concepts"] for row in cells})
+    numbers = np.geomspace(counts[0], counts[-1], 50)
     sizes = sorted({row["parameters"] for row in cells})
     for place, size in enumerate(sizes):
         colour = COLOURS(0.9 * place / max(1, len(sizes) - 1))
-        own = [row for row in cells if row["parameters"] == size]
+        own = [(row, residual) for row, residual in zip(cells, law.residuals, strict=True) if row["parameters"] == size]
         main.plot(numbers, [1 - law.cosine(n, size) for n in numbers], color=colour, label=f"{size:,} parameters")
-        main.scatter([r["concepts"] for r in own], [1 - r["test_cosine"] for r in own], color=colour, s=14)
-    main.set(xscale="log", yscale="log", xlabel="training concepts", ylabel="1 - test cosine", title="Scaling law")
-    for axis in (main.xaxis, main.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+        x = [row["concepts"] for row, _ in own]
+        main.scatter(x, [1 - row["test_cosine"] for row, _ in own], color=colour, s=14)
+        rest.scatter(x, [100 * residual for _, residual in own], color=colour, s=16)
+    main.set(yscale="log", ylabel="1 - test cosine", title="Scaling law")
+    main.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
+    main.yaxis.set_major_formatter("{x:g}")
+    main.yaxis.set_minor_locator(NullLocator())
     main.legend(fontsize=7)
-    order = [row["concepts"] for row in cells]
-    rest.scatter(order, 100 * law.residuals, s=16, color="black")
     rest.axhline(0, color="grey", linewidth=1)
-    rest.set(xscale="log", xlabel="training concepts", ylabel="residual of the error (%)", title="Residuals")
+    rest.set(ylabel="residual of the error (%)", title="Residuals")
     for panel in (main, rest):
+        panel.set(xscale="log", xlabel="training concepts (log scale)")
+        panel.set_xticks(counts, [str(n) for n in counts])
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(alpha=0.3)
     return figure
 
 
 def categories(values: dict[str, dict[str, float]]) -> Figure:
-    """Test cosine by category, a bar a student."""
+    """Test cosine by category, a bar a student, in the order of the first."""
     names = sorted(next(iter(values.values())), key=lambda name: next(iter(values.values()))[name])
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.3 * len(names)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 1.5 + (0.16 + 0.06 * len(values)) * len(names)), layout="constrained")
     height = 0.8 / len(values)
     for place, (student, scores) in enumerate(values.items()):
-        places = np.arange(len(names)) + place * height
+        places = np.arange(len(names)) - place * height  # the first at the top of its category
         axes.barh(places, [scores[name] for name in names], height, label=student)
-    axes.set_yticks(np.arange(len(names)) + 0.4 - height / 2, names)
-    axes.set(xlabel="test cosine (centred)", title="By category")
+    axes.set_yticks(np.arange(len(names)) - 0.4 + height / 2, names)
+    axes.set(xlabel="test cosine (centred)")
+    axes.margins(y=0.01)
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
+    axes.set_axisbelow(True)
+    _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
 def transitions(cells: list[Row]) -> Figure:
-    """Training loss and validation cosine over log epochs, a panel for each number of training concepts."""
+    """Training loss and validation cosine over log epochs, a panel for each number of training concepts.
+
+    A tick on the loss marks where a run has memorised its concepts, a star where a late transition ends.
+    """
     columns = _groups(cells, lambda row: row["concepts"])
+    decays = sorted({row["weight_decay"] for row in cells})
     figure, panels = plt.subplots(
-        1, len(columns), figsize=(max(6.0, 4.2 * len(columns)), 4.4), sharey=True, squeeze=False, layout="constrained"
+        1, len(columns), figsize=(max(6.0, 4.2 * len(columns)), 5.0), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, (number, rows) in zip(panels[0], sorted(columns.items()), strict=True):
-        decays = sorted({row["weight_decay"] for row in rows})
         for row in rows:
             colour = COLOURS(0.9 * decays.index(row["weight_decay"]) / max(1, len(decays) - 1))
-            epochs = row["curves"]["epoch"]
-            panel.plot(epochs, row["curves"]["val_cosine"], color=colour, label=f"weight decay {row['weight_decay']:g}")
-            panel.plot(epochs, row["curves"]["train_loss"], color=colour, linestyle=":")
+            epochs, loss, score = (row["curves"][key] for key in ("epoch", "train_loss", "val_cosine"))
+            panel.plot(epochs, score, color=colour)
+            panel.plot(epochs, loss, color=colour, linestyle=":")
+            found = detect(epochs, loss, score)
+            if found.memorised is not None:
+                panel.plot(found.memorised, loss[epochs.index(found.memorised)], "|", color=colour, markersize=14)
+            if found.late:
+                panel.plot(found.steepest, score[epochs.index(found.steepest)], "*", color=colour, markersize=14)
         panel.set(xscale="log", xlabel="epoch", title=f"{number} training concepts")
         panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("validation cosine (solid), training loss (dotted)")
-    panels[0, 0].legend(fontsize=8)
+    panels[0, 0].set_ylabel("validation cosine, training loss")
+    shades = [COLOURS(0.9 * place / max(1, len(decays) - 1)) for place in range(len(decays))]
+    handles = [Line2D([], [], color=shade) for shade in shades]
+    names = [f"weight decay {decay:g}" for decay in decays]
+    for style, name in (
+        ({}, "validation cosine"),
+        ({"linestyle": ":"}, "training loss"),
+        ({"linestyle": "", "marker": "|", "markersize": 12}, "concepts memorised"),
+        ({"linestyle": "", "marker": "*", "markersize": 12}, "late transition"),
+    ):
+        handles.append(Line2D([], [], color="grey", **style))
+        names.append(name)
+    _legend_below(figure, handles, names)
     return figure

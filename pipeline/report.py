@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from pipeline import plots, scaling, transition
 from pipeline.errors import InputError
@@ -21,7 +22,7 @@ from pipeline.features import Catalogued
 from pipeline.grid import read_grid, vectors_of
 from pipeline.metrics import interval
 from pipeline.options import SHIPPED, Cell
-from pipeline.schedule import number_of_parameters, teacher_flops
+from pipeline.schedule import number_of_parameters, teacher_flops, teacher_parameters
 from pipeline.storage import write_atomically
 from pipeline.student import Student
 from pipeline.students import KINDS
@@ -30,9 +31,11 @@ from pipeline.tracking import connect, fetch
 from pipeline.vectors import Vectors, read_vectors
 
 Row = dict[str, Any]
+NOTE = "Students in parentheses are the baselines. Intervals: bootstrap over test concepts and seeds."
 SHOWN = 8  # best and worst concepts
 TITLES = {
     "transition": "Long training",
+    "ranking": "Students",
     "scaling": "Fidelity and training concepts",
     "heatmap": "Students and training concepts",
     "curves": "Training curves",
@@ -147,23 +150,27 @@ def _applies(row: Row, column: str) -> bool:
 def verdict(results: dict[str, Any]) -> str:
     """How the best cell (chosen on validation) stands to the baselines, and to ridge at every number of concepts."""
     best = results["best"]
-    floor = {(row["student"], *(row[name] for name in RIVAL)): row["test_cosine"] for row in results["baselines"]}
+    floor = {(row["student"], *(row[name] for name in RIVAL)): row for row in results["baselines"]}
     same = rival_key(best)
-    ridge = floor["ridge", *same]
+    ridge, nearest = floor["ridge", *same], floor["nearest", *same]
     configuration = [name for name in Cell.__dataclass_fields__ if name != "seed"]
-    seeds = [c["test_cosine"] for c in results["cells"] if all(c[name] == best[name] for name in configuration)]
+    own = [row for row in results["cells"] if all(row[name] == best[name] for name in configuration)]
+    seeds = [row["test_cosine"] for row in own]
     mean = float(np.mean(seeds))
     known = f"mean of {len(seeds)} seeds, {min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else "one seed"
+    # Of the same concepts, so that what is hard for both does not blur the difference.
+    low, high = interval(_each(own) - np.array(ridge["test_cosines"]))
+    told = "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told apart from"
     lines = [
-        f"Best by validation: {best['name']}, test cosine {mean:.3f} ({known}). "
-        f"It {'beats' if mean > ridge else 'does not beat'} ridge regression on the same {best['concepts']} concepts "
-        f"({ridge:.3f}, {mean - ridge:+.3f}); nearest training concept {floor['nearest', *same]:.3f}, "
-        "constant mean 0 by definition."
+        f"Best by validation: {best['name']}, test cosine {mean:.3f} ({known}). It {told} ridge regression on the same "
+        f"{best['concepts']} concepts ({ridge['test_cosine']:.3f}; difference {mean - ridge['test_cosine']:+.3f}, 95 % "
+        f"interval {low:+.3f} to {high:+.3f}); nearest training concept {nearest['test_cosine']:.3f}, constant mean 0 "
+        "by definition."
     ]
     margins = []
     for concepts in sorted({row["concepts"] for row in results["cells"]}):
         rival = max((c for c in results["cells"] if c["concepts"] == concepts), key=lambda c: c["val_cosine"])
-        margins.append(f"{rival['test_cosine'] - floor['ridge', *rival_key(rival)]:+.3f} at {concepts}")
+        margins.append(f"{rival['test_cosine'] - floor['ridge', *rival_key(rival)]['test_cosine']:+.3f} at {concepts}")
     if len(margins) > 1:
         lines.append(f"Against ridge, the best by validation at each number of concepts: {', '.join(margins)}.")
     return " ".join(lines)
@@ -174,23 +181,35 @@ def rival_key(row: Row) -> tuple[Any, ...]:
     return tuple(getattr(baseline_of(row), name) for name in RIVAL)
 
 
-def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Seeds of one configuration together: mean, and what 95 % of bootstrapped means over the seeds span."""
+def _each(rows: Sequence[Row]) -> NDArray[np.float64]:
+    """The cosine of each test concept, a row a seed, ``[seeds, N]``."""
+    return np.array([row["test_cosines"] for row in rows], np.float64)
+
+
+def configurations(results: dict[str, Any]) -> list[tuple[str, list[Row]]]:
+    """The seeds of each configuration by its name, and the baselines in parentheses, the best on test first."""
     groups: dict[str, list[Row]] = {}
     for row in results["cells"]:
         groups.setdefault(row["name"].rpartition("-s")[0], []).append(row)
-    rows = []
-    for name, own in groups.items():
-        values = np.array([row["test_cosine"] for row in own])
-        low, high = interval(values[:, None])
-        spread = f"{low:.3f} to {high:.3f}" if len(own) > 1 else ""
-        val = float(np.mean([row["val_cosine"] for row in own]))
-        rows.append([name, f"{own[0]['parameters']:,}", str(len(own)), f"{val:.3f}", f"{values.mean():.3f}", spread])
     for row in results["baselines"]:
-        name = f"({row['student']}, {row['concepts']} concepts, {row['inputs']})"
-        rows.append([name, "", "", f"{row['val_cosine']:.3f}", f"{row['test_cosine']:.3f}", ""])
-    rows.sort(key=lambda row: -float(row[4]))
-    return ["student", "parameters", "seeds", "val cosine", "test cosine", "interval over seeds"], rows
+        read = "" if row["student"] == "mean" else f", {row['inputs']}"  # the mean reads nothing
+        groups[f"({row['student']}, {row['concepts']} concepts{read})"] = [row]
+    return sorted(groups.items(), key=lambda group: -_mean(group[1], "test_cosine"))
+
+
+def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Seeds of one configuration together: means, and a bootstrap interval over test concepts and seeds."""
+    rows = []
+    for name, own in configurations(results):
+        low, high = interval(_each(own))
+        size, seeds = (f"{own[0]['parameters']:,}", str(len(own))) if name[0] != "(" else ("", "")
+        values = [f"{_mean(own, key):.3f}" for key in ("val_cosine", "test_cosine")]
+        rows.append([name, size, seeds, *values, f"{low:.3f} to {high:.3f}"])
+    return ["student", "parameters", "seeds", "val cosine", "test cosine", "95 % interval"], rows
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    return float(np.mean([row[key] for row in rows]))
 
 
 def markdown(results: dict[str, Any], findings: Sequence[str] = ()) -> str:
@@ -201,7 +220,7 @@ def markdown(results: dict[str, Any], findings: Sequence[str] = ()) -> str:
         verdict(results),
         "",
         *(line for finding in findings for line in (finding, "")),
-        "Students in parentheses are the baselines. Cosines are centred on the mean training vector, except `_raw`.",
+        f"{NOTE} Cosines are centred on the mean training vector, except `_raw`.",
         "",
     ]
     return "\n".join([*lines, markdown_table(*summary(results)), markdown_table(*table_rows(results))])
@@ -357,7 +376,7 @@ def _page(results: dict[str, Any], findings: list[str], pictures: list[dict[str,
         return {"title": title, "head": head, "rows": rows, "note": note}
 
     tables = [
-        table("Configurations", *summary(results), "Students in parentheses are the baselines."),
+        table("Configurations", *summary(results), NOTE),
         table(
             "Best and worst test concepts",
             ["concept", "category", "cosine", "true vectors nearest to the answer"],
@@ -380,15 +399,35 @@ def _page(results: dict[str, Any], findings: list[str], pictures: list[dict[str,
     )
 
 
+def _overview(results: dict[str, Any]) -> dict[str, Figure]:
+    """All students at a glance: over the numbers of training concepts, or ranked where there is only one."""
+    cells = results["cells"]
+    if len({row["concepts"] for row in cells}) > 1:
+        return {"scaling": plots.scaling(cells, results["baselines"]), "heatmap": plots.heat_map(cells)}
+    ranked = []
+    for name, own in configurations(results):
+        ranked.append((name, _mean(own, "test_cosine"), *interval(_each(own))))
+    return {"ranking": plots.ranking(ranked, cells[0]["concepts"])}
+
+
+def _best_of_kinds(cells: Sequence[Row]) -> list[Row]:
+    """Of each kind of student the best by validation, the best of all first."""
+    found: dict[str, Row] = {}
+    for row in sorted(cells, key=lambda row: -row["val_cosine"]):
+        found.setdefault(row["student"], row)
+    return list(found.values())
+
+
 def _figures(results: dict[str, Any], student: Student, vectors: Vectors) -> dict[str, Figure]:
     best, cells = results["best"], results["cells"]
     rows = _test_rows(student, vectors)
     truth = vectors.vectors[rows, 0, vectors.layer_index(best["layer"])].astype(np.float32)
     predicted = student.encode([vectors.concepts[row] for row in rows])
-    mean = student.mean
-    return {
-        "scaling": plots.scaling(cells, results["baselines"]),
-        "heatmap": plots.heat_map(cells),
+    mean, block = student.mean, best["layer"]
+    data = Catalogued(vectors)
+    teacher = (block, teacher_parameters(block, data), teacher_flops(block, data))
+    overview = _overview(results)
+    return overview | {
         "curves": plots.curves(cells),
         "alignment": plots.alignment(
             truth - mean,
@@ -397,6 +436,6 @@ def _figures(results: dict[str, Any], student: Student, vectors: Vectors) -> dic
             f"{best['name']} on {len(rows)} test concepts, {results['teacher']} block {best['layer']}, "
             f"test cosine {best['test_cosine']:.3f}",
         ),
-        "pareto": plots.pareto(cells, teacher_flops(best["layer"], Catalogued(vectors))),
-        "categories": plots.categories({best["name"]: best["test_cosine_by_category"]}),
+        "pareto": plots.pareto(cells, teacher),
+        "categories": plots.categories({row["name"]: row["test_cosine_by_category"] for row in _best_of_kinds(cells)}),
     }

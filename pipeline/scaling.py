@@ -2,7 +2,8 @@
 
 ``1 - cosine = E + A N^-alpha + B P^-beta`` for N concepts and P parameters: the form of Hoffmann et al. (2022),
 "Training compute-optimal large language models", equation 2, fitted as there with a Huber loss on the logarithms, from
-the best of a grid of starts. Intervals come from a bootstrap over the cells.
+the best of a grid of starts. Intervals come from a bootstrap over the cells; those of predictions also know how far
+such laws went astray when they were asked for cells beyond the ones that they were fitted on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from pipeline.options import Cell
 HUBER = 0.01  # log residuals beyond this (1 % of the error) count linearly
 BOOTSTRAPS = 100
 LEVEL = 0.9  # of every interval
+NORMAL = np.array([NormalDist().inv_cdf((step + 0.5) / 40) for step in range(40)])  # as evenly likely points
 NAMES = ("E", "A", "alpha", "B", "beta")
 EXPONENTS = np.linspace(0.05, 1.5, 16)
 STARTS = 3  # of the grid's best
@@ -41,12 +44,16 @@ class Law:
         parameters: log E, log A, alpha, log B, beta.
         samples: the same of each bootstrap, ``[bootstraps, 5]``.
         residuals: log error minus its fit, of each cell.
+        span: log concepts of the smallest and of the largest cell.
+        bend: the curvature that the law lacks, see `bend_of`; None where that is not known.
         free: which of the parameters were fitted; a term whose variable does not vary is left out.
     """
 
     parameters: Array
     samples: Array
     residuals: Array
+    span: tuple[float, float]
+    bend: float | None
     free: tuple[bool, ...] = field(default=(True,) * 5)
 
     @property
@@ -68,10 +75,14 @@ class Law:
         return 1 - float(np.exp(_log_error(self.parameters, _logs([concepts], [size]))[0]))
 
     def interval(self, concepts: float, size: float) -> tuple[float, float]:
-        """Where a new cell's cosine should lie: the bootstrap's laws, each with every residual of the fit."""
+        """Where a new cell's cosine should lie: the bootstrap's laws, each with every residual of the fit.
+
+        Beyond the largest number of concepts there is a normal error for what the law lacks, the farther the larger.
+        """
         logs = _logs([concepts], [size])
         expected = np.array([_log_error(sample, logs)[0] for sample in self.samples])
-        spread = (expected[:, None] + self.residuals * _inflation(self)).ravel()
+        lacking = (self.bend or 0.0) * _off_line(*self.span, logs[0, 0]) if logs[0, 0] > self.span[1] else 0.0
+        spread = (expected[:, None, None] + (self.residuals * _inflation(self))[:, None] + lacking * NORMAL).ravel()
         high, low = 1 - np.exp(np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         return float(low), float(high)
 
@@ -101,14 +112,51 @@ def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[flo
             f"a scaling law needs 3 numbers of concepts and {sum(free) + 1} cells at the least, found "
             f"{len(set(concepts))} and {len(errors)}"
         )
-    tried = [_descend(start, logs, errors, free) for start in _starts(logs, errors)]
-    best = min(tried, key=lambda pair: pair[0])[1]
+    best = _fit(logs, errors, free)
     draw = np.random.default_rng(seed)
     samples = []
     for _ in range(BOOTSTRAPS):
         rows = draw.integers(len(errors), size=len(errors))
         samples.append(_descend(best, logs[:, rows], errors[rows], free)[1])
-    return Law(best, np.array(samples), errors - _log_error(best, logs), free)
+    residuals, span = errors - _log_error(best, logs), (float(logs[0].min()), float(logs[0].max()))
+    return Law(best, np.array(samples), residuals, span, bend_of(logs, errors, free), free)
+
+
+def _fit(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
+    tried = [_descend(start, logs, errors, free) for start in _starts(logs, errors)]
+    return min(tried, key=lambda pair: pair[0])[1]
+
+
+def bend_of(logs: Array, errors: Array, free: tuple[bool, ...]) -> float | None:
+    """How much curvature the law lacks: the coefficient of the square of log concepts in the log error.
+
+    No law of this form is true, and residuals within the fit do not tell. So the law is asked for what is known: fitted
+    on the cells of the fewest concepts, three numbers of them at the least, it predicts the rest, for every such cut
+    (rolling origin: Tashman, 2000, "Out-of-sample tests of forecasting accuracy"). Its errors are compared with those
+    of a straight line where the truth is a parabola; both as root mean squares.
+
+    Args:
+        logs: log concepts and log parameters, ``[2, cells]``.
+        errors: log (1 - cosine), ``[cells]``.
+        free: as in `Law`.
+
+    Returns:
+        None where there are too few numbers of concepts to cut.
+    """
+    wrong, unit = [], []
+    for most in np.unique(logs[0])[2:-1]:
+        seen = logs[0] <= most
+        if seen.sum() > sum(free):
+            law = _fit(logs[:, seen], errors[seen], free)
+            wrong.append(errors[~seen] - _log_error(law, logs[:, ~seen]))
+            unit.append(_off_line(logs[0].min(), most, logs[0, ~seen]))
+    return float(np.linalg.norm(np.concatenate(wrong)) / np.linalg.norm(np.concatenate(unit))) if wrong else None
+
+
+def _off_line(first: float, last: float, places: Any) -> Any:
+    """How far a square is at places beyond ``last`` from the line that fits it best between ``first`` and ``last``."""
+    span, beyond = last - first, places - last
+    return beyond**2 + beyond * span + span**2 / 6
 
 
 def _logs(concepts: Sequence[float], sizes: Sequence[float]) -> Array:
@@ -197,7 +245,7 @@ def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str,
         for cell in larger
         if cell["concepts"] > most
     ]
-    return {"most": most, "level": LEVEL, "law": law.values, "cells": expected}
+    return {"most": most, "level": LEVEL, "law": law.values, "bend": law.bend, "cells": expected}
 
 
 def check(receipt: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | None:

@@ -100,9 +100,14 @@ def flops_of_prediction(cell: Cell, data: Catalogued) -> float:
 
 
 def teacher_flops(blocks: int, data: Catalogued) -> float:
-    """About what a teacher's first blocks cost for the tokens of a concept: 12 d_model^2 weights a block, as usual."""
+    """About what a teacher's first blocks cost for the tokens of a concept."""
     tokens = len(data.vectors.token_ids) / len(data.vectors.concepts)
-    return 2.0 * 12 * data.vectors.d_model**2 * blocks * tokens
+    return 2.0 * teacher_parameters(blocks, data) * tokens
+
+
+def teacher_parameters(blocks: int, data: Catalogued) -> int:
+    """About how many weights a teacher's first blocks have: 12 d_model^2 a block, as usual."""
+    return 12 * data.vectors.d_model**2 * blocks
 
 
 def number_of_parameters(cell: Cell, data: Catalogued) -> int:

@@ -20,12 +20,12 @@ from accelerate.utils import broadcast_object_list
 from pipeline import scaling
 from pipeline.claims import Claims
 from pipeline.curriculum import CURRICULA
-from pipeline.engine import Engine, Row
+from pipeline.engine import Engine, Row, rounded
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.export import needs_teacher
 from pipeline.features import Catalogued
 from pipeline.grid import pointing
-from pipeline.metrics import faithfulness
+from pipeline.metrics import cosines, faithfulness
 from pipeline.objectives import terms
 from pipeline.options import Cell
 from pipeline.processes import Worker
@@ -398,10 +398,12 @@ def baseline_rows(cell: Cell, data: Catalogued) -> list[dict[str, Any]]:
     for student in (*BASELINES, "ridge"):
         row: dict[str, Any] = {"student": student, **{name: getattr(cell, name) for name in RIVAL}}
         if student == "ridge":
-            rows.append(row | {"parameters": fitted.number_of_parameters} | fitted.metrics)
+            own = {"parameters": fitted.number_of_parameters, "test_cosines": rounded(fitted.test_cosines)}
+            rows.append(row | own | fitted.metrics)
             continue
         for side_name, side in (("val", subset.val), ("test", subset.test)):
-            measured = faithfulness(BASELINES[student](subset, side), side.targets, subset.mean)
+            answer = BASELINES[student](subset, side)
+            measured = faithfulness(answer, side.targets, subset.mean)
             row |= {f"{side_name}_{metric}": value for metric, value in measured.items()}
-        rows.append(row)
+        rows.append(row | {"test_cosines": rounded(cosines(answer, side.targets).tolist())})
     return rows

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.errors import InputError
 from pipeline.evaluation import evaluate, evaluation_table
 from pipeline.export import checkpoint
+from pipeline.features import Catalogued
 from pipeline.function import Continuations, kl_recovered, recovered_interval
 from pipeline.options import Cell
 from pipeline.training import train_stack
@@ -56,6 +58,12 @@ def test_next_tokens_are_those_of_the_plain_model(said, smollm2, data):
     torch.testing.assert_close(said[0].true[0], expected, atol=1e-3, rtol=1e-3)
 
 
+def test_means_over_tokens_cannot_take_the_place_of_one_activation(data, smollm2):
+    pooled = Catalogued(replace(data.vectors, pool="mean"))
+    with pytest.raises(InputError, match=r"--teacher: .* mean"):
+        evaluate({}, pooled, smollm2[1])
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "gemma3"])
 def test_any_block_of_any_architecture_can_be_replaced(tiny_folder, architecture):
     from pipeline.forward import residuals
@@ -72,10 +80,16 @@ def test_any_block_of_any_architecture_can_be_replaced(tiny_folder, architecture
 
 def test_seeds_are_measured_together_with_intervals(data):
     base = Cell(concepts=150, hidden_dim=32, epochs=5, layer=15)
-    rows = evaluate(
-        {"mlp": students(data, base, 3), "ridge": students(data, Cell(student="ridge", concepts=150, layer=15))}, data
-    )
-    assert [row["student"] for row in rows] == ["(mean)", "(nearest)", "mlp", "ridge"]
+    linear = Cell(student="ridge", concepts=150, layer=15, inputs="embeddings")
+    rows = evaluate({"mlp": students(data, base, 3), "ridge": students(data, linear)}, data)
+    assert [row["student"] for row in rows] == [
+        "(mean, 150 concepts)",
+        "(nearest, 150 concepts, activations)",
+        "mlp",
+        "(nearest, 150 concepts, embeddings)",  # a student's baseline reads what it reads
+        "ridge",
+    ]
+    assert rows[1]["test_cosine"] != rows[3]["test_cosine"]
     for row in rows[1:]:
         assert row["test_cosine_low"] < row["test_cosine"] < row["test_cosine_high"]
         assert 0 < row["test_cka"] < 1
@@ -83,6 +97,12 @@ def test_seeds_are_measured_together_with_intervals(data):
     assert rows[0]["test_cosine"] == 0
     assert set(rows[2]["by"]) == {"category", "tokens", "frequency"}
     assert len(rows[2]["by"]["category"]) == 19
+    for row in (rows[2], rows[4]):
+        for found in row["by"].values():
+            assert sum(group["concepts"] for group in found.values()) == len(data.rows("test"))
+            assert all(group["low"] - 1e-6 <= group["cosine"] <= group["high"] + 1e-6 for group in found.values())
+            whole = sum(group["concepts"] * group["cosine"] for group in found.values()) / len(data.rows("test"))
+            assert whole == pytest.approx(row["test_cosine"], abs=1e-6)
     head, table = evaluation_table(rows)
     assert len(head) == len(table[0])
 
@@ -96,5 +116,12 @@ def test_evaluate_measures_a_student_folder(workplace, run):
     assert code == 0, err
     assert "KL" not in out
     [table] = Path("results").glob("mine_evaluation_*.md")
-    assert "| c40-ridge-s0 | 1 |" in table.read_text()
+    text = table.read_text()
+    assert "| c40-ridge-s0 | 1 |" in text
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# Test concepts",
+        "## Test cosine by category",
+        "## Test cosine by tokens",
+        "## Test cosine by frequency",
+    ]
     assert run("evaluate", "--run", "no-such-run", *common)[0] == 2

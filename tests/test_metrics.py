@@ -1,5 +1,7 @@
 """Metrics and objectives agree with independent implementations, also where inputs are degenerate."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -44,10 +46,69 @@ def test_perfect_predictions_score_one_and_the_mean_scores_zero(pairs):
     assert faithfulness(torch.ones_like(truth), truth, mean)["retrieval_at_5"] <= 0.2
 
 
-def test_one_concept_and_zero_vectors_give_finite_numbers():
-    one, nothing = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
-    for predicted, truth in ((one, one), (one, nothing), (nothing, one), (nothing, nothing)):
-        assert all(np.isfinite(value) for value in faithfulness(predicted, truth, nothing[0]).values())
+def reference(predicted, truth, mean):
+    """All metrics concept by concept in float64, from their definitions."""
+    p, t, mu = (values.double().numpy() for values in (predicted, truth, mean))
+
+    def cosine(a, b):
+        lengths = math.sqrt(a @ a) * math.sqrt(b @ b)
+        return a @ b / lengths if lengths > 0 else 0.0
+
+    total = sum(float(row @ row) for row in t)
+    lost = sum(float(row @ row) for row in p - t)
+    at = [sum(cosine(a, b) >= cosine(a, t[row]) - 1e-9 for b in t) - 1 for row, a in enumerate(p)]
+    centred = [values - values.mean(0) for values in (p, t)]
+    across, *own = (
+        np.square(a.T @ b).sum() for a, b in ((centred[0], centred[1]), *zip(centred, centred, strict=True))
+    )
+    lengths = [math.sqrt(row @ row) for row in t + mu]
+    off = [abs(math.sqrt(row @ row) - length) / (length or 1.0) for row, length in zip(p + mu, lengths, strict=True)]
+    return {
+        "cosine": np.mean([cosine(*pair) for pair in zip(p, t, strict=True)]),
+        "cosine_raw": np.mean([cosine(*pair) for pair in zip(p + mu, t + mu, strict=True)]),
+        "r2": 1 - lost / total if total else float(lost == 0),
+        "retrieval_at_1": np.mean([rank < 1 for rank in at]),
+        "retrieval_at_5": np.mean([rank < 5 for rank in at]),
+        "cka": across / math.sqrt(own[0] * own[1]) if own[0] * own[1] > 0 else 0.0,
+        "norm_error": np.mean(off),
+    }
+
+
+def degenerate():
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    some, other, mean = normal(9, 5), normal(9, 5), normal(5)
+    holes = some * torch.tensor([0.0, 1, 1, 0, 1, 1, 1, 1, 1])[:, None]
+    return {
+        "random": (some, other, mean),
+        "one concept": (some[:1], other[:1], mean),
+        "one concept, right": (some[:1], some[:1], mean),
+        "one concept, nothing said": (torch.zeros(1, 5), some[:1], mean),
+        "constant predictions": (mean.expand(9, 5), some, mean),
+        "constant truth": (some, torch.ones(9, 5), mean),
+        "constant both": (torch.ones(9, 5), torch.ones(9, 5), torch.zeros(5)),
+        "predictions without length": (holes, some, mean),
+        "truths without length": (some, holes, torch.zeros(5)),
+        "nothing at all": (torch.zeros(9, 5), torch.zeros(9, 5), torch.zeros(5)),
+        "the mean takes away the truth": (some, -mean.expand(9, 5), mean),
+        "opposite": (-some, some, torch.zeros(5)),
+        "large": (1e6 * some, 1e6 * other, 1e6 * mean),
+        "small": (1e-4 * some, 1e-4 * other, 1e-4 * mean),
+    }
+
+
+@pytest.mark.parametrize("case", degenerate())
+def test_metrics_agree_with_a_float64_reference_also_where_inputs_are_degenerate(case):
+    predicted, truth, mean = degenerate()[case]
+    found = faithfulness(predicted, truth, mean)
+    found |= {
+        "cka": linear_cka(predicted, truth),
+        "norm_error": norm_error(predicted + mean, truth + mean).mean().item(),
+    }
+    assert found == pytest.approx(reference(predicted, truth, mean), rel=1e-4, abs=1e-5)
 
 
 def test_categories_are_averaged_apart():

@@ -138,7 +138,6 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid):
             assert done[key].info.run_id == run.info.run_id
             assert done[key].info.end_time == run.info.end_time
         finished = done
-    print(ends, len(finished))
     begin("results")
     assert server.stdout.readline() == "0\n"
     server.stdin.close()

@@ -20,6 +20,11 @@ def cells(noise, numbers=(100, 200, 400, 700, 1400, 2800), sizes=(2e4, 1e5, 5e5,
     return [n for n, _ in grid], [p for _, p in grid], values
 
 
+def cells_of(truth, numbers, sizes):
+    grid = [(n, p) for n in numbers for p in sizes]
+    return [n for n, _ in grid], [p for _, p in grid], [truth(n, p) for n, p in grid]
+
+
 def test_known_exponents_come_back_exactly_without_noise():
     found = scaling.fit(*cells(0.0)).values
     for name, value in TRUE.items():
@@ -60,9 +65,44 @@ def test_larger_cells_are_predicted_before_they_are_seen_and_checked_afterwards(
     assert scaling.predict(hidden, rows, 700) == receipt  # nothing of the larger cells is looked at
     checked = scaling.check(receipt, rows)
     assert checked["cells"] == 8
-    assert checked["coverage"] >= 0.5
+    assert checked["coverage"] >= 0.75
     assert checked["most"] < 0.03
     assert scaling.check(receipt, []) is None
+
+
+def bent(draw):
+    """A law that is not of the fitted form: its slope changes with the number of concepts."""
+    bend = draw.choice([-1, 1]) * draw.uniform(0.02, 0.08)
+    return lambda n, p: 1 - (1 - cosine(n, p)) * np.exp(bend * np.log(n / 100) ** 2 / 2)
+
+
+def test_intervals_of_predictions_hold_what_they_promise_though_the_law_bends():
+    inside = []
+    for number in range(8):
+        draw = np.random.default_rng(number)
+        truth = bent(draw)
+        grid = [(n, p) for n in (100, 141, 200, 283, 400) for p in (4e4, 2e5, 9e5) for _ in range(2)]
+        noisy = [1 - (1 - truth(n, p)) * np.exp(0.004 * draw.normal()) for n, p in grid]
+        law = scaling.fit(*zip(*grid, strict=True), noisy)
+        for n, p in [(n, p) for n in (700, 1838) for p in (4e4, 2e5, 9e5)]:
+            low, high = law.interval(n, p)
+            inside.append(low <= truth(n, p) <= high)
+    assert np.mean(inside) >= 0.8
+
+
+def test_a_law_that_holds_lacks_nothing_and_one_that_bends_lacks_its_bend():
+    numbers, sizes = (100, 141, 200, 283, 400), (4e4, 2e5, 9e5)
+    true, wrong = (scaling.fit(*cells_of(truth, numbers, sizes)) for truth in (cosine, bent(np.random.default_rng(1))))
+    assert true.bend < 1e-4
+    low, high = true.interval(3200, 2e5)
+    assert high - low < 2e-3
+    assert 0.005 < wrong.bend < 0.04
+    inner, outer = wrong.interval(400, 2e5), wrong.interval(3200, 2e5)
+    assert outer[1] - outer[0] > inner[1] - inner[0] + 0.01  # the farther, the less is known
+
+
+def test_where_nothing_can_be_cut_off_the_bend_is_not_known():
+    assert scaling.fit(*cells_of(cosine, (100, 200, 400), (4e4, 2e5, 9e5))).bend is None
 
 
 def test_a_family_shares_all_but_size_and_seed():
