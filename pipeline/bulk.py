@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -12,29 +12,28 @@ from torch import Tensor
 
 from pipeline.precision import multiplies_faster
 from pipeline.reading import POOLS, Floats, Reading, Texts
-from pipeline.student import Student
 from pipeline.students import KINDS
 
 ROWS = 1 << 14  # of a table converted at once
 
 
-def bulk_of(student: Student) -> Callable[[Texts], Floats] | None:
+def bulk_of(kind: str, reading: Reading, parameters: Mapping[str, Floats]) -> Callable[[Texts], Floats] | None:
     """What gives a student's centred vectors for texts, ``[n, d_model]``; None for students that it does not speed up.
 
     Args:
-        student: one that reads pooled tokens.
+        kind: of the student.
+        reading: how it reads.
+        parameters: its weights.
     """
-    reading, kind = student.reading, student.config["student"]
-    pools = {part.pool for part in reading.parts}
-    if kind not in ("mlp", "ridge") or not pools <= set(POOLS):
+    if kind not in ("mlp", "ridge") or not {part.pool for part in reading.parts} <= set(POOLS):
         return None
     dtype = torch.bfloat16 if multiplies_faster(torch.bfloat16, torch.device("cpu")) else torch.float32
     tables = {name: _dense(reading, name, dtype) for name in {part.table for part in reading.parts}}
-    parameters = {name: torch.from_numpy(value)[None].to(dtype) for name, value in student.parameters.items()}
-    width = parameters["out.weight"].shape[-2] if kind == "mlp" else student.d_model
-    if reading.is_folded and tables[reading.parts[0].table].shape[1] != width:
+    width = next(iter(tables.values())).shape[1]
+    if reading.is_folded and kind == "mlp" and width != parameters["out.weight"].shape[0]:
         return None  # a linear skip in the tables
-    return partial(_answer, reading, kind, tables, parameters, dtype)
+    short = {name: torch.from_numpy(value)[None].to(dtype) for name, value in parameters.items()}
+    return partial(_answer, reading, kind, tables, short, dtype)
 
 
 def _dense(reading: Reading, name: str, dtype: torch.dtype) -> Tensor:

@@ -152,7 +152,7 @@ class Student:
             from pipeline.bulk import bulk_of
         except ImportError:  # where a student stands alone
             return None
-        return bulk_of(self)
+        return bulk_of(self.config["student"], self.reading, self.parameters)
 
     def _texts(self, texts: Sequence[str]) -> Texts:
         if self.tokenization is not None:

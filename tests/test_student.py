@@ -28,7 +28,7 @@ from pipeline.extraction import tokenize
 from pipeline.features import Catalogued
 from pipeline.inference import gelu
 from pipeline.options import Cell
-from pipeline.student import FORMAT, _sha256
+from pipeline.student import BULK, FORMAT, _sha256
 from pipeline.students import KINDS
 from pipeline.training import predict, train_stack
 from pipeline.vectors import read_vectors
@@ -189,6 +189,19 @@ def test_one_text_many_texts_and_threads_give_the_same(student):
         for answer in threads.map(lambda _: student.encode(texts), range(64)):
             np.testing.assert_allclose(answer, together[: len(texts)], atol=1e-4)
     assert student.encode([]).shape == (0, 576)
+
+
+@pytest.mark.parametrize("options", [{}, {"student": "ridge"}, {"hidden_dim": 800}], ids=str)
+def test_very_many_texts_get_the_vectors_of_few(data, vocabulary, options):
+    alone = export(trained(replace(SHORT, epochs=1, **options), data)[1], data, vocabulary)
+    assert alone.reading.is_folded == ("hidden_dim" not in options)
+    few = [f"{first} {second}" for first in data.vectors.concepts[:60] for second in ("river", "x²", "two\nlines")]
+    many = alone.encode(few * 120) - alone.mean
+    assert len(many) > BULK
+    assert "_bulk" in vars(alone)
+    expected = alone.encode(few) - alone.mean
+    np.testing.assert_allclose(np.linalg.norm(many[-len(few) :] - expected, axis=1), 0,
+                               atol=0.02 * np.linalg.norm(expected, axis=1).mean())  # fmt: skip
 
 
 def test_it_works_as_a_step_of_scikit_learn(student, vectors):
