@@ -179,12 +179,12 @@ class Student:
         """
         if self.catalogue is None:
             raise InputError("this student carries no catalogue of concepts; the one that a sweep leaves does")
-        similarity = _unit(vectors - self.mean) @ self._directions.T  # [n, catalogue]
-        order = np.argsort(-similarity, axis=1)[:, :count]
-        return [
-            [(self.concepts[place], float(row[place])) for place in places]
-            for row, places in zip(similarity, order, strict=True)
-        ]
+        found = []
+        for start in range(0, len(vectors), CHUNK):
+            similarity = _unit(vectors[start : start + CHUNK] - self.mean) @ self._directions.T  # [CHUNK, catalogue]
+            for row, places in zip(similarity, np.argsort(-similarity, axis=1)[:, :count], strict=True):
+                found.append([(self.concepts[place], float(row[place])) for place in places])
+        return found
 
     def save(self, folder: Path) -> None:
         """Write the folder's files, each whole or not at all."""

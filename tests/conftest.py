@@ -86,6 +86,11 @@ def templates():
     return Catalogued(read_vectors(SHIPPED.with_name("smollm2-135m-templates.safetensors")))
 
 
+def pytest_xdist_auto_num_workers():
+    """Workers of ``-n auto``: four at the least, for many tests wait for servers, kills and containers."""
+    return max(4, len(os.sched_getaffinity(0)))
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The embedded teacher with its real weights."""
