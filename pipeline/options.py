@@ -55,10 +55,11 @@ def check(settings: Any) -> None:
     types = get_type_hints(type(settings))
     for item in fields(settings):
         value, kind = getattr(settings, item.name), types[item.name]
-        if value is None and type(None) in get_args(kind):
+        optional = type(None) in get_args(kind)
+        if optional and value is None:
             continue
         for basic, expected in EXPECTED.items():
-            if basic in (kind, *get_args(kind)) and not _is_a(value, basic):
+            if basic in (get_args(kind) if optional else (kind,)) and not _is_a(value, basic):
                 raise InputError(f"{flag(item)} {value!r}: expected {expected}")
         minimum, above, below = (item.metadata.get(bound) for bound in ("minimum", "above", "below"))
         if item.metadata.get("plain") and not re.fullmatch(r"[\w.-]+", value):
