@@ -176,7 +176,7 @@ def _sweep(
     part = parse_shard(shard)
     data = Catalogued(read_vectors(fetch(str(options.vectors))))
     cells = prepare(cells, data, options.grid if isinstance(options, SweepOptions) else None)
-    for path in (output / "results.json", *([student_folder / "config.json"] if student_folder else [])):
+    for path in (*([student_folder / "config.json"] if student_folder else []), output / "results.json"):
         writable(path)
     tracker, accelerator = connect(), start()
     bar = display.counting("vocabulary", "tokens")
