@@ -188,7 +188,8 @@ def test_shards_leave_parts_and_the_last_one_merges(workplace, run, tiny_folder)
     code, out, err = run(*common, "--shard", "1/3")
     assert code == 0, err
     assert "61 concepts" in out
-    assert [path.name for path in workplace.glob("out*")] == ["out.safetensors"]
+    left = {path.name for path in workplace.glob("out*")}
+    assert left == {"out.safetensors", "out.vocabulary.safetensors"}
     refused(run(*common, "--shard", "3/3"), "--shard 3/3", "0 to n - 1")
 
 
@@ -236,7 +237,8 @@ def test_the_default_output_is_named_after_the_teacher(workplace, run, tiny_fold
     code, _, err = run("extract", "--model", tiny_folder("gpt2"), "--concepts", "mine.csv", "--layers", "all",
                        "--template", "{concept}", "--template", "About {concept}:", "--pool", "mean")  # fmt: skip
     assert code == 0, err
-    [path] = Path("data/vectors").iterdir()
+    path, vocabulary = sorted(Path("data/vectors").iterdir())
+    assert vocabulary.name == f"{path.stem}.vocabulary.safetensors"
     found = read_vectors(path)
     assert path.stem == found.teacher == tiny_folder("gpt2").name
     assert found.vectors.shape == (20, 2, 5, 32)
