@@ -61,10 +61,11 @@ def _colours(cells: list[Row]) -> dict[str, Any]:
 
 
 def _legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """A legend under the panels with as many columns as there is room for."""
+    """A legend under the panels with as many columns as there is room for; the figure grows by more than two rows."""
     column = 0.6 + 0.058 * max(map(len, names))  # inches
     columns = max(1, int(figure.get_figwidth() / column))
     rows = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, rows - 2))
     figure.legend(handles, names, loc="outside lower center", ncols=-(-len(names) // rows), fontsize=8)
 
 

@@ -159,7 +159,7 @@ def verdict(results: dict[str, Any]) -> str:
     mean = float(np.mean(seeds))
     known = f"mean of {len(seeds)} seeds, {min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else "one seed"
     # Of the same concepts, so that what is hard for both does not blur the difference.
-    low, high = interval(_each(own) - np.array(ridge["test_cosines"]))
+    low, high = (round(end, 3) for end in interval(_each(own) - np.array(ridge["test_cosines"])))
     told = "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told apart from"
     lines = [
         f"Best by validation: {best['name']}, test cosine {mean:.3f} ({known}). It {told} ridge regression on the same "

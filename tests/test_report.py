@@ -72,10 +72,10 @@ def rows(student, cosines_by_seed):
     ]  # fmt: skip
 
 
-def results(shift):
+def results(shift, noise=0.02):
     draw = np.random.default_rng(0)
     hard = draw.normal(0.5, 0.2, 200)  # some concepts are hard for everybody
-    student = [hard + shift + draw.normal(0, 0.02, 200) for _ in range(3)]
+    student = [hard + shift + draw.normal(0, noise, 200) for _ in range(3)]
     floor = {"concepts": 100, "layer": 15, "inputs": "activations", "split": "concepts"}
     baselines = [
         floor | {"student": name, "test_cosines": list(own)} | dict.fromkeys(("val_cosine", "test_cosine"), own.mean())
@@ -98,3 +98,4 @@ def test_a_student_beats_ridge_only_where_the_difference_is_clear():
     assert "It beats ridge" in verdict(results(0.01))  # far less than the concepts differ, but on the same concepts
     assert "It does not beat ridge" in verdict(results(-0.01))
     assert "cannot be told apart from ridge" in verdict(results(0.0))
+    assert "cannot be told apart from ridge" in verdict(results(0.0003, noise=1e-4))  # clear, and of no weight
