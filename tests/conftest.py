@@ -3,11 +3,13 @@
 import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before any library reads them: tests reach no hub, and every run goes to a database of its own.
@@ -191,6 +193,24 @@ def wait_for(port, seconds=60):
         except OSError:
             time.sleep(0.1)
     raise TimeoutError(f"nothing listens on port {port}")
+
+
+@contextmanager
+def mlflow_server(port):
+    """A real tracking server on a database in the current folder, with artifacts through it."""
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", fresh_database(Path.cwd() / "server.db"),
+        "--port", str(port), "--artifacts-destination", "artifacts", "--workers", "1",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ}
+    )
+    try:
+        wait_for(port)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 KEY, SECRET = "accesskey", "secretsecret"

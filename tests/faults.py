@@ -1,4 +1,4 @@
-"""A store that fails: an HTTP proxy in front of a real S3 server, with the faults that networks and stores have."""
+"""An HTTP proxy in front of a real server, with the faults that networks and stores have, or with a lock."""
 
 import http.client
 import threading
@@ -21,6 +21,8 @@ class Faulty(ThreadingHTTPServer):
         delay: seconds that each request waits.
         after: bytes of uploads after which the connection is cut, and every one thereafter; None never.
         flip: whether what is read comes with a wrong first byte.
+        authorization: the header without which each request is refused with 401; None lets all through.
+        refused: how many were.
     """
 
     daemon_threads = True
@@ -29,7 +31,8 @@ class Faulty(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url, self.target = f"http://127.0.0.1:{self.server_address[1]}", target
         self.every, self.delay, self.after, self.flip = 0, 0.0, None, False
-        self.count = self.uploaded = 0
+        self.authorization = None
+        self.count = self.uploaded = self.refused = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def close(self):
@@ -48,12 +51,15 @@ class _Handler(BaseHTTPRequestHandler):
         if proxy.after is not None and proxy.uploaded > proxy.after:
             self.close_connection = True
             self.connection.close()
+        elif proxy.authorization not in (None, self.headers.get("Authorization")):
+            proxy.refused += 1
+            self._answer(401, [("Content-Type", "text/html"), ("WWW-Authenticate", "Bearer")], b"<html>\nNo.\n</html>")
         elif proxy.every and proxy.count % proxy.every == 0:
             self._answer(503, [("Content-Type", "application/xml")], BUSY)
         else:
             self._forward(body)
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request  # noqa: N815 (names of http.server)
+    do_GET = do_PUT = do_POST = do_PATCH = do_HEAD = do_DELETE = handle_request  # noqa: N815 (names of http.server)
 
     def _forward(self, body):
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=60)

@@ -59,24 +59,52 @@ def test_the_number_of_shards_is_changed_in_one_place(tmp_path):
     assert (job["spec"]["parallelism"], shards) == (8, "8")
 
 
+@pytest.mark.parametrize("place", [*FILES, *KUSTOMIZATIONS], ids=lambda path: path.name)
+def test_pods_are_restricted_and_know_nothing_of_the_cluster(place):
+    """What Pod Security's "restricted" demands, and more."""
+    found = objects(built(place) if place.is_dir() else place.read_text())
+    pods = [item["spec"]["template"]["spec"] for item in found if item["kind"] in ("Job", "Deployment")]
+    assert pods
+    for pod in pods:
+        [container] = pod["containers"]
+        assert "initContainers" not in pod
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["imagePullPolicy"] == "IfNotPresent"
+        assert "memory" in container["resources"]["limits"]
+        assert all(set(volume) <= {"name", "emptyDir", "persistentVolumeClaim"} for volume in pod["volumes"])
+
+
+@pytest.mark.parametrize("place", KUSTOMIZATIONS, ids=lambda path: path.name)
+def test_server_and_sweep_fit_a_node_of_two_processors(place):
+    processors = {"250m": 0.25, "500m": 0.5}
+    needed = 0.0
+    for item in objects(built(place)):
+        if item["kind"] in ("Job", "Deployment"):
+            [container] = item["spec"]["template"]["spec"]["containers"]
+            needed += item["spec"].get("parallelism", 1) * processors[container["resources"]["requests"]["cpu"]]
+    assert needed < 2
+
+
 @pytest.mark.parametrize("path", FILES[:-1], ids=lambda path: path.name)
-def test_jobs_are_restricted_and_forgive_disruptions(path):
+def test_jobs_forgive_disruptions_and_wait_for_the_server(path):
     [job] = jobs(path)
-    spec, pod = job["spec"], job["spec"]["template"]["spec"]
-    [container] = pod["containers"]
-    assert pod["automountServiceAccountToken"] is False
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
+    spec = job["spec"]
+    [container] = spec["template"]["spec"]["containers"]
+    values = {one["name"]: one["value"] for one in container["env"]}
     assert spec["podReplacementPolicy"] == "Failed"
     assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["FailJob", "Ignore"]
+    assert float(values["TRACKING_PATIENCE_SECONDS"]) > 60  # else pods that start before it fail the Job as wrong input
     if spec.get("completionMode") == "Indexed":
-        shards = {one["name"]: one["value"] for one in container["env"]}["SHARDS"]
-        assert str(spec["completions"]) == str(spec["parallelism"]) == shards
+        assert str(spec["completions"]) == str(spec["parallelism"]) == values["SHARDS"]
         assert "--shard=$(JOB_COMPLETION_INDEX)/$(SHARDS)" in container["args"]
 
 

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHIPPED, free_port, fresh_database, wait_for
+from conftest import ROOT, SHIPPED, free_port, fresh_database, mlflow_server
 from mlflow import MlflowClient
 
 from pipeline.options import Cell
@@ -194,24 +193,6 @@ def test_a_worker_takes_over_what_a_dead_one_has_left(grid):
     check_runs()
 
 
-@contextmanager
-def server(port):
-    """A real tracking server on a database, with artifacts through it."""
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database("server"), "--port", str(port),
-        "--artifacts-destination", "artifacts", "--workers", "1",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ}
-    )
-    try:
-        wait_for(port)
-        yield process
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.fixture
 def port():
     return free_port()
@@ -219,20 +200,20 @@ def port():
 
 def test_a_tracking_server_that_goes_away_for_a_while_costs_nothing_but_the_wait(grid, port):
     uri = f"http://127.0.0.1:{port}"
-    with server(port):
+    with mlflow_server(port):
         process = sweep(uri=uri)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not tracked(uri)[1]:
             time.sleep(0.2)
     time.sleep(10)
-    with server(port):
+    with mlflow_server(port):
         finish(process)
         check_runs(uri)
 
 
 def test_a_tracking_server_that_stays_away_loses_nothing(grid, port):
     uri = f"http://127.0.0.1:{port}"
-    with server(port):
+    with mlflow_server(port):
         process = sweep(uri=uri, TRACKING_PATIENCE_SECONDS="4")
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not tracked(uri)[1]:
@@ -244,7 +225,7 @@ def test_a_tracking_server_that_stays_away_loses_nothing(grid, port):
     spooled = {path.name.split(".")[0]: json.loads(path.joinpath("cell.json").read_text())
                for path in Path("results/.spool").iterdir() if path.is_dir()}  # fmt: skip
     assert spooled
-    with server(port):
+    with mlflow_server(port):
         finish(sweep(uri=uri))
         check_runs(uri)
     [path] = Path("results").glob("*_results_*.json")

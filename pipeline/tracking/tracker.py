@@ -33,6 +33,9 @@ from pipeline.tracking.runs import STUDENT_PLACE, Run
 EXPERIMENT = "activation-distillation"
 DEFAULT_URI = "sqlite:///mlflow.db"
 SETTLE_SECONDS = 1.0  # longer than it takes a worker to look for a run and, where there is none, to make one
+POLL_SECONDS = 2.0  # between two looks for a server that is not there yet
+PATIENCE = "TRACKING_PATIENCE_SECONDS"
+DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 PASSING = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
 
 TrackingError = (MlflowException, RequestException)
@@ -236,8 +239,12 @@ class Tracker:
 def connect() -> Tracker:
     """Reach the tracking server of the environment, or ``sqlite:///mlflow.db`` without one.
 
+    A server that is not there yet is waited for if TRACKING_PATIENCE_SECONDS is set: in a cluster it may start together
+    with those who need it; at a terminal an address that is wrong is better said at once.
+
     Raises:
         InputError: it does not answer, or it refuses.
+        WorkError: it has not answered for so long.
     """
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -245,18 +252,38 @@ def connect() -> Tracker:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `patiently` does the rest
     uri = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI)
     mlflow.set_tracking_uri(uri)
-    try:
-        _make_sqlite_file(uri)
-        with _impatient():
-            client = MlflowClient()
-            return Tracker(client, _experiment(client))
-    except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
-        reason = (str(error).strip().split("\n") or [""])[-1][:200]
-        message = (
-            f"MLFLOW_TRACKING_URI {uri}: no MLflow server or database answers there "
-            f"({type(error).__name__}: {reason}); start it, or unset the variable to track to {DEFAULT_URI}"
+    patience, begin = float(os.environ.get(PATIENCE, "0")), time.monotonic()
+    while True:
+        try:
+            _make_sqlite_file(uri)
+            with _impatient():
+                client = MlflowClient()
+                return Tracker(client, _experiment(client))
+        except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
+            if not patience or (isinstance(error, MlflowException) and error.error_code not in PASSING):
+                raise InputError(_refusal(uri, error)) from error
+            if time.monotonic() - begin > patience:
+                raise _stayed_away(patience) from error
+            log.warning("MLFLOW_TRACKING_URI %s: nothing answers there yet", _without_password(uri))
+            time.sleep(POLL_SECONDS)
+
+
+def _refusal(uri: str, error: Exception) -> str:
+    lines = str(error).strip().split("\n") or [""]
+    if isinstance(error, MlflowException) and error.error_code in DENIED:
+        return _without_password(
+            f"MLFLOW_TRACKING_URI {uri}: the server denies access ({lines[0][:200]}); check MLFLOW_TRACKING_USERNAME "
+            "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
-        raise InputError(_without_password(message)) from error
+    return _without_password(
+        f"MLFLOW_TRACKING_URI {uri}: no MLflow server or database answers there "
+        f"({type(error).__name__}: {lines[-1][:200]}); start it, or unset the variable to track to {DEFAULT_URI}"
+    )
+
+
+def _stayed_away(patience: float) -> WorkError:
+    uri = _without_password(mlflow.get_tracking_uri())
+    return WorkError(f"MLFLOW_TRACKING_URI {uri}: has not answered for {patience:.0f} s")
 
 
 def _absolute(uri: str) -> str:
@@ -294,17 +321,18 @@ def patiently(work: Callable[[], T]) -> T:
     Raises:
         WorkError: the server stayed away, or artifacts cannot be written.
     """
-    patience = float(os.environ.get("TRACKING_PATIENCE_SECONDS", "300"))
+    patience = float(os.environ.get(PATIENCE, "300"))
     begin, pause = time.monotonic(), 0.5
     while True:
         try:
             return work()
         except TrackingError as error:
+            if isinstance(error, MlflowException) and error.error_code in DENIED:  # a token that has expired meanwhile
+                raise WorkError(_refusal(mlflow.get_tracking_uri(), error)) from error
             if isinstance(error, MlflowException) and error.error_code not in PASSING:
                 raise
             if time.monotonic() - begin > patience:
-                uri = _without_password(mlflow.get_tracking_uri())
-                raise WorkError(f"MLFLOW_TRACKING_URI {uri}: has not answered for {patience:.0f} s") from error
+                raise _stayed_away(patience) from error
             if pause == 0.5:
                 log.warning("tracking is out of reach; trying again for %.0f s, training goes on", patience)
             time.sleep(pause)

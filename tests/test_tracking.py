@@ -1,0 +1,109 @@
+"""A tracking server that demands credentials, and one that is not there yet."""
+
+import base64
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SECRET, SHIPPED, free_port, mlflow_server
+from faults import Faulty
+from mlflow import MlflowClient
+
+NAME = "activation-distillation"
+NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+BASIC = {"MLFLOW_TRACKING_USERNAME": "somebody", "MLFLOW_TRACKING_PASSWORD": SECRET}
+TOKEN = {"MLFLOW_TRACKING_TOKEN": SECRET}
+ENCODED = base64.b64encode(f"somebody:{SECRET}".encode()).decode()
+
+
+def train(uri, *arguments, **environment):
+    command = [sys.executable, "-m", "pipeline", "train", "--vectors", SHIPPED, "--epochs", "2", "--concepts", "40"]
+    variables = {name: value for name, value in os.environ.items() if name not in NAMES}
+    variables |= {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri, **environment}
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=variables, timeout=200, check=False
+    )
+
+
+@pytest.fixture
+def locked(workplace):
+    """A lock in front of a real tracking server, and the server without it."""
+    port = free_port()
+    with mlflow_server(port):
+        proxy = Faulty(port)
+        yield proxy, f"http://127.0.0.1:{port}"
+        proxy.close()
+
+
+def test_credentials_are_respected_and_stand_nowhere(locked, workplace):
+    proxy, behind = locked
+    for number, (right, authorization) in enumerate(((BASIC, f"Basic {ENCODED}"), (TOKEN, f"Bearer {SECRET}"))):
+        proxy.authorization, proxy.refused = authorization, 0
+        for wrong in ({}, {name: f"not-{value}" for name, value in right.items()}):
+            done = train(proxy.url, **wrong)
+            assert done.returncode == 2
+            assert "the server denies access" in done.stderr.splitlines()[-1]
+            assert "MLFLOW_TRACKING_TOKEN" in done.stderr.splitlines()[-1]
+            assert not any(secret in done.stdout + done.stderr for secret in (SECRET, ENCODED, "Traceback"))
+        before = proxy.refused
+        done = train(proxy.url, "--seed", str(number), "--output", f"student{number}", **right)
+        assert done.returncode == 0, done.stderr
+        assert proxy.refused == before > 0
+        assert not any(secret in done.stdout + done.stderr for secret in (SECRET, ENCODED))
+    client = MlflowClient(behind)
+    runs = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == 4  # two sweeps of one cell
+    for path in (path for path in workplace.rglob("*") if path.is_file()):  # database, artifacts, students, reports
+        held = path.read_bytes()
+        assert SECRET.encode() not in held, path
+        assert ENCODED.encode() not in held, path
+
+
+def test_a_token_that_expires_meanwhile_is_said_in_one_line_and_loses_nothing(locked):
+    proxy, behind = locked
+    proxy.authorization = f"Bearer {SECRET}"
+    client = MlflowClient(behind)
+
+    def expire():
+        while not (found := client.get_experiment_by_name(NAME)) or not client.search_runs([found.experiment_id]):
+            time.sleep(0.1)
+        proxy.authorization = "Bearer of-tomorrow"
+
+    thread = threading.Thread(target=expire)
+    thread.start()
+    done = train(proxy.url, **TOKEN)
+    thread.join()
+    assert done.returncode == 1
+    assert "the server denies access" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    done = train(proxy.url, MLFLOW_TRACKING_TOKEN="of-tomorrow")
+    assert done.returncode == 0, done.stderr
+    runs = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2
+
+
+def test_a_server_that_starts_with_those_who_need_it_is_waited_for(workplace):
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    begin = time.monotonic()
+    done = train(uri, TRACKING_PATIENCE_SECONDS="1")
+    assert done.returncode == 1  # out of reach is no wrong input: a Job tries again
+    assert f"{uri}: has not answered for 1 s" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    process = threading.Thread(target=lambda: results.append(train(uri, TRACKING_PATIENCE_SECONDS="120")))
+    results = []
+    process.start()
+    time.sleep(time.monotonic() - begin)  # as long as it takes to come to that
+    with mlflow_server(port):
+        process.join()
+        client = MlflowClient(uri)
+        runs = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
+    assert results[0].returncode == 0, results[0].stderr
+    assert "nothing answers there yet" in results[0].stderr
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert Path("results").is_dir()
