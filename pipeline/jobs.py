@@ -24,7 +24,7 @@ from pipeline.plan import Plan, Request, check_output, check_prompts, header_of,
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
 from pipeline.storage import Output, put
 from pipeline.teachers import Source, Teacher, find_teacher, load_teacher
-from pipeline.tracking import Run, closing, connect
+from pipeline.tracking import Run, closing, connect, patiently
 from pipeline.vectors import read_header
 from pipeline.vocabulary import Bar
 
@@ -66,18 +66,20 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
             _share(options, accelerator, source, request, output, shard, _no_bar)
         return None
     tags = {"role": "extract", "teacher": source.name, "revision": source.revision, "extraction_key": request.key}
-    with closing(connect().open_run(f"extract {source.name}", tags)) as run:
-        run.log_params(asdict(options))
+    tracker = connect()
+    with closing(patiently(lambda: tracker.open_run(f"extract {source.name}", tags))) as run:
+        patiently(lambda: run.log_params(asdict(options)))
         if held:
             output.leave()
-            run.set_tags({"cache": "hit", "vectors_sha256": (header_of(output) or {})["sha256"]})
+            known = {"cache": "hit", "vectors_sha256": (header_of(output) or {})["sha256"]}
+            patiently(lambda: run.set_tags(known))
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
         plan, teacher = _share(options, accelerator, source, request, output, shard, bar, run)
         if not options.merge and (missing := len(plan.missing())) and not plan.is_merged:
             output.leave()
             return f"{output}: shard {options.shard} is done; the last shard merges, {missing} parts are left to others"
         in_sink = merge(request, plan)
-        told = _log(run, request, output, options, in_sink)
+        told = patiently(lambda: _log(run, request, output, options, in_sink))
         if options.vocabulary and output.path.suffix != ".pt":
             teacher = teacher or load_teacher(source, accelerator.device, options.device_map)
             place = _write_vocabulary(teacher, request, output, tokens_bar)
@@ -124,7 +126,8 @@ def _share(
                 teacher, request, plan, todo, options.batch_tokens, lambda prompts: advance(prompts / templates)
             )
         if run is not None:
-            run.log_metrics(_speed(cost, templates, flops_per_token(teacher, request.layers), accelerator))
+            speed = _speed(cost, templates, flops_per_token(teacher, request.layers), accelerator)
+            patiently(lambda: run.log_metrics(speed))
     if run is not None and not options.merge:
         here = [Worker(shard.index * accelerator.num_processes + n, me.count) for n in range(accelerator.num_processes)]
         while any(plan.missing(worker) for worker in here) and not plan.is_merged:

@@ -3,9 +3,11 @@
 import http.client
 import threading
 import time
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SKEWED = b"<?xml version='1.0'?><Error><Code>RequestTimeTooSkewed</Code><Message>Skewed.</Message></Error>"
 HOPS = {"transfer-encoding", "expect", "connection", "content-length"}
 
 
@@ -21,6 +23,7 @@ class Faulty(ThreadingHTTPServer):
         delay: seconds that each request waits.
         after: bytes of uploads after which the connection is cut, and every one thereafter; None never.
         flip: whether what is read comes with a wrong first byte.
+        punctual: whether requests are refused whose date is a quarter of an hour from the store's, as stores do.
         authorization: the header without which each request is refused with 401; None lets all through.
         refused: how many were.
     """
@@ -31,7 +34,7 @@ class Faulty(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url, self.target = f"http://127.0.0.1:{self.server_address[1]}", target
         self.every, self.delay, self.after, self.flip = 0, 0.0, None, False
-        self.authorization = None
+        self.authorization, self.punctual = None, False
         self.count = self.uploaded = self.refused = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -54,12 +57,18 @@ class _Handler(BaseHTTPRequestHandler):
         elif proxy.authorization not in (None, self.headers.get("Authorization")):
             proxy.refused += 1
             self._answer(401, [("Content-Type", "text/html"), ("WWW-Authenticate", "Bearer")], b"<html>\nNo.\n</html>")
+        elif proxy.punctual and self._is_skewed():
+            self._answer(403, [("Content-Type", "application/xml")], SKEWED)
         elif proxy.every and proxy.count % proxy.every == 0:
             self._answer(503, [("Content-Type", "application/xml")], BUSY)
         else:
             self._forward(body)
 
     do_GET = do_PUT = do_POST = do_PATCH = do_HEAD = do_DELETE = handle_request  # noqa: N815 (names of http.server)
+
+    def _is_skewed(self):
+        date = datetime.strptime(self.headers["X-Amz-Date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        return abs(datetime.now(UTC) - date).total_seconds() > 900
 
     def _forward(self, body):
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=60)

@@ -136,16 +136,24 @@ def test_any_user_can_run_it_on_a_read_only_root(image, tmp_path):
     assert told.returncode == 2
     assert "/opt/" in told.stderr.splitlines()[-1]
     assert "Read-only file system" in told.stderr.splitlines()[-1]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "student").iterdir()}
+    read_only = ("-v", f"{tmp_path}/student:/volume:ro")
+    told = docker(*common, *read_only, image, "python", "-m", "pipeline", "train", "--epochs", "2", "--concepts", "40",
+                  "--output", "/volume", check=False)  # fmt: skip
+    assert told.returncode == 2
+    assert "Read-only file system" in told.stderr.splitlines()[-1]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "student").iterdir()} == before
 
 
 def test_a_full_disk_is_said_in_one_line(image):
     told = docker("run", "--rm", *LIMITED, "--tmpfs", "/work:size=3m,mode=1777", "-e",
-                  "MLFLOW_TRACKING_URI=sqlite:////tmp/mlflow.db", image, "python", "-m", "pipeline", "train",
-                  "--epochs", "1", "--concepts", "40", "--hidden-dim", "1024", "--output", "/work/student",
-                  check=False)  # fmt: skip
+                  "MLFLOW_TRACKING_URI=sqlite:////tmp/mlflow.db", image, "sh", "-c",
+                  "python -m pipeline train --epochs 1 --concepts 40 --hidden-dim 1024 --output /work/student; "
+                  "code=$?; find /work -type f; exit $code", check=False)  # fmt: skip
     assert told.returncode == 1
     assert "No space left on device" in told.stderr.splitlines()[-1]
     assert "Traceback" not in told.stderr
+    assert not any(name in told.stdout for name in (".part", "config.json", "cell.json"))  # nothing that looks whole
 
 
 def test_a_stop_of_the_container_closes_the_runs(image, tmp_path):

@@ -1,6 +1,7 @@
 """Files in S3: a real S3 server, and one that fails."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,10 +110,25 @@ def test_shards_on_several_machines_meet_in_s3(s3, workplace, tiny_folder, tmp_p
     assert "v.safetensors" not in storage.names_below("s3://bucket")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # another machine, which has only S3 in common
     assert "sha256" in extract(teacher, "s3://bucket/v.safetensors", "--shard", "0/2")
-    assert storage.names_below("s3://bucket") == {"v.safetensors"}
+    assert storage.names_below("s3://bucket") == {"v.safetensors", "v.vocabulary.safetensors"}
     assert storage.fetch("s3://bucket/v.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
     assert "nothing to do" in extract(teacher, "s3://bucket/v.safetensors")
     assert not list(tmp_path.glob("activation-distillation-*/*"))
+
+
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="needs faketime")
+def test_a_clock_that_is_an_hour_off_is_said_and_nothing_is_left(s3, workplace, tiny_folder):
+    Path("c.csv").write_text(CSV)
+    s3.punctual = True
+    command = ["faketime", "-f", "+1h", sys.executable, "-m", "pipeline", "extract", "--teacher", tiny_folder("gpt2"),
+               "--layers", "1,2", "--concepts", "c.csv", "--output", "s3://bucket/v.safetensors"]  # fmt: skip
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "clock of this machine is off" in done.stderr.splitlines()[-1]
+    assert storage.names_below("s3://bucket") == set()
+    assert "sha256" in extract(tiny_folder("gpt2"), "s3://bucket/v.safetensors")
+    assert {"v.safetensors"} <= storage.names_below("s3://bucket")
 
 
 def test_an_output_in_s3_that_is_something_else_is_not_written_over(s3, workplace, run, tiny_folder):

@@ -10,8 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,17 +189,3 @@ def final_metrics(metrics: Mapping[str, float], step: int, model_id: str, now: i
 
 def _public_version(package: str) -> str:
     return importlib.metadata.version(package).split("+")[0]  # "+cpu" names a build that indexes do not offer
-
-
-@contextmanager
-def closing(run: Run) -> Iterator[Run]:
-    """Close the run as its work ends: KILLED on an interruption, FAILED on any other error."""
-    try:
-        yield run
-    except KeyboardInterrupt:
-        run.end("KILLED")
-        raise
-    except BaseException:
-        run.end("FAILED")
-        raise
-    run.end("FINISHED")

@@ -341,6 +341,18 @@ def patiently(work: Callable[[], T]) -> T:
             raise WorkError(f"artifacts of MLflow: {error}") from error
 
 
+@contextmanager
+def closing(run: Run) -> Iterator[Run]:
+    """Close the run as its work ends: KILLED on an interruption, FAILED on any other error."""
+    try:
+        yield run
+    except BaseException as error:
+        with contextlib.suppress(*TrackingError):  # the error says more than a server that is gone too
+            run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    patiently(lambda: run.end("FINISHED"))
+
+
 def settle(begin: float) -> None:
     """Wait until everyone who looked at the same time as we did has made what was missing.
 
