@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.precision import multiplies_faster
-from pipeline.reading import POOLS, Floats, Reading, Texts
+from pipeline.reading import POOLS, Floats, Reading, Table, Texts
 from pipeline.students import KINDS
 
 ROWS = 1 << 14  # of a table converted at once
 
 
-def bulk_of(kind: str, reading: Reading, parameters: Mapping[str, Floats]) -> Callable[[Texts], Floats] | None:
-    """What gives a student's centred vectors for texts, ``[n, d_model]``; None for students that it does not speed up.
+def bulk_of(
+    kind: str, reading: Reading, parameters: Mapping[str, Floats]
+) -> Callable[[Texts, Floats, Floats], None] | None:
+    """What writes a student's centred vectors for texts plus a shift; None for students that it does not speed up.
 
     Args:
         kind: of the student.
@@ -28,47 +30,67 @@ def bulk_of(kind: str, reading: Reading, parameters: Mapping[str, Floats]) -> Ca
     if kind not in ("mlp", "ridge") or not {part.pool for part in reading.parts} <= set(POOLS):
         return None
     dtype = torch.bfloat16 if multiplies_faster(torch.bfloat16, torch.device("cpu")) else torch.float32
-    tables = {name: _dense(reading, name, dtype) for name in {part.table for part in reading.parts}}
-    width = next(iter(tables.values())).shape[1]
-    if reading.is_folded and kind == "mlp" and width != parameters["out.weight"].shape[0]:
-        return None  # a linear skip in the tables
-    short = {name: torch.from_numpy(value)[None].to(dtype) for name, value in parameters.items()}
-    return partial(_answer, reading, kind, tables, short, dtype)
+    if not reading.is_folded:
+        offsets = [reading.offset[columns] for columns in reading.columns]
+        scales = [np.broadcast_to(reading.scale, reading.offset.shape)[columns] for columns in reading.columns]
+        constant = np.zeros(1, np.float32)
+    else:  # what all rows have in common goes into the bias: 16 bits are for what tells them apart
+        offsets = [_mean(reading.tables[part.table]) for part in reading.parts]
+        scales = [np.ones(1, np.float32)] * len(offsets)
+        constant = np.sum(offsets, axis=0) - reading.offset
+    tables = [
+        _dense(reading.tables[part.table], offset, scale, dtype)
+        for part, offset, scale in zip(reading.parts, offsets, scales, strict=True)
+    ]
+    held = dict(parameters)
+    if reading.is_folded and kind == "mlp":
+        if tables[0].shape[1] != parameters["out.weight"].shape[0]:
+            return None  # a linear skip in the tables
+        held["in.bias"] = held["in.bias"] + constant
+        constant = np.zeros(1, np.float32)
+    short = {name: torch.from_numpy(value)[None].to(dtype) for name, value in held.items()}
+    apply = KINDS[kind].apply if short else None
+    return partial(_answer, [part.pool for part in reading.parts], tables, reading.is_folded, apply, short, constant)
 
 
-def _dense(reading: Reading, name: str, dtype: torch.dtype) -> Tensor:
-    """A table without its scales, ``[types, width]``."""
-    table = reading.tables[name]
+def _mean(table: Table) -> Floats:
+    """The mean row."""
+    total = np.zeros(table.width)
+    for start in range(0, len(table.values), ROWS):
+        total += table[np.arange(start, min(start + ROWS, len(table.values)))].sum(0)
+    return (total / len(table.values)).astype(np.float32)
+
+
+def _dense(table: Table, offset: Floats, scale: Floats, dtype: torch.dtype) -> Tensor:
+    """A table as numbers of one type, less an offset and by a scale, ``[types, width]``."""
     made = torch.empty(table.values.shape, dtype=dtype)
     for start in range(0, len(made), ROWS):
-        made[start : start + ROWS] = torch.from_numpy(table[np.arange(start, min(start + ROWS, len(made)))])
+        rows = table[np.arange(start, min(start + ROWS, len(made)))]
+        made[start : start + ROWS] = torch.from_numpy((rows - offset) / scale)
     return made
 
 
 @torch.inference_mode()
 def _answer(
-    reading: Reading,
-    kind: str,
-    tables: dict[str, Tensor],
+    pools: Sequence[str],
+    tables: Sequence[Tensor],
+    is_folded: bool,
+    apply: Callable[..., Tensor] | None,
     parameters: dict[str, Tensor],
-    dtype: torch.dtype,
+    constant: Floats,
     asked: Texts,
-) -> Floats:
+    shift: Floats,
+    out: Floats,
+) -> None:
     values, offsets = (torch.from_numpy(part) for part in (asked.tokens.values, asked.tokens.offsets))
     pooled = []
-    for part in reading.parts:
-        table = tables[part.table]
-        if part.pool == "mean":
+    for pool, table in zip(pools, tables, strict=True):
+        if pool == "mean":
             pooled.append(F.embedding_bag(values, table, offsets[:-1], mode="mean"))
         else:
-            pooled.append(table[values[offsets[1:] - 1 if part.pool == "last" else offsets[:-1]]])
-    if reading.is_folded:
-        read = torch.stack(pooled).sum(0) if len(pooled) > 1 else pooled[0]
-        read = read - torch.from_numpy(reading.offset).to(dtype)
-        if kind == "ridge":
-            return read.float().numpy()
-    else:
-        read = torch.cat(pooled, 1) - torch.from_numpy(reading.offset).to(dtype)
-        read = read / torch.from_numpy(reading.scale).to(dtype)
-    answer: Tensor = KINDS[kind].apply(parameters, read[None])[0]
-    return answer.float().numpy()
+            pooled.append(F.embedding(values[offsets[1:] - 1 if pool == "last" else offsets[:-1]], table))
+    read = pooled[0] if is_folded else torch.cat(pooled, 1)
+    for own in pooled[1:] if is_folded else []:
+        read += own
+    answer = read if apply is None else apply(parameters, read[None])[0]
+    torch.add(answer, torch.from_numpy(shift + constant), out=torch.from_numpy(out))  # in float32, for a mean is large

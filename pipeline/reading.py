@@ -42,7 +42,7 @@ LINES_OF_LETTERS = re.compile(r"[^\W\d_]+(?:[ \n][^\W\d_]+)*")
 
 @dataclass(frozen=True)
 class Ragged:
-    """Lists of whole numbers of different lengths, none empty, end to end.
+    """Lists of whole numbers of different lengths, end to end.
 
     Attributes:
         values: ``[total]``.
@@ -327,14 +327,14 @@ class Tokenization:
         Raises:
             InputError: a text without any token.
         """
-        if self.by_word and (quick := self._all_words(texts)) is not None:
-            return quick
-        found = self._by_word(texts) if self.by_word else self._encode(texts)
-        if self._blank is not None:
-            found = [ids[1:] if ids and ids[0] == self._blank else ids for ids in found]
-        if (place := next((place for place, ids in enumerate(found) if not ids), None)) is not None:
+        found = self._all_words(texts) if self.by_word else None
+        if found is None:
+            found = Ragged.of(self._by_word(texts) if self.by_word else self._encode(texts))
+        found = self._without_blank(found)
+        if not found.lengths.all():
+            place = int(np.flatnonzero(found.lengths == 0)[0])
             raise InputError(f"text {texts[place][:60]!r}: the teacher's tokenizer gives it no token")
-        return Ragged.of(found)
+        return found
 
     @cached_property
     def _blank(self) -> int | None:
@@ -343,6 +343,17 @@ class Tokenization:
             return None
         ids = self.tokenizer.encode(" ", add_special_tokens=False).ids
         return int(ids[0]) if len(ids) == 1 else None
+
+    def _without_blank(self, found: Ragged) -> Ragged:
+        """The tokens of texts without that of the blank before them."""
+        if self._blank is None or not len(found.values):
+            return found
+        starts = np.minimum(found.offsets[:-1], len(found.values) - 1)
+        is_blank = (found.values[starts] == self._blank) & (found.lengths > 0)
+        if not is_blank.any():
+            return found
+        lengths = found.lengths - is_blank
+        return Ragged(np.delete(found.values, starts[is_blank]), np.concatenate([[0], lengths.cumsum()]))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         prompts = [self.prompt.replace("{concept}", text) for text in texts]
@@ -384,9 +395,7 @@ class Tokenization:
         numbers = np.fromiter((text.count(" ") for text in texts), np.int64, len(texts)) + 1  # words of each text
         if numbers.sum() != len(words):  # a line break inside a text
             return None
-        found = Ragged(tokens.values, tokens.offsets[np.concatenate([[0], numbers.cumsum()])])
-        # Letters that no blank becomes one with begin with a token of the blank: those texts are done one by one.
-        return None if (found.values[found.offsets[:-1]] == self._blank).any() else found
+        return Ragged(tokens.values, tokens.offsets[np.concatenate([[0], numbers.cumsum()])])
 
     def _learn(self, words: set[str], known: dict[str, list[int]]) -> None:
         """Know the tokens of words."""

@@ -123,6 +123,7 @@ class Student:
             raise InputError(f"batch_size {batch_size}: expected at least 1")
         texts = checked(sentences)
         answers = np.empty((len(texts), self.d_model), np.float32)
+        shift = np.zeros_like(self.mean) if normalize_embeddings else self.mean
         compute = self._bulk if len(texts) >= BULK else None
         if compute is None:
             compute = self._compute
@@ -131,22 +132,19 @@ class Student:
 
         def work(start: int) -> None:
             part = texts[start : start + batch_size]
-            answers[start : start + len(part)] = compute(self._texts(part))
+            compute(self._texts(part), shift, answers[start : start + len(part)])
 
         with _progress(len(texts), show_progress_bar) as advance:
             for start in _side_by_side(work, range(0, len(texts), batch_size)):
                 advance(min(batch_size, len(texts) - start))
-        if normalize_embeddings:
-            return _unit(answers)
-        answers += self.mean
-        return answers
+        return _unit(answers) if normalize_embeddings else answers
 
-    def _compute(self, texts: Texts) -> Floats:
-        """Centred vectors, ``[n, d_model]``."""
-        return FORWARD[self.config["student"]](self.parameters, self.reading(texts))
+    def _compute(self, texts: Texts, shift: Floats, out: Floats) -> None:
+        """Write centred vectors plus a shift ``[d_model]`` to ``out``, ``[n, d_model]``."""
+        np.add(FORWARD[self.config["student"]](self.parameters, self.reading(texts)), shift, out=out)
 
     @cached_property
-    def _bulk(self) -> Callable[[Texts], Floats] | None:
+    def _bulk(self) -> Callable[[Texts, Floats, Floats], None] | None:
         """The same for very many texts, where torch is installed and the student is of a kind that it speeds up."""
         try:
             from pipeline.bulk import bulk_of
