@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHIPPED
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
@@ -143,10 +143,15 @@ def test_students_of_any_teacher_and_template(workplace, run, tiny_folder, templ
     np.testing.assert_array_equal(found.values, vectors.token_vocab[data.types.values])
 
 
+@pytest.fixture(scope="module")
+def way(vocabulary, vectors):
+    return tokenization_of(vocabulary, vectors)
+
+
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30), min_size=1))
-def test_tokens_are_those_of_the_teachers_prompt(smollm2, vectors, vocabulary, texts):
+def test_tokens_are_those_of_the_teachers_prompt(smollm2, way, texts):
     texts = [text.strip() for text in texts if text.strip()]
-    way = tokenization_of(vocabulary, vectors)
     if texts:
         expected = [prompt.own_ids for prompt in tokenize(smollm2[1], texts, "Tell me about {concept}")]
         found = way(texts)
