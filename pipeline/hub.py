@@ -23,13 +23,14 @@ def fetch(place: str) -> Path:
         InputError: no such place, or it may not be read.
         WorkError: the hub does not answer.
     """
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
 
     kind, repo, revision, name = _parse(place)
     with told(place):
         if name:
             return Path(hf_hub_download(repo, name, repo_type=kind, revision=revision))
-        return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=list(FILES)))
+        files = [hf_hub_download(repo, part, repo_type=kind, revision=revision) for part in FILES]
+    return Path(files[0]).parent
 
 
 def _parse(place: str) -> tuple[str, str, str | None, str]:
@@ -63,6 +64,10 @@ def told(place: str) -> Iterator[None]:
         raise InputError(f"{place}: {error}") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
+        if status == 404:
+            raise InputError(
+                f"{place}: has not all files of a student, or no such file ({error.response.url})"
+            ) from error
         if status in (401, 403):
             raise InputError(f"{place}: the hub refuses ({status}); log in with: hf auth login") from error
         raise WorkError(f"{place}: the hub answers {status}: {str(error).splitlines()[0]}") from error

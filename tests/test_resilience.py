@@ -126,7 +126,7 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
 """
-KILLS = 20
+KILLS = int(os.environ.get("TEST_KILLS", "5"))
 
 
 def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid):

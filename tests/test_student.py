@@ -124,8 +124,10 @@ def test_a_student_that_runs_the_teacher_does_not_stand_alone():
     assert not needs_teacher(Cell(student="transformer"))
 
 
-@pytest.mark.parametrize("template", ["Tell me about {concept}", "{concept}", 'The word "{concept}" means'])
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("architecture", "template"),
+    [("gpt2", "{concept}"), ("llama", "Tell me about {concept}"), ("llama", '"{concept}" is')],
+)
 def test_students_of_any_teacher_and_template(workplace, run, tiny_folder, template, architecture):
     arguments = ("extract", "--teacher", tiny_folder(architecture), "--layers", "2", "--num-concepts", 120,
                  "--concepts", ROOT / "data" / "concepts.csv", "--template", template, "--output",
