@@ -88,6 +88,15 @@ def templates():
     return Catalogued(read_vectors(SHIPPED.with_name("smollm2-135m-templates.safetensors")))
 
 
+# Files whose tests take longest, which begin first so that no worker is left alone with one at the end.
+LONG = ("test_container", "test_resilience", "test_sweep", "test_tracking", "test_extraction", "test_storage")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_xdist_auto_num_workers():
     """Workers of ``-n auto``: four at the least, for many tests wait for servers, kills and containers."""
     return max(4, len(os.sched_getaffinity(0)))
