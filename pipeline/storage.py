@@ -15,7 +15,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise _of_disk(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that cannot be written at all refuses even to remove what is not there
+            part.unlink(missing_ok=True)
 
 
 def _of_disk(path: Path, error: OSError) -> InputError | WorkError:
