@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import click
 
@@ -27,6 +27,9 @@ from pipeline.options import (
     flag,
 )
 from pipeline.storage import output_folder
+
+if TYPE_CHECKING:
+    from pipeline.student import Student
 
 
 def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -167,7 +170,6 @@ def _sweep(
     from pipeline.export import standing_alone
     from pipeline.features import Catalogued
     from pipeline.processes import parse_shard, start
-    from pipeline.report import SHORT, table_rows, verdict, write_report
     from pipeline.storage import writable
     from pipeline.sweep import Incomplete, prepare, run_sweep
     from pipeline.tracking import connect, fetch
@@ -180,6 +182,12 @@ def _sweep(
         writable(path)
     tracker, accelerator = connect(), start()
     bar = display.counting("vocabulary", "tokens")
+
+    def report(results: dict[str, Any], stem: str, student: Student) -> list[Path]:
+        from pipeline.report import write_report  # only by the worker that reports: plots take seconds to load
+
+        return write_report(results, stem, output, student, data.vectors)
+
     with display.sweep() as watcher:
         done = run_sweep(
             name,
@@ -194,7 +202,7 @@ def _sweep(
             sweep_id=sweep_id,
             resume=options.resume,
             shard=part,
-            report=lambda results, stem, student: write_report(results, stem, output, student, data.vectors),
+            report=report,
             export=lambda trained: standing_alone(trained, data, str(options.vectors), accelerator.device, bar),
             register=options.register,
             watcher=watcher,
@@ -207,6 +215,8 @@ def _sweep(
             "the shard that completes the sweep writes the report"
         )
         return
+    from pipeline.report import SHORT, table_rows, verdict
+
     display.table(*table_rows(done.results, SHORT))
     click.echo(f"{verdict(done.results)}\n")
     for title, path in zip(["results", "report"] + [""] * len(done.files), [done.path, *done.files], strict=False):

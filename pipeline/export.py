@@ -13,13 +13,13 @@ from torch import Tensor
 from pipeline.card import student_card
 from pipeline.concepts import balanced_order
 from pipeline.errors import InputError
+from pipeline.families import licence_of
 from pipeline.features import EYES, Catalogued, Subset, reading_of
 from pipeline.inference import first_map, without_first_map
 from pipeline.metrics import interval
 from pipeline.options import Cell
 from pipeline.reading import BLOCK, Reading, Table
 from pipeline.student import Student
-from pipeline.teachers import licence_of
 from pipeline.vocabulary import Bar, Vocabulary, find, tokenization_of
 
 MOST_CATALOGUE = 5000  # concepts whose true vectors go with a student

@@ -15,7 +15,8 @@ from torch import Tensor
 from pipeline.concepts import balanced_order, by_categories
 from pipeline.errors import InputError, choices
 from pipeline.options import Cell
-from pipeline.reading import BLOCK, NGRAM_BUCKETS, POOLED, Floats, Ragged, Reading, Table, Texts, parts_of
+from pipeline.reading import BLOCK, NGRAM_BUCKETS, POOLED, Floats, Reading, Table, Texts, parts_of
+from pipeline.tokenization import Ragged
 from pipeline.vectors import Vectors
 
 WHITENING = 1.0  # shrinkage, in mean eigenvalues of the embeddings' covariance
@@ -238,7 +239,7 @@ class Catalogued:
             vocabulary: tables of all tokens, by name; those of the vectors file by default.
         """
         vectors = self.vectors
-        own = np.unique(self.types.take(rows).values)  # of the training concepts
+        own = np.unique(self.types.take(np.array(rows)).values)  # of the training concepts
         tables = {}
         for name in inputs.split("+"):
             if name.startswith(BLOCK):

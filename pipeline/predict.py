@@ -18,9 +18,10 @@ import numpy as np
 
 from pipeline.errors import InputError, choices
 from pipeline.options import PredictOptions
-from pipeline.reading import Floats, checked
+from pipeline.reading import Floats
 from pipeline.storage import Output, fetch, write_atomically
 from pipeline.student import Student
+from pipeline.tokenization import checked
 
 CHUNK = 1 << 15  # texts held at once
 DECIMALS = 5  # of a vector's numbers in text

@@ -7,11 +7,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pipeline.card import UNSTATED, vectors_card
+from pipeline.card import vectors_card
 from pipeline.errors import InputError
+from pipeline.families import UNSTATED, licence_of
+from pipeline.folders import CARD
 from pipeline.hub import FILES, SCHEME, told
-from pipeline.student import CARD, Student
-from pipeline.teachers import licence_of
+from pipeline.student import Student
 from pipeline.vectors import read_header
 
 

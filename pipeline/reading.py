@@ -1,26 +1,21 @@
-"""How texts become what a student reads: their tokens, and tables that are looked up by token and pooled.
+"""What a student reads of texts: tables that are looked up by token and pooled.
 
 NumPy alone, in training and afterwards: a trained student reads without torch.
 """
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from pipeline.errors import InputError
+from pipeline.tokenization import Integers, Ragged
 
 Floats = NDArray[np.float32]
-Integers = NDArray[np.int64]
 
 NGRAM_SIZES = (2, 3, 4)  # characters, with < and > around a word (Bojanowski et al., 2017)
 NGRAM_BUCKETS = 2048
@@ -34,45 +29,6 @@ POOLED = {
 }
 STREAMS = ("token_embeddings", "token_activations")  # tables in the coordinates of the residual stream
 LARGEST = 127  # of 8 bits
-LONGEST_TEXT = 10_000  # characters
-KNOWN_WORDS = 200_000  # whose tokens are remembered
-LETTERS = re.compile(r"[^\W\d_]+(?: [^\W\d_]+)*")
-LINES_OF_LETTERS = re.compile(r"[^\W\d_]+(?:[ \n][^\W\d_]+)*")
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Lists of whole numbers of different lengths, end to end.
-
-    Attributes:
-        values: ``[total]``.
-        offsets: ``[n + 1]``, where each list begins.
-    """
-
-    values: Integers
-    offsets: Integers
-
-    @classmethod
-    def of(cls, lists: Sequence[Sequence[int] | Integers]) -> Ragged:
-        """Join lists."""
-        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-        values = np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum()))
-        return cls(values, np.concatenate([[0], lengths.cumsum()]))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, place: int) -> Integers:
-        return self.values[self.offsets[place] : self.offsets[place + 1]]
-
-    @property
-    def lengths(self) -> Integers:
-        """Of each list, ``[n]``."""
-        return np.diff(self.offsets)
-
-    def take(self, places: Sequence[int]) -> Ragged:
-        """Some of the lists."""
-        return Ragged.of([self[place] for place in places])
 
 
 @dataclass(frozen=True)
@@ -302,141 +258,3 @@ def _mapped(table: Table, weight: Floats, rows: int = 1 << 14) -> Floats:
     for start in range(0, len(made), rows):
         made[start : start + rows] = table[np.arange(start, min(start + rows, len(made)))] @ weight
     return made
-
-
-@dataclass(frozen=True)
-class Tokenization:
-    """Texts as the teacher's tokens, as they stand in its prompt.
-
-    Attributes:
-        tokenizer: the teacher's.
-        prompt: what stands around ``{concept}``: the template, or as much of it as tells how a text's tokens fall.
-        whole: whether all tokens of the prompt are the text's own, but for a blank before it.
-        by_word: whether the words of a text are tokens of their own each, so that words can be remembered.
-    """
-
-    tokenizer: Tokenizer
-    prompt: str
-    whole: bool
-    by_word: bool
-    _known: list[dict[str, list[int]]] = field(default_factory=lambda: [{}], compare=False)
-
-    def __call__(self, texts: Sequence[str]) -> Ragged:
-        """Token ids of each text.
-
-        Raises:
-            InputError: a text without any token.
-        """
-        found = self._all_words(texts) if self.by_word else None
-        if found is None:
-            found = Ragged.of(self._by_word(texts) if self.by_word else self._encode(texts))
-        found = self._without_blank(found)
-        if not found.lengths.all():
-            place = int(np.flatnonzero(found.lengths == 0)[0])
-            raise InputError(f"text {texts[place][:60]!r}: the teacher's tokenizer gives it no token")
-        return found
-
-    @cached_property
-    def _blank(self) -> int | None:
-        """The token of a blank before a text that does not become one with the text's first token."""
-        if not (self.whole and self.prompt.startswith(" ")):
-            return None
-        ids = self.tokenizer.encode(" ", add_special_tokens=False).ids
-        return int(ids[0]) if len(ids) == 1 else None
-
-    def _without_blank(self, found: Ragged) -> Ragged:
-        """The tokens of texts without that of the blank before them."""
-        if self._blank is None or not len(found.values):
-            return found
-        starts = np.minimum(found.offsets[:-1], len(found.values) - 1)
-        is_blank = (found.values[starts] == self._blank) & (found.lengths > 0)
-        if not is_blank.any():
-            return found
-        lengths = found.lengths - is_blank
-        return Ragged(np.delete(found.values, starts[is_blank]), np.concatenate([[0], lengths.cumsum()]))
-
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        prompts = [self.prompt.replace("{concept}", text) for text in texts]
-        if self.whole:
-            encoded = self.tokenizer.encode_batch_fast(prompts, add_special_tokens=False)
-            return [list(one.ids) for one in encoded]
-        start = self.prompt.index("{concept}")
-        return [
-            [
-                number
-                for number, (left, right) in zip(one.ids, one.offsets, strict=True)
-                if left < start + len(text) and right > start
-            ]
-            for one, text in zip(self.tokenizer.encode_batch(prompts), texts, strict=True)
-        ]
-
-    def _by_word(self, texts: Sequence[str]) -> list[list[int]]:
-        known = self._known[0]
-        if len(known) > KNOWN_WORDS:
-            known = self._known[0] = {}  # others go on with the one they have
-        words = [text.split(" ") if LETTERS.fullmatch(text) else None for text in texts]
-        self._learn({word for own in words if own for word in own}, known)
-        others = iter(self._encode([text for text, own in zip(texts, words, strict=True) if own is None]))
-        return [
-            next(others) if own is None else list(chain.from_iterable(map(known.__getitem__, own))) for own in words
-        ]
-
-    def _all_words(self, texts: Sequence[str]) -> Ragged | None:
-        """Tokens of texts that are words and blanks alone, with nothing done for each text by itself; else None."""
-        lines = "\n".join(texts)
-        if not LINES_OF_LETTERS.fullmatch(lines):
-            return None
-        words = lines.replace("\n", " ").split(" ")
-        known = self._known[0]
-        if len(known) > KNOWN_WORDS:
-            known = self._known[0] = {}
-        self._learn(set(words), known)
-        tokens = Ragged.of(list(map(known.__getitem__, words)))
-        numbers = np.fromiter((text.count(" ") for text in texts), np.int64, len(texts)) + 1  # words of each text
-        if numbers.sum() != len(words):  # a line break inside a text
-            return None
-        return Ragged(tokens.values, tokens.offsets[np.concatenate([[0], numbers.cumsum()])])
-
-    def _learn(self, words: set[str], known: dict[str, list[int]]) -> None:
-        """Know the tokens of words."""
-        if new := list(words - known.keys()):
-            known.update(zip(new, self._encode(new), strict=True))
-
-
-def checked(texts: Iterable[object], first: int = 0) -> list[str]:
-    """Texts without the blanks around them.
-
-    Args:
-        texts: whatever came.
-        first: the number by which an error names the first of them.
-
-    Raises:
-        InputError: something that is no text, an empty one, one with a null byte, or one too long.
-    """
-    texts = list(texts)
-    try:
-        bare = list(map(str.strip, texts))  # type: ignore[arg-type]
-        whole = "\n".join(bare)
-        whole.encode()
-        if "\0" not in whole and all(bare) and max(map(len, bare), default=0) <= LONGEST_TEXT:
-            return bare
-    except (TypeError, UnicodeEncodeError):
-        pass
-    return [_checked(text, place) for place, text in enumerate(texts, first)]  # which it is, and what is wrong with it
-
-
-def _checked(text: object, place: int) -> str:
-    if not isinstance(text, str):
-        raise InputError(f"text {place}: expected text, found {type(text).__name__}")
-    bare = text.strip()
-    if not bare:
-        raise InputError(f"text {place}: empty")
-    if len(bare) > LONGEST_TEXT:
-        raise InputError(f"text {place}: {len(bare):,} characters; expected {LONGEST_TEXT:,} at the most")
-    try:
-        bare.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can carry
-        raise InputError(f"text {place}: half a character in it") from None
-    if "\0" in bare:
-        raise InputError(f"text {place}: a null byte in it")
-    return str(bare)

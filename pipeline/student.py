@@ -1,8 +1,6 @@
 """A trained student as a thing of its own: a folder from whose text comes a vector, with NumPy and nothing else.
 
-``config.json`` says what it is, ``model.safetensors`` holds its numbers, ``tokenizer.json`` is the teacher's, and
-``README.md`` its card. Checksums in ``config.json`` cover all of them. A student without a tokenizer answers for the
-concepts of its vectors file: that is how a sweep keeps its cells.
+A student without a tokenizer answers for the concepts of its vectors file: that is how a sweep keeps its cells.
 
     from pipeline import Student
     Student.load("my-student").encode(["volcano", "slow cooking"])  # [2, d_model]
@@ -10,8 +8,6 @@ concepts of its vectors file: that is how a sweep keeps its cells.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,20 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
 from tokenizers import Tokenizer
 
+from pipeline import folders
 from pipeline.errors import InputError
 from pipeline.inference import FORWARD, first_map
-from pipeline.reading import NGRAM_BUCKETS, Floats, Part, Ragged, Reading, Table, Texts, Tokenization, checked
-from pipeline.storage import fetch, write_atomically
+from pipeline.reading import NGRAM_BUCKETS, Floats, Part, Reading, Table, Texts
+from pipeline.storage import fetch
+from pipeline.tokenization import Ragged, Tokenization, checked
 
-FORMAT = "student-4"
-CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
-MOST_BYTES = {CONFIG: 1 << 23, TOKENIZER: 1 << 27, MODEL: 1 << 36}  # more is no student
 CHUNK = 1024  # texts read at once, so that they stay in the cache
 BULK = 20_000  # texts for which loading torch pays
-BULK_CHUNK = 4096
+BULK_CHUNK = 8192
 THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -124,10 +118,9 @@ class Student:
         texts = checked(sentences)
         answers = np.empty((len(texts), self.d_model), np.float32)
         shift = np.zeros_like(self.mean) if normalize_embeddings else self.mean
-        compute = self._bulk if len(texts) >= BULK else None
-        if compute is None:
-            compute = self._compute
-        else:
+        bulk = self._bulk if len(texts) >= BULK else None
+        compute, threads = bulk or self._compute, 1 if bulk else THREADS  # torch has threads of its own
+        if bulk:
             batch_size = max(batch_size, BULK_CHUNK)
 
         def work(start: int) -> None:
@@ -135,7 +128,7 @@ class Student:
             compute(self._texts(part), shift, answers[start : start + len(part)])
 
         with _progress(len(texts), show_progress_bar) as advance:
-            for start in _side_by_side(work, range(0, len(texts), batch_size)):
+            for start in _side_by_side(work, range(0, len(texts), batch_size), threads):
                 advance(min(batch_size, len(texts) - start))
         return _unit(answers) if normalize_embeddings else answers
 
@@ -162,8 +155,8 @@ class Student:
                     f"text {text[:60]!r}: this student answers for the {len(self.concepts):,} concepts of its vectors "
                     "file only; the one that a sweep leaves in its results answers for any text"
                 )
-        places = [self._places[text] for text in texts]
-        return Texts(texts, self.token_rows.take(places), np.array(places, np.int64))
+        places = np.array([self._places[text] for text in texts], np.int64)
+        return Texts(texts, self.token_rows.take(places), places)
 
     def nearest(self, vectors: Floats, count: int) -> list[list[tuple[str, float]]]:
         """Of each vector the concepts whose true vectors have the highest centred cosine with it, best first.
@@ -195,9 +188,7 @@ class Student:
                 tensors[f"{name}.scale"] = table.scale
         if self.token_rows is not None:
             tensors |= {"token_rows": self.token_rows.values, "token_offsets": self.token_rows.offsets}
-        contents = {MODEL: save({name: np.ascontiguousarray(value) for name, value in tensors.items()})}
         config = self.config | {
-            "format": FORMAT,
             "concepts": list(self.concepts),
             "reading": {
                 "parts": [[part.table, part.pool] for part in self.reading.parts],
@@ -205,18 +196,11 @@ class Student:
                 "is_folded": self.reading.is_folded,
             },
         }
+        tokenizer = None
         if self.tokenization is not None:
-            contents[TOKENIZER] = self.tokenization.tokenizer.to_str().encode()
+            tokenizer = self.tokenization.tokenizer
             config["tokenization"] = {name: getattr(self.tokenization, name) for name in ("prompt", "whole", "by_word")}
-        config["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        config["sha256"] = _sha256(config)
-        contents[CARD] = self.card.encode()
-        contents[CONFIG] = json.dumps(
-            config, indent=1, ensure_ascii=False
-        ).encode()  # last: with it the folder is whole
-        for name, content in contents.items():
-            if content:
-                write_atomically(folder / name, lambda part, content=content: part.write_bytes(content))  # type: ignore[misc]
+        folders.write(folder, folders.Folder(config, tensors, tokenizer, self.card))
 
     def _tables(self) -> dict[str, Table]:
         tables = {f"tables.{name}": table for name, table in self.reading.tables.items()}
@@ -237,23 +221,21 @@ class Student:
         else:
             path = fetch(place)
         try:
-            config = _read_config(path)
-            contents = {name: _read(path, name, digest) for name, digest in config.pop("files").items()}
-            return _assembled(config, contents, _card(path))
+            return _assembled(folders.read(path))
         except InputError as error:
             raise InputError(f"student {place}: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
             raise InputError(f"student {place}: not a student folder, or damaged ({error})") from error
 
 
-def _side_by_side(work: Any, starts: Sequence[int]) -> Iterator[int]:
+def _side_by_side(work: Any, starts: Sequence[int], workers: int) -> Iterator[int]:
     """Do the work in threads; NumPy and the tokenizer let others run meanwhile."""
-    if len(starts) < 2:
+    if workers < 2 or len(starts) < 2:
         for start in starts:
             work(start)
             yield start
         return
-    with ThreadPoolExecutor(THREADS) as threads:
+    with ThreadPoolExecutor(workers) as threads:
         for start, done in zip(starts, threads.map(work, starts), strict=True):
             assert done is None
             yield start
@@ -282,54 +264,15 @@ def _unit(values: Floats) -> Floats:
     return unit
 
 
-def _sha256(config: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in config.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _read(folder: Path, name: str, digest: str | None = None) -> bytes:
-    """The bytes of a file of the folder itself, once they are known to be what was written."""
-    if name not in MOST_BYTES:
-        raise InputError(f"names the file {name!r}; expected {', '.join(sorted(MOST_BYTES))}")
-    path = folder / name
-    size = path.stat().st_size
-    if size > MOST_BYTES[name]:
-        raise InputError(f"{name} has {size:,} bytes; expected {MOST_BYTES[name]:,} at the most")
-    content = path.read_bytes()
-    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
-        raise InputError(f"{name} is damaged (it does not match its checksum)")
-    return content
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = json.loads(_read(folder, CONFIG))
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"format {found!r}, expected {FORMAT!r}; train it again")
-    if config.pop("sha256") != _sha256(config):
-        raise InputError(f"{CONFIG} is damaged (it does not match its checksum)")
-    if config["student"] not in FORWARD:
-        raise InputError(f"a student of an unknown kind, {config['student']!r}")
-    return config
-
-
-def _card(folder: Path) -> str:
-    path = folder / CARD
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _assembled(config: dict[str, Any], contents: dict[str, bytes], card: str) -> Student:
-    """A student from the contents of its files, all of whose shapes fit together.
+def _assembled(found: folders.Folder) -> Student:
+    """A student from what its folder holds, all of whose shapes fit together.
 
     Raises:
         InputError: they do not.
     """
-    tensors = load(contents[MODEL])
-    for name, value in tensors.items():
-        if value.dtype not in (np.int8, np.int64, np.float16, np.float32):
-            raise InputError(f"tensor {name}: {value.dtype}, expected int8, int64, float16 or float32")
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise InputError(f"tensor {name}: values that are not finite")
+    config, tensors = found.config, found.tensors
+    if config["student"] not in FORWARD:
+        raise InputError(f"a student of an unknown kind, {config['student']!r}")
 
     def table(name: str) -> Table:
         values, scale = tensors[f"{name}.values"], tensors.get(f"{name}.scale")
@@ -361,24 +304,18 @@ def _assembled(config: dict[str, Any], contents: dict[str, bytes], card: str) ->
         reading,
         tuple(names),
         token_rows,
-        None if how is None else _tokenization(contents[TOKENIZER], how),
+        None if how is None else _tokenization(found.tokenizer, how),
         table("catalogue") if "catalogue.values" in tensors else None,
-        card,
+        found.card,
     )
     _check(student)
     return student
 
 
-def _tokenization(content: bytes, how: Mapping[str, Any]) -> Tokenization:
-    try:
-        tokenizer = Tokenizer.from_str(content.decode())
-    except BaseException as error:  # the library's own panics are no Exceptions
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
-        raise InputError(f"{TOKENIZER} is no tokenizer ({str(error)[:100]})") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+def _tokenization(tokenizer: Tokenizer | None, how: Mapping[str, Any]) -> Tokenization:
     prompt = str(how["prompt"])
+    if tokenizer is None:
+        raise InputError(f"no {folders.TOKENIZER}")
     if prompt.count("{concept}") != 1:
         raise InputError(f"the prompt {prompt[:60]!r} should have {{concept}} once")
     return Tokenization(tokenizer, prompt, bool(how["whole"]), bool(how["by_word"]))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pipeline.errors import InputError, WorkError
-from pipeline.extraction import read_vocabulary
-from pipeline.reading import Ragged, Tokenization
 from pipeline.storage import fetch, is_remote, write_atomically
-from pipeline.teachers import Teacher, find_teacher, load_teacher
+from pipeline.tokenization import Ragged, Tokenization
 from pipeline.vectors import Vectors, stored_dtype
+
+if TYPE_CHECKING:
+    from pipeline.teachers import Teacher
 
 FORMAT = "teacher-vocabulary-1"
 SUFFIX = ".vocabulary.safetensors"
@@ -72,6 +73,8 @@ def read_from(teacher: Teacher, template: str, token_block: int | None, bar: Bar
         token_block: the early block to read; None reads the embeddings alone.
         bar: given a number of tokens, a progress bar that is advanced by tokens.
     """
+    from pipeline.extraction import read_vocabulary  # only where a teacher is read: transformers takes seconds to load
+
     tables = {"token_embeddings": teacher.embedding_table.float().cpu().numpy()}
     if token_block is not None:
         with bar(len(tables["token_embeddings"])) as advance:
@@ -128,6 +131,8 @@ def find(vectors: Vectors, place: str, device: torch.device | str, bar: Bar) -> 
     wanted, path = key_of(vectors), beside(place)
     if found := _beside(path, wanted):
         return found
+    from pipeline.teachers import find_teacher, load_teacher
+
     try:
         source = find_teacher(vectors.teacher, vectors.dtype, device)
         if source.revision != vectors.revision:

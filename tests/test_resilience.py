@@ -23,11 +23,11 @@ from pipeline.training import Keeping, train_stack
 EPOCHS = 12
 GRID = f"""
 fixed: {{epochs: {EPOCHS}, hidden_dim: 192, precision: float32}}
-axes: {{layers: [0, 1, 2, 3], concepts: [150, 300, 450]}}
+axes: {{layers: [0, 1, 2], concepts: [150, 300]}}
 include:
   - {{student: ridge, concepts: 150}}
 """
-CELLS = 13
+CELLS = 7
 CPU = torch.device("cpu")
 
 
@@ -37,16 +37,27 @@ def grid(workplace):
     return workplace
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What the sweep finds where nothing disturbs it."""
+    home = tmp_path_factory.mktemp("whole")
+    (home / "grid.yaml").write_text(GRID)
+    finish(sweep("--output", str(home), uri=fresh_database(home / "mlflow.db"), folder=home))
+    return results(home)
+
+
 def database(name="mlflow"):
     """A database in the current folder; by its whole path, for MLflow keeps one connection to an address."""
     return fresh_database(Path.cwd() / f"{name}.db")
 
 
-def sweep(*arguments, uri=None, **environment):
-    """A sweep in a process of its own."""
+def sweep(*arguments, uri=None, folder=None, **environment):
+    """A sweep in a process of its own, in the current folder or another."""
     command = [sys.executable, "-m", "pipeline", "sweep", "--grid", "grid.yaml", "--vectors", str(SHIPPED), *arguments]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri or database(), **environment}
-    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process):
@@ -115,7 +126,7 @@ for line in sys.stdin:
 KILLS = int(os.environ.get("TEST_KILLS", "5"))
 
 
-def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid):
+def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, whole):
     server = subprocess.Popen(
         [sys.executable, "-c", SWEEPS], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": database()},
@@ -142,8 +153,7 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid):
     server.stdin.close()
     assert server.wait() == 0
     check_runs()
-    finish(sweep("--output", "whole", uri=database("whole")))
-    equal(results(), results("whole"))
+    equal(results(), whole)
     assert not Path("results/.spool").exists()
 
 
@@ -169,15 +179,14 @@ def test_workers_that_start_at_once_agree_on_one_parent_and_train_every_cell_onc
     assert not list(Path().glob("out*/.spool"))
 
 
-def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid):
+def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid, whole):
     for shard, finished in (("1/3", False), ("0/3", False), ("2/3", True)):
         out = finish(sweep("--shard", shard, "--sweep-id", "parts"))
         assert ("the shard that completes the sweep writes the report" in out) != finished
         assert bool(list(Path("results").glob("*.png"))) == finished
         assert tracked()[0][0].info.status == ("FINISHED" if finished else "SCHEDULED")
     check_runs()
-    finish(sweep("--output", "whole", uri=database("whole")))
-    equal(results(), results("whole"))
+    equal(results(), whole)
 
 
 def test_a_worker_takes_over_what_a_dead_one_has_left(grid):

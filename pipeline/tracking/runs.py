@@ -22,8 +22,9 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from pipeline.reading import Part, Ragged, Reading, Table
+from pipeline.reading import Part, Reading, Table
 from pipeline.student import Student
+from pipeline.tokenization import Ragged
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of the two the one in C takes a tenth of the time
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
