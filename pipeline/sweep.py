@@ -43,9 +43,9 @@ from pipeline.training import train_stack
 
 # Whatever changes a number changes the key of a cell: these files are the code version in it.
 CODE = (
-    "reading.py", "features.py", "metrics.py", "objectives.py", "curriculum.py", "stack.py", "training.py",
-    "students/kinds.py",
-    "students/mlp.py", "students/transformer.py", "students/ridge.py", "students/kernel.py",
+    "tokenization.py", "reading.py", "features.py", "metrics.py", "objectives.py", "curriculum.py", "stack.py",
+    "training.py", "students/kinds.py", "students/mlp.py", "students/transformer.py", "students/ridge.py",
+    "students/kernel.py",
 )  # fmt: skip
 
 

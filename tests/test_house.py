@@ -22,6 +22,7 @@ from pipeline.options import (
     SweepOptions,
     TrainOptions,
 )
+from pipeline.tracking.runs import STUDENT_CODE
 
 JOBS = {
     "extract": ExtractOptions,
@@ -136,3 +137,14 @@ def test_every_requirement_is_pinned():
     assert {name.lower() for name in wanted} <= pins
     assert not any("+" in line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     assert Path(ROOT / "conda.yaml").is_file()
+
+
+def test_a_logged_student_carries_all_the_code_that_it_imports():
+    def at_once(path):  # not those inside functions: torch and the hub are for where the whole program is
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
+                yield from [node.module.split(".")[1]] if "." in node.module else [name.name for name in node.names]
+
+    for name in STUDENT_CODE:
+        needed = set(at_once(ROOT / "pipeline" / f"{name}.py"))
+        assert needed <= set(STUDENT_CODE), f"{name}.py needs {', '.join(needed - set(STUDENT_CODE))}"

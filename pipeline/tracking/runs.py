@@ -29,7 +29,7 @@ from pipeline.tokenization import Ragged
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of the two the one in C takes a tenth of the time
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
 # What a logged student carries: the rooms that turn text into vectors, without torch.
-STUDENT_CODE = ("__init__", "errors", "storage", "reading", "inference", "student", "served")
+STUDENT_CODE = ("__init__", "errors", "storage", "tokenization", "reading", "inference", "folders", "student", "served")
 EXAMPLE = ("volcano", "slow cooking")  # what a logged student may be asked
 STUDENT_PLACE = "artifacts/student"  # in the folder of a logged model
 STUDENT_NEEDS = ("mlflow", "numpy", "safetensors", "tokenizers")
