@@ -94,6 +94,9 @@ class Words:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def __reduce__(self) -> tuple[type[Words], tuple[()]]:
+        return Words, ()  # a copy, in another process too, meets its words itself
+
     def tokens(self, words: Sequence[str], encode: Callable[[list[str]], Ragged]) -> Ragged:
         """Token ids of each word; ``encode`` is asked for those that were not met before."""
         with self._asked:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import ROOT, SHIPPED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
@@ -217,6 +219,8 @@ def test_it_works_as_a_step_of_scikit_learn(student, vectors):
     texts, labels = [vectors.concepts[row] for row in chosen], [vectors.categories[row] for row in chosen]
     steps = make_pipeline(FunctionTransformer(student.encode), LogisticRegression(max_iter=500))
     assert steps.fit(texts[::2], labels[::2]).score(texts[1::2], labels[1::2]) > 0.8
+    again = pickle.loads(pickle.dumps(clone(steps)))  # as a grid search does for its processes
+    np.testing.assert_array_equal(again[0].transform(texts), student.encode(texts))
 
 
 def test_directions_and_the_nearest_concepts(student, vectors):
