@@ -5,7 +5,8 @@ from mlflow.entities import Run as MlflowRun
 
 from pipeline.tracking.backend import HostBackend
 from pipeline.tracking.runs import Run, curve_metrics, final_metrics
-from pipeline.tracking.tracker import Tracker, TrackingError, closing, connect, fetch, patiently, settle, student_at
+from pipeline.tracking.server import TrackingError, patiently
+from pipeline.tracking.tracker import Tracker, closing, connect, fetch, settle, student_at
 
 __all__ = [
     "HostBackend", "Metric", "MlflowRun", "Run", "Tracker", "TrackingError", "closing", "connect", "curve_metrics",
