@@ -70,7 +70,7 @@ def test_the_image_holds_the_program_and_nothing_else(image):
         number, unit = re.fullmatch(r"([\d.]+)([kM]?B)", layer["Size"]).groups()
         own += float(number) * {"B": 1e-6, "kB": 1e-3, "MB": 1.0}[unit]
     assert own < 30
-    look = "ls -A /opt/activation-distillation /tmp; ls /root/.cache /var/lib/apt/lists 2>&1; id -u; command -v gcc pip"
+    look = "ls -A /opt/activation-distillation /tmp; ls ~root/.cache /var/lib/apt/lists 2>&1; id -u; command -v gcc pip"
     found = docker("run", "--rm", "--entrypoint", "sh", image, "-c", f"{look}; true")
     for absent in ("tests", "benchmarks", ".git", "/gcc", "/pip", "InRelease", "templates"):
         assert absent not in found
@@ -127,9 +127,10 @@ def test_what_keeps_the_container_from_running_is_said_with_advice(image, projec
 
 def test_any_user_can_run_it_on_a_read_only_root(image, tmp_path):
     tmp_path.chmod(0o777)
-    common = ("run", "--rm", *LIMITED, "-v", f"{tmp_path}:/work", "-e", "MLFLOW_TRACKING_URI=sqlite:////work/mlflow.db")
+    common = ("run", "--rm", *LIMITED, "-v", f"{tmp_path}:/scratch",
+              "-e", "MLFLOW_TRACKING_URI=sqlite:////scratch/mlflow.db")  # fmt: skip
     docker(*common, image, "python", "-m", "pipeline", "train", "--epochs", "1", "--concepts", "40", "--output",
-           "/work/student")  # fmt: skip
+           "/scratch/student")  # fmt: skip
     assert (tmp_path / "student" / "model.safetensors").stat().st_uid == 12345
     told = docker(*common, image, "python", "-m", "pipeline", "train", "--epochs", "1", "--output", "/opt/student",
                   check=False)  # fmt: skip
@@ -146,10 +147,10 @@ def test_any_user_can_run_it_on_a_read_only_root(image, tmp_path):
 
 
 def test_a_full_disk_is_said_in_one_line(image):
-    told = docker("run", "--rm", *LIMITED, "--tmpfs", "/work:size=3m,mode=1777", "-e",
+    told = docker("run", "--rm", *LIMITED, "--tmpfs", "/scratch:size=3m,mode=1777", "-e",
                   "MLFLOW_TRACKING_URI=sqlite:////tmp/mlflow.db", image, "sh", "-c",
-                  "python -m pipeline train --epochs 1 --concepts 40 --hidden-dim 1024 --output /work/student; "
-                  "code=$?; find /work -type f; exit $code", check=False)  # fmt: skip
+                  "python -m pipeline train --epochs 1 --concepts 40 --hidden-dim 1024 --output /scratch/student; "
+                  "code=$?; find /scratch -type f; exit $code", check=False)  # fmt: skip
     assert told.returncode == 1
     assert "No space left on device" in told.stderr.splitlines()[-1]
     assert "Traceback" not in told.stderr
@@ -158,12 +159,12 @@ def test_a_full_disk_is_said_in_one_line(image):
 
 def test_a_stop_of_the_container_closes_the_runs(image, tmp_path):
     tmp_path.chmod(0o777)
-    uri = "sqlite:////work/mlflow.db"
+    uri = "sqlite:////scratch/mlflow.db"
     name = f"stop-{os.getpid()}"
-    docker("run", "--detach", "--rm", "--name", name, *LIMITED, "-v", f"{tmp_path}:/work", "-e",
+    docker("run", "--detach", "--rm", "--name", name, *LIMITED, "-v", f"{tmp_path}:/scratch", "-e",
            f"MLFLOW_TRACKING_URI={uri}", image, "accelerate", "launch", "--quiet", "--num_processes", "1",
            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "pipeline", "train",
-           "--epochs", "100000", "--output", "/work/student")  # fmt: skip
+           "--epochs", "100000", "--output", "/scratch/student")  # fmt: skip
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db") if wait_for_cell(tmp_path) else None
     begin = time.monotonic()
     docker("stop", "--time", "30", name)
@@ -250,10 +251,10 @@ def pod(uri, folder, index, name):
     home = folder / f"pod{index}"
     home.mkdir(exist_ok=True)
     home.chmod(0o777)
-    docker("run", "--detach", "--name", name, "--network", "host", *LIMITED, "-v", f"{home}:/work", "-v",
+    docker("run", "--detach", "--name", name, "--network", "host", *LIMITED, "-v", f"{home}:/scratch", "-v",
            f"{folder}/grid.yaml:/grid.yaml:ro", "-e", f"MLFLOW_TRACKING_URI={uri}", "-e",
            f"JOB_COMPLETION_INDEX={index}", IMAGE, "sh", "-c",
-           f"exec python -m pipeline sweep --grid /grid.yaml --output /work/results "
+           f"exec python -m pipeline sweep --grid /grid.yaml --output /scratch/results "
            f"--shard $JOB_COMPLETION_INDEX/{SHARDS}")  # fmt: skip
 
 

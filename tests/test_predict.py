@@ -1,7 +1,6 @@
 """The predict command: whatever goes in comes out as the student's vectors, in every format."""
 
 import csv
-import io
 import json
 import subprocess
 import sys
@@ -67,8 +66,10 @@ def test_files_go_in_and_out(workplace, run, folder, predicted, name, source):
 @pytest.mark.parametrize("name", ["", "many.npy"])
 def test_standard_input_of_any_length(workplace, run, folder, monkeypatch, name):
     many = "".join(f"word {number}\n" for number in range(20_000))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(many))
-    code, out, err = run("predict", "--run", folder, "--file", "-", *(["--output", name] if name else []))
+    Path("many.txt").write_text(many)
+    with Path("many.txt").open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        code, out, err = run("predict", "--run", folder, "--file", "-", *(["--output", name] if name else []))
     assert code == 0, err
     found = np.load(name) if name else np.array([json.loads(line)["vector"] for line in out.splitlines()])
     assert found.shape == (20_000, 576)
