@@ -2,6 +2,7 @@
 
 import functools
 import os
+import random
 import shutil
 import signal
 import socket
@@ -9,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 # Before any library reads them: tests reach no hub, and every run goes to a database of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(name, None)
+# A shell ignores SIGINT in what it starts in the background, and so would every process that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests run side by side: each worker, with the processes that it starts, takes its share of the cores.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
@@ -43,6 +46,7 @@ from pipeline.concepts import read_catalogue
 from pipeline.features import Catalogued
 from pipeline.teachers import find_teacher, load_teacher
 from pipeline.vectors import read_vectors
+from pipeline.vocabulary import find
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "data" / "vectors" / "smollm2-135m.safetensors"
@@ -95,6 +99,12 @@ LONG = ("test_container", "test_resilience", "test_sweep", "test_tracking", "tes
 def pytest_collection_modifyitems(items):
     """Long files first."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_sessionstart(session):
+    """The vocabulary of the shipped vectors is made once, before the workers start and each makes its own."""
+    if not hasattr(session.config, "workerinput"):
+        find(read_vectors(SHIPPED), str(SHIPPED), "cpu", lambda number: nullcontext(lambda done: None))
 
 
 def pytest_xdist_auto_num_workers():
@@ -187,9 +197,12 @@ def run(monkeypatch, capfd):
 
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port of no one, and not one of those that the kernel gives to clients: a server that restarts finds it free."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_for(port, seconds=60):

@@ -262,10 +262,11 @@ def test_a_run_that_is_killed_again_and_again_leaves_the_same_file(tiny_folder, 
         return {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed*parts*/part-*.safetensors")}
 
     begin("whole.safetensors")
+    start = time.monotonic()
     assert server.stdout.readline() == "0\n"
-    moments, held = random.Random(0), {}
+    moments, held, long = random.Random(0), {}, time.monotonic() - start
     for kill in range(KILLS):
-        process, moment = begin("killed.safetensors"), time.monotonic() + moments.uniform(0, 2)
+        process, moment = begin("killed.safetensors"), time.monotonic() + moments.uniform(0, long)
         while time.monotonic() < moment and len(parts()) < 3 * kill + 3:  # of 40
             time.sleep(0.005)
         os.kill(process, signal.SIGKILL)
