@@ -240,10 +240,10 @@ def tracking(image, s3, tmp_path):
 
 
 GRID = """
-fixed: {epochs: 30, concepts: 300}
-axes: {hidden_dim: [64, 128, 192], layers: [1, 2], learning_rate: [0.001, 0.002]}
+fixed: {epochs: 15, concepts: 300}
+axes: {hidden_dim: [64, 128, 192], layers: [1, 2], learning_rate: [0.0005, 0.001, 0.002, 0.003]}
 """
-CELLS = 12
+CELLS = 24
 
 
 def pod(uri, folder, index, name):
