@@ -212,7 +212,11 @@ def _sweep(
     if isinstance(done, Incomplete):
         click.echo(
             f"sweep {done.sweep_id}: shard {shard} is done, {done.finished} of {done.cells} cells are finished; "
-            "the shard that completes the sweep writes the report"
+            + (
+                "the shard that completes the sweep writes the report"
+                if done.finished < done.cells
+                else f"the report stands in MLflow, and `report --sweep-id {done.sweep_id}` draws it again"
+            )
         )
         return
     from pipeline.report import SHORT, table_rows, verdict

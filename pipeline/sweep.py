@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -93,21 +93,20 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Incomplete:
-    """A sweep of which this shard is done and others are not.
+    """A sweep of which this shard is done, whose results another writes or has written.
 
     Attributes:
         sweep_id: the sweep.
         finished: cells that are finished.
         cells: all its cells.
-        run: the parent run.
     """
 
     sweep_id: str
     finished: int
     cells: int
-    run: Run
 
 
+Value = TypeVar("Value")
 Report = Callable[[dict[str, Any], str, Student], list[Path]]
 Export = Callable[[Student], Student]
 ALIAS = "best"  # of the registered model's version that a sweep has made last
@@ -214,6 +213,10 @@ def run_sweep(
     identity = _identity(name, sweep_id, list(keys.values()), resume)
     finished = tracker.finished_cells() if resume else {}
     rows = {key: read_row(tracker, finished[key]) for key in keys.values() if key in finished}
+    if shard.index and _agreed(
+        len(rows) == len(cells) and patiently(lambda: tracker.is_concluded(identity, len(cells)))
+    ):  # of many shards that find all done, the first is enough
+        return Incomplete(identity, len(cells), len(cells)) if accelerator.is_main_process else None
     price = functools.partial(training_flops, data=data)
     mine = [cell for stack in shares(cells, shard.count, price)[shard.index] for cell in stack]
     todo = [cell for cell in mine if keys[cell] not in rows]
@@ -243,7 +246,7 @@ def run_sweep(
             if len(rows) < len(keys):
                 if not claims.others_at_work():
                     parent.leave()
-                return Incomplete(identity, len(rows), len(cells), parent)
+                return Incomplete(identity, len(rows), len(cells))
             results = results_of(name, data, [rows[keys[cell]] for cell in cells], identity)
             sweep = _conclude(results, parent, tracker, output, student_folder, report, export, register)
             parent.end("FINISHED")
@@ -256,8 +259,13 @@ def _identity(name: str, sweep_id: str | None, keys: Sequence[str], resume: bool
     identity = sweep_id or f"{name}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:8]}"
     if not resume:
         identity += f"-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    [agreed] = broadcast_object_list([identity])
-    return str(agreed)
+    return _agreed(identity)
+
+
+def _agreed(here: Value) -> Value:
+    """What the main process has, in all processes."""
+    agreed: list[Value] = broadcast_object_list([here])
+    return agreed[0]
 
 
 def _train(
@@ -284,7 +292,7 @@ def _train(
 def _open_parent(claims: Claims, accelerator: Accelerator, name: str, tags: dict[str, str]) -> Run:
     """The parent run, found or made by the main process, the same for all."""
     found = claims.open_parent(name, tags) if accelerator.is_main_process else None
-    [run_id] = broadcast_object_list([found.id if found else None])
+    run_id = _agreed(found.id if found else "")
     return found or Run(claims.tracker.client, run_id, claims.tracker.experiment_id)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,11 @@ def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid, whole):
         assert tracked()[0][0].info.status == ("FINISHED" if finished else "SCHEDULED")
     check_runs()
     equal(results(), whole)
+    shutil.rmtree("results")
+    out = finish(sweep("--shard", "1/3", "--sweep-id", "parts"))
+    assert "7 of 7 cells are finished; the report stands in MLflow" in out
+    assert not Path("results").exists()
+    check_runs()
 
 
 def test_a_worker_takes_over_what_a_dead_one_has_left(grid):

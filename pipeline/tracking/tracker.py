@@ -147,6 +147,11 @@ class Tracker:
         """The newest parent run of that sweep id."""
         return next(iter(self._parents(sweep_id)), None)
 
+    def is_concluded(self, sweep_id: str, cells: int) -> bool:
+        """Whether results and report of a sweep of so many cells stand in its parent run."""
+        parent = self.find_sweep(sweep_id)
+        return parent is not None and "best_run_id" in parent.data.tags and parent.data.metrics.get("cells") == cells
+
     def finished_cells(self) -> dict[str, MlflowRun]:
         """All finished cells of the experiment by their ``cell_key``."""
         found = self._search("attributes.status = 'FINISHED' and tags.role = 'cell'")
