@@ -136,8 +136,10 @@ class Stack:
             name: torch.stack([member.best[name] for member in members]).to(device) for name in members[0].best
         }
         self.moments = [{name: torch.zeros_like(value) for name, value in self.parameters.items()} for _ in range(2)]
+        order = _batch_plan(members, self.batch_size)  # -1 pads
         self.data = {
-            "order": _batch_plan(members, self.batch_size),  # [S, steps, B], -1 pads
+            "order": order.clamp(min=0),  # [S, steps, B]
+            "weights": (order >= 0).float(),  # [S, steps, B] 0 where there is no concept
             "inputs": _pad([member.subset.augmented.inputs.to(self.dtype) for member in members]),  # [S, N V, F]
             "targets": _pad(
                 [member.subset.augmented.targets / member.subset.scale for member in members]
@@ -152,42 +154,64 @@ class Stack:
             member.best = {name: value.to(device) for name, value in member.best.items()}
         self.count = torch.zeros((), device=device)
         self.dropout = _Dropout(members, self.data["inputs"].shape[-1], self.dtype, device)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Make what a step works on once for all steps: each operation less leaves the other threads more."""
+        shorten = self.dtype != torch.float32
+        # Leaves of the graph: the parameters themselves in float32, copies in bfloat16.
+        self.leaves = {
+            name: (value.to(self.dtype) if shorten else value.detach()).requires_grad_()
+            for name, value in self.parameters.items()
+        }
+        self.gradients = [torch.empty_like(value) for value in self.parameters.values()] if shorten else None
+        self.views = [
+            tuple([value[row] for value in tensors.values()] for tensors in (self.parameters, *self.moments))
+            for row in range(len(self.members))
+        ]
+        self.pick = torch.arange(len(self.members), device=self.count.device)[:, None]
+
+    def _shorten(self) -> None:
+        """Bring the leaves up to the parameters."""
+        if self.gradients is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.leaves.values()), list(self.parameters.values()))
 
     def train(self, step: int) -> None:
         """One AdamW step of every member (Loshchilov and Hutter, 2019)."""
-        rows = self.data["order"][:, step]  # [S, B]
-        weights = (rows >= 0).float()
-        pick = torch.arange(len(rows), device=rows.device)[:, None], rows.clamp(min=0)
-        # Leaves of the graph: the parameters themselves in float32, copies in bfloat16.
-        leaves = {name: value.detach().to(self.dtype).requires_grad_() for name, value in self.parameters.items()}
-        inputs, targets = self.data["inputs"][pick], self.data["targets"][pick]  # [S, B, F], [S, B, D]
+        weights = self.data["weights"][:, step]  # [S, B]
+        chosen = self.pick, self.data["order"][:, step]
+        inputs, targets = self.data["inputs"][chosen], self.data["targets"][chosen]  # [S, B, F], [S, B, D]
         masks = self.dropout.masks(self.batch_size)
         inputs = self.dropout.noisy(inputs)
         if self.mixup:
-            inputs, targets = (_mix(values, self.data["mix"][:, step], rows >= 0) for values in (inputs, targets))
-        answer = self.apply(leaves, inputs, masks)  # [S, B, D]
+            inputs, targets = (_mix(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets))
+        answer = self.apply(self.leaves, inputs, masks)  # [S, B, D]
         loss = self.objective(answer.float(), targets, weights)  # [S]
         # Members share no parameter, so their losses may be summed.
-        gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        gradients = torch.autograd.grad(loss.sum(), list(self.leaves.values()))
         self.data["losses"] += loss.detach()
-        self._update(dict(zip(leaves, gradients, strict=True)), step)
+        if self.gradients is not None:
+            torch._foreach_copy_(self.gradients, gradients)
+        self._update(self.gradients or gradients, step)
+        self._shorten()
 
-    def _update(self, gradients: dict[str, Tensor], step: int) -> None:
+    def _update(self, gradients: Sequence[Tensor], step: int) -> None:
         """AdamW, one fused kernel for the members that share learning rate and weight decay."""
-        gradients = {name: value.float() for name, value in gradients.items()}
         alike: dict[tuple[float, float], list[int]] = {}
         for row, member in enumerate(self.members):
             alike.setdefault((member.learning_rate(step), member.cell.weight_decay), []).append(row)
+        of_member = list(zip(*(value.unbind() for value in gradients), strict=True))
+        self.count.fill_(step + 1)
         for (learning_rate, weight_decay), rows in alike.items():
-            first, second = ([m[name][row] for row in rows for name in gradients] for m in self.moments)
-            parameters = [self.parameters[name][row] for row in rows for name in gradients]
+            parameters, first, second = ([one for row in rows for one in self.views[row][part]] for part in range(3))
             torch._fused_adamw_(  # the kernel of torch.optim.AdamW(fused=True), here on views of the stack
                 parameters,
-                [gradients[name][row] for row in rows for name in gradients],
+                [gradient for row in rows for gradient in of_member[row]],
                 first,
                 second,
                 [],
-                [self.count.fill_(step + 1)] * len(parameters),
+                [self.count] * len(parameters),
                 amsgrad=False,
                 lr=learning_rate,
                 beta1=0.9,
@@ -201,8 +225,8 @@ class Stack:
     def validate(self, rows: slice, progress: Callable[[Progress], None]) -> None:
         """End an epoch of some members: measure them, and keep their parameters where they are the best so far."""
         own = {name: value[rows] for name, value in self.parameters.items()}
-        short = {name: value.to(self.dtype) for name, value in own.items()}
-        answer = self.apply(short, self.data["val_inputs"][rows]).float()  # [members, V, D]
+        leaves = {name: value[rows] for name, value in self.leaves.items()}
+        answer = self.apply(leaves, self.data["val_inputs"][rows]).float()  # [members, V, D]
         scores = cosines(answer, self.data["val_targets"][rows]).mean(-1).tolist()
         losses = self.data["losses"][rows].tolist()
         self.data["losses"][rows] = 0.0
@@ -249,6 +273,7 @@ class Stack:
             for name in HISTORY:
                 setattr(member, name, copy.copy(snapshot.members[rows[row]][name]))
         self.dropout.restore(snapshot.generators)
+        self._shorten()
 
     def release(self) -> list[Member]:
         """Take the members that are done out of the stack; the others go on."""
@@ -261,6 +286,7 @@ class Stack:
             for name in tensors:
                 tensors[name] = tensors[name][keep]
         self.dropout.keep(self.members)
+        self._arrange()
         return done
 
 
