@@ -66,7 +66,7 @@ def floor(student: Student, phrases: list[str]) -> float:
             for part in student.reading.parts]  # fmt: skip
     copying = seconds(lambda: [table.index_select(0, own) for table, own in zip(tables, rows, strict=True)])
     dtype = torch.bfloat16 if multiplies_faster(torch.bfloat16, CPU) else torch.float32
-    maps = [torch.from_numpy(value).to(dtype) for name, value in student.parameters.items() if name.endswith("weight")]
+    maps = [torch.from_numpy(value).to(dtype) for value in student.parameters.values() if min(value.shape) > 1]
     inputs = [torch.randn(len(phrases), weight.shape[0]).to(dtype) for weight in maps]
     multiplying = seconds(lambda: [x @ weight for x, weight in zip(inputs, maps, strict=True)])
     return copying + multiplying

@@ -1,11 +1,12 @@
 """How fast the scaling grid trains: the peers, ours, and the floor. Run: make bench.
 
-All train the same cells on the same vectors and data splits, and their best validation cosines are compared. The peers:
-one `train` process a cell; our trainer with stacks of one, one after another; the same loop in plain PyTorch with a
-fused optimizer; Ray Tune with that loop and its MLflow callback, with one core a trial, its best here. Ours is the
-sweep as users run it, tracked to SQLite, with the students logged, and the same untracked. The floor is the time of the
-matrix products of training and validation at the float32 rate of this machine for matrices of these shapes, measured
-in the same round. Medians of several rounds. ``--sizes`` measures time a cell against the number of cells instead.
+All train the same cells on the same vectors and data splits, and their best validation cosines are compared. The
+peers: one `train` process a cell; our trainer with stacks of one, one after another; the same loop in plain PyTorch
+with a fused optimizer; Ray Tune with that loop and its MLflow callback, with one core a trial, its best here. Ours is
+the sweep as users run it, tracked to SQLite, with the students logged, and the same without MLflow. The floor is the
+time of the matrix products of training and validation at the float32 rate of this machine for matrices of these
+shapes, measured in the same round. Medians of several rounds. ``--sizes`` measures time a cell against the number of
+cells instead.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from pipeline.metrics import cosines
 from pipeline.options import Cell
 from pipeline.processes import start
 from pipeline.schedule import stacks_of, training_flops
-from pipeline.sweep import prepare, results_of, run_sweep
+from pipeline.spool import Spool
+from pipeline.sweep import cell_key, prepare, results_of, run_sweep
 from pipeline.tracking import connect
 from pipeline.training import train_stack
 from pipeline.vectors import read_vectors
@@ -181,9 +183,10 @@ class Benchmark:
         )  # fmt: skip
         return float(done.results["best"]["val_cosine"])  # type: ignore[union-attr]
 
-    def untracked(self, _folder: Path) -> float:
-        """The same cells in the same lanes, and the same results, baselines included; nothing written."""
-        with Engine(self.data, CPU, {cell: str(cell) for cell in self.cells}) as engine:
+    def untracked(self, folder: Path) -> float:
+        """The same without MLflow: the same lanes and results, baselines included, students and snapshots on disk."""
+        keys = {cell: cell_key(cell, self.data.vectors.identity) for cell in self.cells}
+        with Engine(self.data, CPU, keys, Spool(folder / "spool")) as engine:
             engine.add(stacks_of(self.cells))
             rows = list(engine.rows())
         return float(results_of(self.name, self.data, rows, "")["best"]["val_cosine"])

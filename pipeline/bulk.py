@@ -82,6 +82,7 @@ def _answer(
     shift: Floats,
     out: Floats,
 ) -> None:
+    torch.set_num_threads(1)  # of this thread: it has others beside it
     values, offsets = (torch.from_numpy(part) for part in (asked.tokens.values, asked.tokens.offsets))
     pooled = []
     for pool, table in zip(pools, tables, strict=True):
@@ -93,4 +94,5 @@ def _answer(
     for own in pooled[1:] if is_folded else []:
         read += own
     answer = read if apply is None else apply(parameters, read[None])[0]
-    torch.add(answer, torch.from_numpy(shift + constant), out=torch.from_numpy(out))  # in float32, for a mean is large
+    # In float32, for a mean is large; a sum of two types would take five times as long.
+    torch.from_numpy(out).copy_(answer).add_(torch.from_numpy(shift + constant))

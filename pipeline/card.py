@@ -35,7 +35,7 @@ def student_card(config: Mapping[str, Any], training_concepts: int) -> str:
     rows = [
         ("test cosine, centred", f"{metrics['test_cosine']:.3f} (95 %: {metrics['test_cosine_low']:.3f} to "
          f"{metrics['test_cosine_high']:.3f}, over concepts)"),
-        ("of that lost to 8 bits", f"{metrics['test_cosine_lost_to_int8']:.4f}"),
+        ("of that lost to 8 bits and low rank", f"{metrics['test_cosine_lost_to_size']:.4f}"),
         *((f"test {title}", f"{metrics[name]:.3f}") for title, name in METRICS.items() if name in metrics),
     ]  # fmt: skip
     shape = f", {cell['hidden_dim']} wide, {cell['layers']} deep" if config["student"] in ("mlp", "transformer") else ""

@@ -46,7 +46,7 @@ class Engine:
     ) -> None:
         self.data, self.device, self.keys, self.spool, self.progress = data, device, keys, spool, progress
         self.lanes: Lanes[Row] = Lanes(room(device), device)
-        self._waiting: deque[tuple[list[Cell], Snapshot | None]] = deque()
+        self._waiting: deque[list[tuple[list[Cell], Snapshot | None]]] = deque()  # what is claimed together
         self._early: list[tuple[list[Cell], Snapshot | None, Handle]] = []
         self._lost: set[Cell] = set()
         self._resume = True
@@ -76,16 +76,18 @@ class Engine:
         new = [[cell for cell in stack if cell not in known] for stack in stacks]
         price = {cell: training_flops(cell, self.data) for stack in new for cell in stack}
         new = sorted((stack for stack in new if stack), key=lambda stack: -sum(price[cell] for cell in stack))
+        groups = [[(stack, snapshot)] for stack, snapshot in [*found, *((stack, None) for stack in new)]]
         if new and self.device.type == "cpu":  # the last one must not keep one core busy while the others have none
-            new[-1:] = parts_of(new[-1], self.lanes.number, price)
-        self._waiting.extend(found + [(stack, None) for stack in new])
+            # One part more than lanes, so that the first that is free takes it.
+            groups[-1] = [(part, None) for part in parts_of(new[-1], self.lanes.number + 1, price)]
+        self._waiting.extend(groups)
         self._resume = resume
 
     def begin(self) -> None:
         """Start on the first stacks at once; `rows` stops those that turn out to be others'."""
         while self._waiting and len(self._early) < self.lanes.number:
-            stack, snapshot = self._waiting.popleft()
-            self._early.append((stack, snapshot, self._start(stack, snapshot)))
+            for stack, snapshot in self._waiting.popleft():
+                self._early.append((stack, snapshot, self._start(stack, snapshot)))
 
     def rows(self, take: Take = lambda cells: cells, meanwhile: Callable[[], None] = lambda: None) -> Iterator[Row]:
         """Train all that was added; the rows of the results file, as cells finish.
@@ -102,7 +104,8 @@ class Engine:
                 # One more than there are lanes, so that none waits for a claim; more where that is too slow.
                 if self._waiting and not batch and self.lanes.open <= self.lanes.number:
                     ahead = ahead if self.lanes.open >= self.lanes.number else 2 * ahead
-                    batch = [self._waiting.popleft() for _ in range(min(ahead, len(self._waiting)))]
+                    groups = [self._waiting.popleft() for _ in range(min(ahead, len(self._waiting)))]
+                    batch = [part for group in groups for part in group]
                     claim = claims.submit(take, [cell for stack, _ in batch for cell in stack])
                 if batch and claim.done():
                     won = set(claim.result())

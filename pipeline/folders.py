@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from pipeline.errors import InputError
 from pipeline.storage import write_atomically
 
-FORMAT = "student-4"
+FORMAT = "student-5"
 CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 MOST_BYTES = {CONFIG: 1 << 23, TOKENIZER: 1 << 27, MODEL: 1 << 36}  # more is no student
 

@@ -1,7 +1,7 @@
 """What trained students make of what they read, in NumPy: the forward passes of `pipeline.students` without torch.
 
 ``n`` texts. Parameters have no member axis. Where a reading has the first linear map in it already, the parameters
-lack it, and what comes in is what that map gives.
+lack it, and what comes in is what that map gives. A block's map may be a product of two thin ones (`of_rank`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,23 @@ def first_map(parameters: Parameters) -> Floats | None:
 def without_first_map(parameters: Parameters) -> dict[str, Floats]:
     """The parameters behind the first map."""
     return {name: value for name, value in parameters.items() if name not in ("in.weight", "skip.weight", "weight")}
+
+
+def of_rank(parameters: Parameters, rank: int) -> dict[str, Floats]:
+    """A residual MLP whose blocks' maps are products of two, ``[hidden, rank]`` and ``[rank, hidden]``.
+
+    Of all of that rank they are nearest to what they replace (Eckart and Young, 1936).
+    """
+    thin = {}
+    for name, value in parameters.items():
+        if not (name.startswith("block") and name.endswith(".weight")):
+            thin[name] = value
+            continue
+        left, strengths, right = np.linalg.svd(value, full_matrices=False)
+        root = np.sqrt(strengths[:rank])
+        block = name.removesuffix(".weight")
+        thin |= {f"{block}.left": left[:, :rank] * root, f"{block}.right": root[:, None] * right[:rank]}
+    return thin
 
 
 def normal_cdf(x: Floats) -> Floats:
@@ -59,8 +76,14 @@ def mlp(parameters: Parameters, read: Floats) -> Floats:
     first: Floats = read if weight is None else read @ weight  # [n, hidden] or [n, hidden + d_model]
     width = parameters["out.weight"].shape[0]
     hidden: Floats = first[:, :width] + parameters["in.bias"]
-    for block in range(sum(name.startswith("block") and name.endswith(".weight") for name in parameters)):
-        hidden += gelu(hidden @ parameters[f"block{block}.weight"] + parameters[f"block{block}.bias"])
+    for block in range(sum(name.startswith("block") and name.endswith(".bias") for name in parameters)):
+        name = f"block{block}"
+        if f"{name}.left" in parameters:
+            change: Floats = hidden @ parameters[f"{name}.left"]
+            change = change @ parameters[f"{name}.right"]
+        else:
+            change = hidden @ parameters[f"{name}.weight"]
+        hidden += gelu(change + parameters[f"{name}.bias"])
     answer: Floats = hidden @ parameters["out.weight"]
     answer += parameters["out.bias"]
     if first.shape[1] > width:

@@ -6,6 +6,7 @@ memory and for Python. Stacks that run beside it fill the gaps. The thread that 
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import sys
@@ -73,12 +74,14 @@ class Lanes(Generic[T]):
     def __enter__(self) -> Lanes[T]:
         self._switch = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
+        gc.freeze()  # what the libraries have made stays: looking through it again would hold up every lane
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
+        gc.unfreeze()
         sys.setswitchinterval(self._switch)
 
     def start(self, job: Job[T]) -> Handle:

@@ -14,13 +14,13 @@ def multiplies_faster(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
-    def seconds(kind: torch.dtype) -> float:
-        a, b = torch.ones(256, 512, dtype=kind), torch.ones(512, 512, dtype=kind)
-        times = []
-        for _ in range(5):
+    kinds = (torch.float32, dtype)
+    pairs = [(torch.ones(256, 512, dtype=kind), torch.ones(512, 512, dtype=kind)) for kind in kinds]
+    times: list[list[float]] = [[], []]
+    for _ in range(9):  # by turns, so that what else runs here slows both
+        for (a, b), own in zip(pairs, times, strict=True):
             begin = time.perf_counter()
             a @ b
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    return seconds(dtype) < 0.8 * seconds(torch.float32)
+            own.append(time.perf_counter() - begin)
+    long, short = (min(own) for own in times)
+    return short < 0.8 * long

@@ -108,7 +108,7 @@ class Recorder:
             params=options | {"teacher": self.data.vectors.teacher},
             tags={"dtype": row["dtype"]},
         )  # fmt: skip
-        run.log_json("cell.json", row, indent=None)
+        run.log_json("cell.json", row, indent=None, there=now_there)
         run.end("FINISHED")
         return True
 

@@ -30,8 +30,9 @@ from pipeline.tokenization import Ragged, Tokenization, checked
 
 CHUNK = 1024  # texts read at once, so that they stay in the cache
 BULK = 20_000  # texts for which loading torch pays
-BULK_CHUNK = 8192
+BULK_CHUNK = 2048
 THREADS = min(4, os.cpu_count() or 1)
+BULK_THREADS = min(8, os.cpu_count() or 1)  # each on one core: a tokenizer and small sums leave the others idle
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +68,13 @@ class Student:
 
     @property
     def described(self) -> str:
-        """What it answers for and what its 8 bits cost, in a few words."""
+        """What it answers for and what its small size costs, in a few words."""
         if self.tokenization is None:
             return f"answers for the {len(self.concepts):,} concepts of its vectors file"
         metrics = self.config["metrics"]
         return (
-            f"answers for any text; test cosine {metrics['test_cosine']:.3f}, of which 8 bits cost "
-            f"{metrics['test_cosine_lost_to_int8']:.4f}"
+            f"answers for any text; test cosine {metrics['test_cosine']:.3f}, "
+            f"{metrics['test_cosine_lost_to_size']:.4f} lost to 8 bits and low rank"
         )
 
     @cached_property
@@ -119,16 +120,23 @@ class Student:
         answers = np.empty((len(texts), self.d_model), np.float32)
         shift = np.zeros_like(self.mean) if normalize_embeddings else self.mean
         bulk = self._bulk if len(texts) >= BULK else None
-        compute, threads = bulk or self._compute, 1 if bulk else THREADS  # torch has threads of its own
+        compute, threads = bulk or self._compute, BULK_THREADS if bulk else THREADS
         if bulk:
-            batch_size = max(batch_size, BULK_CHUNK)
+            batch_size = BULK_CHUNK
+        starts = range(0, len(texts), batch_size)
+
+        def read(start: int) -> Texts:
+            return self._texts(texts[start : start + batch_size])
+
+        # Reading is Python's: beside it, products that are short would wait for it after each.
+        ready = [read(start) for start in starts] if bulk else None
 
         def work(start: int) -> None:
-            part = texts[start : start + batch_size]
-            compute(self._texts(part), shift, answers[start : start + len(part)])
+            asked = read(start) if ready is None else ready[start // batch_size]
+            compute(asked, shift, answers[start : start + batch_size])
 
         with _progress(len(texts), show_progress_bar) as advance:
-            for start in _side_by_side(work, range(0, len(texts), batch_size), threads):
+            for start in _side_by_side(work, starts, threads):
                 advance(min(batch_size, len(texts) - start))
         return _unit(answers) if normalize_embeddings else answers
 

@@ -111,7 +111,7 @@ def test_every_student_that_needs_no_teacher_answers_for_any_text(data, vocabula
     alone = export(made, data, vocabulary)
     alone.save(tmp_path / "student")
     back = Student.load(tmp_path / "student")
-    assert abs(back.config["metrics"]["test_cosine_lost_to_int8"]) < 0.003
+    assert abs(back.config["metrics"]["test_cosine_lost_to_size"]) < 0.003
     names = list(data.vectors.concepts[:300])
     before, after = (one.encode(names) - one.mean for one in (made, back))
     cosines = (before * after).sum(1) / np.linalg.norm(before, axis=1) / np.linalg.norm(after, axis=1)

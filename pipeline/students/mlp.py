@@ -57,14 +57,17 @@ def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = N
     Returns:
         ``[S, B, d_model]``.
     """
-    blocks = sum(name.startswith("block") and name.endswith(".weight") for name in parameters)
+    blocks = sum(name.startswith("block") and name.endswith(".bias") for name in parameters)
     hidden = inputs if masks is None else inputs * masks[0]
     if "in.weight" in parameters:
         hidden = torch.baddbmm(parameters["in.bias"], hidden, parameters["in.weight"])  # [S, B, hidden]
     else:
         hidden = hidden + parameters["in.bias"]
     for block in range(blocks):
-        change = F.gelu(torch.baddbmm(parameters[f"block{block}.bias"], hidden, parameters[f"block{block}.weight"]))
+        bias, weight, read = parameters[f"block{block}.bias"], parameters.get(f"block{block}.weight"), hidden
+        if weight is None:  # of lower rank, once it is trained
+            read, weight = torch.bmm(hidden, parameters[f"block{block}.left"]), parameters[f"block{block}.right"]
+        change = F.gelu(torch.baddbmm(bias, read, weight))
         hidden = hidden + (change if masks is None else change * masks[block + 1])
     answer = torch.baddbmm(parameters["out.bias"], hidden, parameters["out.weight"])  # [S, B, d_model]
     return answer if "skip.weight" not in parameters else torch.baddbmm(answer, inputs, parameters["skip.weight"])

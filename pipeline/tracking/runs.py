@@ -6,7 +6,6 @@ import copy
 import functools
 import importlib.metadata
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -21,6 +20,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, 
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from pipeline.reading import Part, Reading, Table
 from pipeline.student import Student
@@ -85,9 +86,25 @@ class Run:
         """Upload a file."""
         self.client.log_artifact(self.id, str(path))
 
-    def log_json(self, name: str, content: object, indent: int | None = 1) -> None:
-        """Upload plain values as a JSON file; without an indent it is written many times faster."""
-        self.client.log_text(self.id, json.dumps(content, indent=indent), name)
+    def log_json(self, name: str, content: object, indent: int | None = 1, there: MlflowRun | None = None) -> None:
+        """Upload plain values as a JSON file.
+
+        Args:
+            name: of the file.
+            content: the values.
+            indent: None is written many times faster.
+            there: the run as it stands, where that is known.
+        """
+        there = there or self.client.get_run(self.id)
+        self._upload(there.info.artifact_uri, name, json.dumps(content, indent=indent))
+
+    def _store(self, place: str) -> ArtifactRepository:
+        return get_artifact_repository(place, tracking_uri=self.client.tracking_uri)
+
+    def _upload(self, place: str, name: str, text: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, name).write_text(text, encoding="utf-8")
+            self._store(place).log_artifact(str(Path(folder, name)))
 
     def log_dataset(self, name: str, digest: str, source: str, profile: str, use: str) -> None:
         """Name the data that the run used or made; ``use`` is MLflow's context, such as "training"."""
@@ -110,11 +127,10 @@ class Run:
         described = copy.copy(description)
         described.run_id, described.model_id, described.model_uuid = self.id, model.model_id, model.model_id
         described.artifact_path = model.artifact_location
-        with tempfile.TemporaryDirectory() as whole:
-            shutil.copytree(frame.name, whole, copy_function=os.link, dirs_exist_ok=True)
-            shutil.copytree(folder, Path(whole) / STUDENT_PLACE)
-            Path(whole, "MLmodel").write_text(yaml.dump(described.to_dict(), Dumper=DUMPER), encoding="utf-8")
-            self.client.log_model_artifacts(model.model_id, whole)
+        store = self._store(model.artifact_location)
+        store.log_artifacts(frame.name)
+        store.log_artifacts(str(folder), STUDENT_PLACE)
+        self._upload(model.artifact_location, "MLmodel", yaml.dump(described.to_dict(), Dumper=DUMPER))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return str(model.model_id)
 
