@@ -34,20 +34,20 @@ def bulk_of(
         offsets = [reading.offset[columns] for columns in reading.columns]
         scales = [np.broadcast_to(reading.scale, reading.offset.shape)[columns] for columns in reading.columns]
         constant = np.zeros(1, np.float32)
-    else:  # what all rows have in common goes into the bias: 16 bits are for what tells them apart
+    else:  # what all rows have in common goes into the bias once: 16 bits are for what tells them apart
         offsets = [_mean(reading.tables[part.table]) for part in reading.parts]
         scales = [np.ones(1, np.float32)] * len(offsets)
         constant = np.sum(offsets, axis=0) - reading.offset
+    held = dict(parameters)
+    if reading.is_folded and kind == "mlp":
+        if reading.tables[reading.parts[0].table].width != parameters["out.weight"].shape[0]:
+            return None  # a linear skip in the tables
+        offsets[-1] = offsets[-1] - constant - held.pop("in.bias")[0]
+        constant = np.zeros(1, np.float32)
     tables = [
         _dense(reading.tables[part.table], offset, scale, dtype)
         for part, offset, scale in zip(reading.parts, offsets, scales, strict=True)
     ]
-    held = dict(parameters)
-    if reading.is_folded and kind == "mlp":
-        if tables[0].shape[1] != parameters["out.weight"].shape[0]:
-            return None  # a linear skip in the tables
-        held["in.bias"] = held["in.bias"] + constant
-        constant = np.zeros(1, np.float32)
     short = {name: torch.from_numpy(value)[None].to(dtype) for name, value in held.items()}
     apply = KINDS[kind].apply if short else None
     return partial(_answer, [part.pool for part in reading.parts], tables, reading.is_folded, apply, short, constant)

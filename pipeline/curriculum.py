@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from wordfreq import zipf_frequency
 
 from pipeline.features import Subset
 from pipeline.metrics import cosines
@@ -23,6 +22,8 @@ def difficulty(cell: Cell, subset: Subset) -> Tensor | None:
     if cell.curriculum == "none":
         return None
     if cell.curriculum == "frequency":
+        from wordfreq import zipf_frequency  # only here: it takes a third of a second to load
+
         frequencies = [zipf_frequency(subset.concepts[row], "en") for row in subset.train.rows]
         return torch.tensor(frequencies).argsort(descending=True, stable=True)
     return leave_one_out(subset).argsort(descending=True, stable=True)

@@ -162,6 +162,11 @@ class Texts:
     tokens: Ragged
     places: Integers | None = None
 
+    def part(self, start: int, stop: int) -> Texts:
+        """Those from one to before another."""
+        places = None if self.places is None else self.places[start:stop]
+        return Texts(self.texts[start:stop], self.tokens.part(start, stop), places)
+
 
 @dataclass(frozen=True)
 class Reading:

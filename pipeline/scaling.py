@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares, nnls  # type: ignore[import-untyped]
 
 from pipeline.errors import InputError
 from pipeline.options import Cell
@@ -175,6 +174,8 @@ def _log_error(parameters: Array, logs: Array) -> Array:
 
 def _starts(logs: Array, errors: Array) -> list[Array]:
     """The best of a grid of exponents, each with its constants by least squares on relative errors."""
+    from scipy.optimize import nnls  # type: ignore[import-untyped]  # only here: a sweep begins sooner
+
     found = []
     for alpha, beta in itertools.product(EXPONENTS, EXPONENTS):
         terms = np.exp([np.zeros(len(errors)), -alpha * logs[0], -beta * logs[1]]) / np.exp(errors)  # [3, cells]
@@ -186,6 +187,8 @@ def _starts(logs: Array, errors: Array) -> list[Array]:
 
 def _descend(start: Array, logs: Array, errors: Array, free: tuple[bool, ...]) -> tuple[float, Array]:
     """Trust-region least squares with a Huber loss from one start: the loss reached, and the parameters."""
+    from scipy.optimize import least_squares
+
     mask = np.array(free)
     parameters = np.where(mask, start, [ABSENT, ABSENT, 0.0, ABSENT, 0.0])
 

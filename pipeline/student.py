@@ -123,20 +123,16 @@ class Student:
         compute, threads = bulk or self._compute, BULK_THREADS if bulk else THREADS
         if bulk:
             batch_size = BULK_CHUNK
-        starts = range(0, len(texts), batch_size)
-
-        def read(start: int) -> Texts:
-            return self._texts(texts[start : start + batch_size])
-
         # Reading is Python's: beside it, products that are short would wait for it after each.
-        ready = [read(start) for start in starts] if bulk else None
+        ready = self._texts(texts) if bulk else None
 
         def work(start: int) -> None:
-            asked = read(start) if ready is None else ready[start // batch_size]
-            compute(asked, shift, answers[start : start + batch_size])
+            stop = min(start + batch_size, len(texts))
+            asked = self._texts(texts[start:stop]) if ready is None else ready.part(start, stop)
+            compute(asked, shift, answers[start:stop])
 
         with _progress(len(texts), show_progress_bar) as advance:
-            for start in _side_by_side(work, starts, threads):
+            for start in _side_by_side(work, range(0, len(texts), batch_size), threads):
                 advance(min(batch_size, len(texts) - start))
         return _unit(answers) if normalize_embeddings else answers
 

@@ -201,10 +201,11 @@ def test_one_text_many_texts_and_threads_give_the_same(student):
     assert student.encode([]).shape == (0, 576)
 
 
-@pytest.mark.parametrize("options", [{}, {"student": "ridge"}, {"hidden_dim": 800}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"student": "ridge"}, {"hidden_dim": 192}, {"hidden_dim": 800}], ids=str)
 def test_very_many_texts_get_the_vectors_of_few(data, vocabulary, options):
     alone = export(trained(replace(SHORT, epochs=1, **options), data)[1], data, vocabulary)
-    assert alone.reading.is_folded == ("hidden_dim" not in options)
+    assert alone.reading.is_folded == (options.get("hidden_dim") != 800)
+    assert ("block0.left" in alone.parameters) == ("hidden_dim" in options)  # a low rank does for the wide ones
     few = [f"{first} {second}" for first in data.vectors.concepts[:60] for second in ("river", "x²", "two\nlines")]
     many = alone.encode(few * 120) - alone.mean
     assert len(many) > BULK

@@ -50,7 +50,8 @@ def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = N
     """Predict.
 
     Args:
-        parameters: each ``[S, rows, columns]``; without ``in.weight`` the inputs have gone through it already.
+        parameters: each ``[S, rows, columns]``; without ``in.weight`` the inputs have gone through it already, without
+            ``in.bias`` that is in them too.
         inputs: ``[S, B, features]``.
         masks: dropout masks, ``[S or 1, B, width]`` each, 0 or 1 / (1 - dropout); none when not training.
 
@@ -61,7 +62,7 @@ def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = N
     hidden = inputs if masks is None else inputs * masks[0]
     if "in.weight" in parameters:
         hidden = torch.baddbmm(parameters["in.bias"], hidden, parameters["in.weight"])  # [S, B, hidden]
-    else:
+    elif "in.bias" in parameters:
         hidden = hidden + parameters["in.bias"]
     for block in range(blocks):
         bias, weight, read = parameters[f"block{block}.bias"], parameters.get(f"block{block}.weight"), hidden
