@@ -161,8 +161,8 @@ def database() -> Iterator[Path]:
 def options_of(cell: Cell) -> list[str]:
     """A cell as options of ``train``."""
     values = {name: getattr(cell, name) for name in Cell.__dataclass_fields__}
-    given = {f"--{name.replace('_', '-')}": value for name, value in values.items() if value not in (None, False)}
-    return [name if value is True else f"{name}={value}" for name, value in given.items()]
+    given = {f"--{name.replace('_', '-')}": value for name, value in values.items() if value is not None}
+    return [name if value is True else f"{name}={value}" for name, value in given.items() if value is not False]
 
 
 class Benchmark:
