@@ -184,6 +184,8 @@ def _sweep(
     bar = display.counting("vocabulary", "tokens")
 
     def report(results: dict[str, Any], stem: str, student: Student) -> list[Path]:
+        if not options.report:
+            return []
         from pipeline.report import write_report  # only by the worker that reports: plots take seconds to load
 
         return write_report(results, stem, output, student, data.vectors)

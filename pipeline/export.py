@@ -15,7 +15,7 @@ from pipeline.concepts import balanced_order
 from pipeline.errors import InputError
 from pipeline.families import licence_of
 from pipeline.features import EYES, Catalogued, Side, Subset, reading_of
-from pipeline.inference import first_map, of_rank, without_first_map
+from pipeline.inference import first_map, of_ranks, without_first_map
 from pipeline.metrics import interval
 from pipeline.options import Cell
 from pipeline.reading import BLOCK, Reading, Table
@@ -150,10 +150,12 @@ def _of_lower_rank(student: Student, data: Catalogued, val: Side) -> Student:
 
     It answers in less time and takes less space; where no rank under half the width will do it stays as it is.
     """
-    whole = _faithfulness(student, data, val).mean()
-    width = student.config["cell"]["hidden_dim"] if student.config["student"] == "mlp" else 0
-    for rank in range(RANKS, width // 2, RANKS):  # from half the width on two thin products cost more than one
-        thin = replace(student, parameters=of_rank(student.parameters, rank))
+    if student.config["student"] != "mlp":
+        return student
+    whole, width = _faithfulness(student, data, val).mean(), student.config["cell"]["hidden_dim"]
+    # From half the width on two thin products cost more than one.
+    for parameters in of_ranks(student.parameters, range(RANKS, width // 2, RANKS)):
+        thin = replace(student, parameters=parameters)
         if whole - _faithfulness(thin, data, val).mean() <= COMPRESSED:
             return thin
     return student

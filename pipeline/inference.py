@@ -1,12 +1,12 @@
 """What trained students make of what they read, in NumPy: the forward passes of `pipeline.students` without torch.
 
 ``n`` texts. Parameters have no member axis. Where a reading has the first linear map in it already, the parameters
-lack it, and what comes in is what that map gives. A block's map may be a product of two thin ones (`of_rank`).
+lack it, and what comes in is what that map gives. A block's map may be a product of two thin ones (`of_ranks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -30,21 +30,19 @@ def without_first_map(parameters: Parameters) -> dict[str, Floats]:
     return {name: value for name, value in parameters.items() if name not in ("in.weight", "skip.weight", "weight")}
 
 
-def of_rank(parameters: Parameters, rank: int) -> dict[str, Floats]:
-    """A residual MLP whose blocks' maps are products of two, ``[hidden, rank]`` and ``[rank, hidden]``.
+def of_ranks(parameters: Parameters, ranks: Iterable[int]) -> Iterator[dict[str, Floats]]:
+    """A residual MLP whose blocks' maps are products of two, ``[hidden, rank]`` and ``[rank, hidden]``, rank by rank.
 
     Of all of that rank they are nearest to what they replace (Eckart and Young, 1936).
     """
-    thin = {}
-    for name, value in parameters.items():
-        if not (name.startswith("block") and name.endswith(".weight")):
-            thin[name] = value
-            continue
-        left, strengths, right = np.linalg.svd(value, full_matrices=False)
-        root = np.sqrt(strengths[:rank])
-        block = name.removesuffix(".weight")
-        thin |= {f"{block}.left": left[:, :rank] * root, f"{block}.right": root[:, None] * right[:rank]}
-    return thin
+    blocks = [name for name in parameters if name.startswith("block") and name.endswith(".weight")]
+    parts = {name.removesuffix(".weight"): np.linalg.svd(parameters[name], full_matrices=False) for name in blocks}
+    for rank in ranks:
+        thin = {name: value for name, value in parameters.items() if name not in blocks}
+        for block, (left, strengths, right) in parts.items():
+            root = np.sqrt(strengths[:rank])
+            thin |= {f"{block}.left": left[:, :rank] * root, f"{block}.right": root[:, None] * right[:rank]}
+        yield thin
 
 
 def normal_cdf(x: Floats) -> Floats:

@@ -6,6 +6,7 @@ residual stream has a large constant part, so without centring a constant predic
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +91,13 @@ def norm_error(predicted: Tensor, truth: Tensor) -> Tensor:
     return off
 
 
+@functools.lru_cache(maxsize=4)
+def _drawn(seeds: int, concepts: int, samples: int) -> list[NDArray[np.int64]]:
+    """How often each sample holds each seed, ``[samples, seeds]``, and each concept: the same for all intervals."""
+    draw = np.random.default_rng(0)
+    return [draw.multinomial(size, np.full(size, 1 / size), samples) for size in (seeds, concepts)]
+
+
 def interval(values: NDArray[np.floating[Any]], level: float = 0.95, samples: int = 2000) -> tuple[float, float]:
     """A bootstrap interval of the mean over concepts and seeds.
 
@@ -99,9 +107,8 @@ def interval(values: NDArray[np.floating[Any]], level: float = 0.95, samples: in
         level: coverage.
         samples: bootstrap samples.
     """
-    draw = np.random.default_rng(0)
     seeds, concepts = values.shape
-    rows, columns = (draw.multinomial(size, np.full(size, 1 / size), samples) for size in (seeds, concepts))
+    rows, columns = _drawn(seeds, concepts, samples)
     means = np.einsum("ks,sn,kn->k", rows, values, columns, optimize=True) / (seeds * concepts)  # [samples]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

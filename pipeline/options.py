@@ -205,6 +205,7 @@ class TrainOptions(Cell):
     vectors: str = option(SHIPPED, "The vectors file: a local path or runs:/<run id>/<artifact>.")
     output: str | None = option(None, "Folder for the student.  [default: results/<time>_student]")
     register: str | None = option(None, "Register the student in MLflow under this name, with the alias best.")
+    report: bool = option(True, "Draw tables and plots at the end; the report command draws them later too.")
     resume: bool = option(True, "Take over a student that was trained before with the same settings and data.")
 
 
@@ -233,6 +234,7 @@ class SweepOptions:
     output: str = option("results", "Folder for the results file, the plots and the best student.")
     register: str | None = option(None, "Register the best student in MLflow under this name, with the alias best.")
     shard: str = option("0/1", "The part i/n of the cells, i from 0; the shard that completes the sweep reports.")
+    report: bool = option(True, "Draw tables and plots at the end; the report command draws them later too.")
     resume: bool = option(True, "Skip cells that are finished already, with the same settings, data and code.")
     dry_run: bool = option(False, "Train nothing; show the cells, how they are dealt out, and about how long it takes.")
 

@@ -105,8 +105,7 @@ class Recorder:
         self._log_curves(
             key, run, {name: dict(zip(epochs, values, strict=True)) for name, values in curves.items()},
             metrics=final_metrics(final, epochs[-1], model_id, now),
-            params=options | {"teacher": self.data.vectors.teacher},
-            tags={"dtype": row["dtype"]},
+            params=options | {"teacher": self.data.vectors.teacher, "dtype": row["dtype"]},
         )  # fmt: skip
         run.log_json("cell.json", row, indent=None, there=now_there)
         run.end("FINISHED")

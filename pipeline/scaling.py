@@ -8,6 +8,7 @@ such laws went astray when they were asked for cells beyond the ones that they w
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -121,6 +122,9 @@ def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[flo
     return Law(best, np.array(samples), residuals, span, bend_of(logs, errors, free), free)
 
 
+_fitted = functools.lru_cache(maxsize=4)(fit)  # the results file and the report ask for the same one
+
+
 def _fit(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
     tried = [_descend(start, logs, errors, free) for start in _starts(logs, errors)]
     return min(tried, key=lambda pair: pair[0])[1]
@@ -226,8 +230,8 @@ def shared_by(cell: Row) -> str:
 
 def law_of(cells: Sequence[Row]) -> Law:
     """The law of one family of cells, in test cosine."""
-    concepts, sizes, cosines = ([cell[name] for cell in cells] for name in ("concepts", "parameters", "test_cosine"))
-    return fit(concepts, sizes, cosines)
+    names = ("concepts", "parameters", "test_cosine")
+    return _fitted(*(tuple(cell[name] for cell in cells) for name in names))
 
 
 def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_every_entry_point_runs_in_the_container_and_leaves_all_on_the_host(imag
     assert len(list((project / "results").glob("*.png"))) > 4
     for entry, *parameters in (
         ("extract", "teacher=smollm2-135m", "num_concepts=30", "layers=2", "output=few.safetensors"),
-        ("train", "epochs=1", "concepts=40", "output=my-student"),
+        ("train", "epochs=1", "concepts=40", "report=no-report", "output=my-student"),
         ("report",),
     ):
         done = mlflow_run(project, entry, *parameters)
@@ -129,7 +129,8 @@ def test_any_user_can_run_it_on_a_read_only_root(image, tmp_path):
     tmp_path.chmod(0o777)
     common = ("run", "--rm", *LIMITED, "-v", f"{tmp_path}:/scratch",
               "-e", "MLFLOW_TRACKING_URI=sqlite:////scratch/mlflow.db")  # fmt: skip
-    docker(*common, image, "python", "-m", "pipeline", "train", "--epochs", "1", "--concepts", "40", "--output",
+    docker(*common, image, "python", "-m", "pipeline", "train", "--no-report",
+           "--epochs", "1", "--concepts", "40", "--output",
            "/scratch/student")  # fmt: skip
     assert (tmp_path / "student" / "model.safetensors").stat().st_uid == 12345
     told = docker(*common, image, "python", "-m", "pipeline", "train", "--epochs", "1", "--output", "/opt/student",
@@ -139,7 +140,8 @@ def test_any_user_can_run_it_on_a_read_only_root(image, tmp_path):
     assert "Read-only file system" in told.stderr.splitlines()[-1]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "student").iterdir()}
     read_only = ("-v", f"{tmp_path}/student:/volume:ro")
-    told = docker(*common, *read_only, image, "python", "-m", "pipeline", "train", "--epochs", "2", "--concepts", "40",
+    told = docker(*common, *read_only, image, "python", "-m", "pipeline", "train", "--no-report",
+                  "--epochs", "2", "--concepts", "40",
                   "--output", "/volume", check=False)  # fmt: skip
     assert told.returncode == 2
     assert "Read-only file system" in told.stderr.splitlines()[-1]
@@ -290,7 +292,7 @@ def test_pods_make_up_one_sweep_even_if_each_is_killed_once(tracking, workplace,
     names = [item.path for item in client.list_artifacts(parent.info.run_id)]
     assert len([name for name in names if name.endswith("_report.html")]) == 1
     assert not any(SECRET in log.stderr + log.stdout for log in logs)
-    code, _, err = run("sweep", "--grid", "grid.yaml", "--vectors", SHIPPED, "--output", "whole")
+    code, _, err = run("sweep", "--grid", "grid.yaml", "--vectors", SHIPPED, "--no-report", "--output", "whole")
     assert code == 0, err
     [path] = Path("whole").glob("*.json")
     whole = {cell["name"]: cell["test_cosine"] for cell in json.loads(path.read_text())["cells"]}

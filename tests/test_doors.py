@@ -36,7 +36,7 @@ def found_runs():
 
 
 def test_mlflow_run_on_the_host_tracks_under_the_run_that_it_opened(workplace, small_grid):
-    parameters = (f"grid={small_grid}", f"vectors={SHIPPED}", f"output={workplace}/out", "epochs=2")
+    parameters = (f"grid={small_grid}", f"vectors={SHIPPED}", f"output={workplace}/out", "epochs=2", "report=no-report")
     with mlflow_run(workplace, *parameters) as process:
         _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
@@ -83,7 +83,7 @@ def browser():
 
 
 def test_the_runs_stand_in_the_compare_view_of_the_ui(workplace, run, small_grid, browser):
-    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED)
+    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--no-report")
     assert code == 0, err
     _, children = found_runs()
     port = free_port()

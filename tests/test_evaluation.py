@@ -111,7 +111,7 @@ def test_evaluate_measures_a_student_folder(workplace, run):
     from conftest import SHIPPED
 
     common = ("--vectors", SHIPPED)
-    assert run("train", *common, "--concepts", 40, "--student", "ridge", "--output", "mine")[0] == 0
+    assert run("train", *common, "--concepts", 40, "--student", "ridge", "--no-report", "--output", "mine")[0] == 0
     code, out, err = run("evaluate", "--run", "mine", *common)
     assert code == 0, err
     assert "KL" not in out

@@ -15,7 +15,7 @@ def results(tmp_path_factory):
     """A folder with a student in ``results/``, as `make sweep` leaves one."""
     home = tmp_path_factory.mktemp("examples")
     (home / "grid.yaml").write_text("fixed: {student: ridge, concepts: 100}\naxes: {seed: [0]}\n")
-    command = [sys.executable, "-m", "pipeline", "sweep", "--grid", "grid.yaml", "--vectors", SHIPPED]
+    command = [sys.executable, "-m", "pipeline", "sweep", "--grid", "grid.yaml", "--vectors", SHIPPED, "--no-report"]
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return home

@@ -20,7 +20,8 @@ TEXTS = ["volcano", "slow cooking", 'a "quoted", phrase', "ὕβρις"]
 def folder(tmp_path_factory):
     """A student as `train` leaves it."""
     home = tmp_path_factory.mktemp("predict")
-    command = [sys.executable, "-m", "pipeline", "train", "--vectors", SHIPPED, "--concepts", "60", "--hidden-dim", "8",
+    command = [sys.executable, "-m", "pipeline", "train", "--no-report",
+               "--vectors", SHIPPED, "--concepts", "60", "--hidden-dim", "8",
                "--epochs", "1", "--output", home / "student"]  # fmt: skip
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -124,7 +125,7 @@ def test_what_is_wrong_is_said_in_one_line(workplace, run, folder, arguments, co
 
 def test_a_student_of_a_run_or_the_newest_one(workplace, run, small_grid):
     assert run("predict", "volcano")[0] == 2
-    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--register", "concepts")
+    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--register", "concepts", "--no-report")
     assert code == 0, err
     [newest] = Path("results").glob("*_student")
     expected = Student.load(newest).encode("volcano")

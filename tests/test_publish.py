@@ -45,7 +45,9 @@ def folder(workplace, run, tiny_folder):
     arguments = ("extract", "--teacher", tiny_folder("gpt2"), "--layers", "2", "--num-concepts", 120, "--concepts",
                  ROOT / "data" / "concepts.csv", "--output", "tiny.safetensors")  # fmt: skip
     assert run(*arguments)[0] == 0
-    code, _, err = run("train", "--vectors", "tiny.safetensors", "--concepts", 40, "--epochs", 1, "--output", "mine")
+    code, _, err = run(
+        "train", "--vectors", "tiny.safetensors", "--concepts", 40, "--epochs", 1, "--no-report", "--output", "mine"
+    )
     assert code == 0, err
     return workplace / "mine"
 

@@ -53,8 +53,9 @@ def database(name="mlflow"):
 
 
 def sweep(*arguments, uri=None, folder=None, **environment):
-    """A sweep in a process of its own, in the current folder or another."""
-    command = [sys.executable, "-m", "pipeline", "sweep", "--grid", "grid.yaml", "--vectors", str(SHIPPED), *arguments]
+    """A sweep in a process of its own, in the current folder or another; pictures only where they are asked for."""
+    common = ["--grid", "grid.yaml", "--vectors", str(SHIPPED), "--no-report"]
+    command = [sys.executable, "-m", "pipeline", "sweep", *common, *arguments]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri or database(), **environment}
     return subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -134,7 +135,7 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, w
     )  # fmt: skip
 
     def begin(output):
-        print(f"--grid grid.yaml --vectors {SHIPPED} --output {output}", file=server.stdin, flush=True)
+        print(f"--grid grid.yaml --vectors {SHIPPED} --no-report --output {output}", file=server.stdin, flush=True)
         return int(server.stdout.readline())
 
     moments, finished, ends = random.Random(0), {}, []
@@ -182,7 +183,7 @@ def test_workers_that_start_at_once_agree_on_one_parent_and_train_every_cell_onc
 
 def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid, whole):
     for shard, finished in (("1/3", False), ("0/3", False), ("2/3", True)):
-        out = finish(sweep("--shard", shard, "--sweep-id", "parts"))
+        out = finish(sweep("--shard", shard, "--sweep-id", "parts", "--report"))
         assert ("the shard that completes the sweep writes the report" in out) != finished
         assert bool(list(Path("results").glob("*.png"))) == finished
         assert tracked()[0][0].info.status == ("FINISHED" if finished else "SCHEDULED")

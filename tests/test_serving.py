@@ -28,7 +28,8 @@ def served(tmp_path_factory):
     home = tmp_path_factory.mktemp("served")
     uri = f"sqlite:///{home}/mlflow.db"
     variables = {**os.environ, "MLFLOW_TRACKING_URI": uri}
-    command = [sys.executable, "-m", "pipeline", "train", "--vectors", SHIPPED, "--concepts", "60", "--hidden-dim", "8",
+    command = [sys.executable, "-m", "pipeline", "train", "--no-report",
+               "--vectors", SHIPPED, "--concepts", "60", "--hidden-dim", "8",
                "--epochs", "1", "--output", home / "student", "--register", "concepts"]  # fmt: skip
     done = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -138,7 +138,9 @@ def test_students_of_any_teacher_and_template(workplace, run, tiny_folder, templ
     code, out, err = run(*arguments)
     assert code == 0, err
     assert "tiny.vocabulary.safetensors" in out
-    code, _, err = run("train", "--vectors", "tiny.safetensors", "--concepts", 40, "--epochs", 2, "--output", "mine")
+    code, _, err = run(
+        "train", "--vectors", "tiny.safetensors", "--concepts", 40, "--epochs", 2, "--no-report", "--output", "mine"
+    )
     assert code == 0, err
     student, vectors = Student.load("mine"), read_vectors(workplace / "tiny.safetensors")
     data = Catalogued(vectors)

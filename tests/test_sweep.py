@@ -105,13 +105,13 @@ def test_the_results_file_has_every_cell_and_the_baselines(swept):
 
 
 def test_a_repeated_sweep_trains_nothing_again(swept, run, small_grid):
-    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED)
+    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--no-report")
     assert code == 0, err
     assert "4 of 4 cells were finished before" in err
     parents, children = runs("FINISHED")
     assert (len(parents), len(children)) == (1, 4)
     time.sleep(1)  # names of results files have seconds
-    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--no-resume")
+    code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--no-report", "--no-resume")
     assert code == 0, err
     parents, children = runs("FINISHED")
     assert (len(parents), len(children)) == (2, 8)
@@ -144,7 +144,8 @@ def test_train_is_a_sweep_of_one_cell(workplace, run):
     assert Student.load("mine").config["metrics"]["test_cosine"] == pytest.approx(
         child.data.metrics["test_cosine"], abs=1e-3
     )
-    code, _, err = run("train", "--vectors", SHIPPED, "--student", "ridge", "--concepts", 50, "--output", "linear")
+    code, _, err = run("train", "--vectors", SHIPPED, "--student", "ridge", "--concepts", 50, "--no-report", "--output",
+                       "linear")  # fmt: skip
     assert code == 0, err
     assert Student.load("linear").config["student"] == "ridge"
 
@@ -162,7 +163,8 @@ def environment(workplace):
 def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplace):
     Path("many.yaml").write_text(GRID_OF_MANY)
     MlflowClient().search_experiments()  # makes the database
-    command = [sys.executable, "-m", "pipeline", "sweep", "--grid", "many.yaml", "--vectors", str(SHIPPED)]
+    common = ["--grid", "many.yaml", "--no-report", "--vectors", str(SHIPPED)]
+    command = [sys.executable, "-m", "pipeline", "sweep", *common]
     finished = 0
     for stop in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(command, env=environment(workplace), stderr=subprocess.PIPE, text=True)
@@ -198,7 +200,7 @@ def test_several_processes_share_the_cells_and_log_one_run(workplace, small_grid
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
         "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "pipeline",
-        "sweep", "--grid", str(small_grid), "--vectors", str(SHIPPED),
+        "sweep", "--grid", str(small_grid), "--vectors", str(SHIPPED), "--no-report",
     ]  # fmt: skip
     variables = environment(workplace) | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)

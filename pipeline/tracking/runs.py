@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.metadata
 import json
+import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import yaml
-from mlflow import MlflowClient, pyfunc
+from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-from pipeline.reading import Part, Reading, Table
-from pipeline.student import Student
-from pipeline.tokenization import Ragged
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of the two the one in C takes a tenth of the time
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
 # What a logged student carries: the rooms that turn text into vectors, without torch.
 STUDENT_CODE = ("__init__", "errors", "storage", "tokenization", "reading", "inference", "folders", "student", "served")
+DOOR = "served.py"  # what MLflow loads
 EXAMPLE = ("volcano", "slow cooking")  # what a logged student may be asked
 STUDENT_PLACE = "artifacts/student"  # in the folder of a logged model
 STUDENT_NEEDS = ("mlflow", "numpy", "safetensors", "tokenizers")
@@ -123,14 +119,11 @@ class Run:
         else:
             model = self.client.create_logged_model(self.experiment_id, "student", self.id)
             self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
-        frame, description = _frame()
-        described = copy.copy(description)
-        described.run_id, described.model_id, described.model_uuid = self.id, model.model_id, model.model_id
-        described.artifact_path = model.artifact_location
         store = self._store(model.artifact_location)
-        store.log_artifacts(frame.name)
+        store.log_artifacts(_frame().name)
         store.log_artifacts(str(folder), STUDENT_PLACE)
-        self._upload(model.artifact_location, "MLmodel", yaml.dump(described.to_dict(), Dumper=DUMPER))
+        described = _description(self.id, model.model_id, model.artifact_location)
+        self._upload(model.artifact_location, "MLmodel", described)
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return str(model.model_id)
 
@@ -152,36 +145,69 @@ def _whoever_is_faster(work: Callable[[], None]) -> None:
 
 
 @functools.cache
-def _frame() -> tuple[tempfile.TemporaryDirectory[str], Model]:
-    """A model folder without a student (description, code, requirements), and its description.
+def _frame() -> tempfile.TemporaryDirectory[str]:
+    """A model folder without student and description: code, requirements and what MLflow shows as an example.
 
-    The folder is removed as the process ends.
+    `mlflow.pyfunc.save_model` would write the same after it has searched all installed packages for these four, which
+    takes as long as training some students. The folder is removed as the process ends.
     """
     frame = tempfile.TemporaryDirectory(prefix="student-model-")
-    package = Path(__file__).parent.parent
-    with tempfile.TemporaryDirectory() as parts:
-        code, place = Path(parts) / "pipeline", Path(parts) / "student"
-        code.mkdir()
-        for name in STUDENT_CODE:
-            shutil.copy(package / f"{name}.py", code)
-        _smallest_student().save(place)
-        pyfunc.save_model(
-            frame.name,
-            python_model=str(code / "served.py"),
-            artifacts={"student": str(place)},
-            code_paths=[str(code)],
-            input_example=list(EXAMPLE),
-            pip_requirements=[f"{name}=={_public_version(name)}" for name in STUDENT_NEEDS],
-        )
-        shutil.rmtree(Path(frame.name) / STUDENT_PLACE)
-    return frame, Model.load(frame.name)
+    package, home = Path(__file__).parent.parent, Path(frame.name)
+    code = home / "code" / "pipeline"
+    code.mkdir(parents=True)
+    for name in STUDENT_CODE:
+        shutil.copy(package / f"{name}.py", code)
+    shutil.copy(package / DOOR, home)
+    needs = [f"{name}=={_public_version(name)}" for name in STUDENT_NEEDS]
+    python = platform.python_version()
+    conda = {"channels": ["conda-forge"], "dependencies": [f"python={python}", "pip", {"pip": needs}]}
+    tools = ["pip", "setuptools", "wheel"]
+    texts = {
+        "requirements.txt": "\n".join(needs),
+        "conda.yaml": yaml.dump(conda, Dumper=DUMPER),
+        "python_env.yaml": yaml.dump(
+            {"python": python, "build_dependencies": tools, "dependencies": ["-r requirements.txt"]}, Dumper=DUMPER
+        ),
+        "input_example.json": json.dumps(EXAMPLE),
+        "serving_input_example.json": json.dumps({"inputs": EXAMPLE}),
+    }
+    for name, text in texts.items():
+        (home / name).write_text(text, encoding="utf-8")
+    return frame
 
 
-def _smallest_student() -> Student:
-    """One that answers for the example only, for MLflow tries what it is to describe."""
-    table = Table(np.zeros((1, 1), np.float32))
-    reading = Reading((Part("0", "mean"),), {"0": table}, np.zeros(1, np.float32), np.ones(1, np.float32), 1, True)
-    return Student({"student": "ridge"}, {}, np.zeros(1, np.float32), reading, EXAMPLE, Ragged.of([[0]] * len(EXAMPLE)))
+def _description(run_id: str, model_id: str, artifact_path: str) -> str:
+    """The ``MLmodel`` file of a logged student: texts in, vectors out, loaded from code (see `pipeline.served`)."""
+    door = {
+        "loader_module": "mlflow.pyfunc.loaders.code_model",
+        "model_code_path": DOOR,
+        "code": "code",
+        "artifacts": {"student": {"path": STUDENT_PLACE, "uri": STUDENT_PLACE}},
+        "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
+        "python_version": platform.python_version(),
+        "streamable": False,
+    }
+    description = {
+        "artifact_path": artifact_path,
+        "flavors": {"python_function": door},
+        "mlflow_version": importlib.metadata.version("mlflow"),
+        "model_id": model_id,
+        "model_uuid": model_id,
+        "run_id": run_id,
+        "utc_time_created": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f}",
+        "is_signature_from_type_hint": True,
+        "type_hint_from_example": False,
+        "signature": {
+            "inputs": json.dumps([{"type": "string", "required": True}]),
+            "outputs": json.dumps([{"type": "array", "items": {"type": "double"}, "required": True}]),
+        },
+        "saved_input_example_info": {
+            "artifact_path": "input_example.json",
+            "serving_input_path": "serving_input_example.json",
+            "type": "json_object",
+        },
+    }
+    return str(yaml.dump(description, Dumper=DUMPER))
 
 
 def curve_metrics(curves: Mapping[str, Mapping[int, float]], times: Mapping[int, int]) -> list[Metric]:

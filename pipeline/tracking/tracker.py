@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
@@ -219,13 +220,19 @@ class Tracker:
         return str(made.version)
 
     def _create(self, name: str, tags: Mapping[str, str], experiment_id: str) -> Run:
-        own = {**context.resolve_tags(), MLFLOW_RUN_NAME: name, **tags}
+        own = {**_context(), MLFLOW_RUN_NAME: name, **tags}
         run = self.client.create_run(experiment_id, tags=own, run_name=name)
         return Run(self.client, run.info.run_id, experiment_id)
 
     def _reopen(self, run: MlflowRun) -> Run:
         self.client.update_run(run.info.run_id, status="RUNNING")
         return Run(self.client, run.info.run_id, run.info.experiment_id)
+
+
+@functools.cache
+def _context() -> dict[str, str]:
+    """MLflow's tags for whatever runs here: user, source, commit. Asked once: finding them takes as long as a run."""
+    return dict(context.resolve_tags())
 
 
 def connect() -> Tracker:
