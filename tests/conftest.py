@@ -15,6 +15,7 @@ from pathlib import Path
 
 # Before any library reads them: tests reach no hub, and every run goes to a database of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # three more processes a server, of no use to tracking
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
     os.environ.pop(name, None)
 # A shell ignores SIGINT in what it starts in the background, and so would every process that the tests interrupt.
