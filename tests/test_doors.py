@@ -48,7 +48,8 @@ def test_mlflow_run_on_the_host_tracks_under_the_run_that_it_opened(workplace, s
     assert parent.data.params["epochs"] == "2"
     assert {run.data.params["epochs"] for run in children} == {"2"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    assert len(list((workplace / "out").glob("*.png"))) == 6
+    [results] = (path for path in (workplace / "out").iterdir() if path.is_file())
+    assert results.suffix == ".json"  # nothing was drawn
 
 
 def test_mlflow_run_says_what_is_wrong_in_one_line(workplace):
