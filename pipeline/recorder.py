@@ -95,7 +95,8 @@ class Recorder:
     def _upload(self, key: str, row: Row, run: Run, now: int) -> bool:
         if (now_there := self.claims.still_ours(run)) is None:
             return False
-        model_id = run.log_student(self.spool.student(key), now_there)
+        home = self.spool.home(key)
+        model_id = run.log_student(home / "student", now_there)
         curves = dict(row["curves"])
         epochs = curves.pop("epoch")
         names = [name for name in row if name.startswith(("val_", "test_"))]
@@ -107,7 +108,7 @@ class Recorder:
             metrics=final_metrics(final, epochs[-1], model_id, now),
             params=options | {"teacher": self.data.vectors.teacher, "dtype": row["dtype"]},
         )  # fmt: skip
-        run.log_json("cell.json", row, indent=None, there=now_there)
+        run.log_artifact(home / "cell.json", now_there)
         run.end("FINISHED")
         return True
 

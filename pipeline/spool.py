@@ -54,9 +54,9 @@ class Spool:
                 return row
         return None
 
-    def student(self, key: str) -> Path:
-        """The student folder of a finished cell that is here and whole."""
-        return next(path / "student" for path in self._homes(key) if (path / "cell.json").is_file())
+    def home(self, key: str) -> Path:
+        """The folder of a finished cell that is here and whole."""
+        return next(path for path in self._homes(key) if (path / "cell.json").is_file())
 
     def drop(self, key: str) -> None:
         """Forget a finished cell: MLflow has it."""

@@ -78,21 +78,14 @@ class Run:
         """The highest step of a metric that is logged; 0 without one."""
         return max((entry.step for entry in self.client.get_metric_history(self.id, metric)), default=0)
 
-    def log_artifact(self, path: Path) -> None:
-        """Upload a file."""
-        self.client.log_artifact(self.id, str(path))
-
-    def log_json(self, name: str, content: object, indent: int | None = 1, there: MlflowRun | None = None) -> None:
-        """Upload plain values as a JSON file.
-
-        Args:
-            name: of the file.
-            content: the values.
-            indent: None is written many times faster.
-            there: the run as it stands, where that is known.
-        """
+    def log_artifact(self, path: Path, there: MlflowRun | None = None) -> None:
+        """Upload a file; ``there`` is the run as it stands, where that is known."""
         there = there or self.client.get_run(self.id)
-        self._upload(there.info.artifact_uri, name, json.dumps(content, indent=indent))
+        self._store(there.info.artifact_uri).log_artifact(str(path))
+
+    def log_json(self, name: str, content: object) -> None:
+        """Upload plain values as a JSON file."""
+        self._upload(self.client.get_run(self.id).info.artifact_uri, name, json.dumps(content, indent=1))
 
     def _store(self, place: str) -> ArtifactRepository:
         return get_artifact_repository(place, tracking_uri=self.client.tracking_uri)
