@@ -12,6 +12,13 @@ SCHEME = "hf://"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
 
 
+def cache() -> Path:
+    """The folder of the hub's cache (``HF_HOME``)."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME)
+
+
 def fetch(place: str) -> Path:
     """A student folder or a vectors file of the hub, on this machine.
 

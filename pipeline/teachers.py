@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,6 +27,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from pipeline import hub
 from pipeline.errors import InputError, choices
 from pipeline.families import HUB_IDS
 from pipeline.precision import multiplies_faster
@@ -177,7 +177,7 @@ def _unpacked(source: Source) -> tuple[str, dict[str, Any]]:
     options = dict(source.options)
     if "gguf_file" not in options or Path(source.location, options["gguf_file"]).stat().st_size > MOST_UNPACKED:
         return source.location, options
-    folder = Path(HF_HOME) / "unpacked" / f"{source.revision[:32]}-{transformers.__version__}"
+    folder = hub.cache() / "unpacked" / f"{source.revision[:32]}-{transformers.__version__}"
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

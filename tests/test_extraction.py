@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, ROOT, WHOLE
-from huggingface_hub.constants import HF_HOME
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline import hub
 from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import read_parts
@@ -198,10 +198,10 @@ def test_the_embedded_teacher_agrees_with_its_plain_forward_pass(smollm2, tmp_pa
 
 def test_a_packed_teacher_is_kept_unpacked_with_the_same_weights(smollm2, tmp_path, monkeypatch):
     source, model = smollm2
-    [kept] = (Path(HF_HOME) / "unpacked").glob(f"{source.revision[:32]}-*")
+    [kept] = (hub.cache() / "unpacked").glob(f"{source.revision[:32]}-*")
     assert (kept / "model.safetensors").stat().st_mode & 0o777 == 0o644
     (tmp_path / "file").touch()
-    monkeypatch.setattr("pipeline.teachers.HF_HOME", str(tmp_path / "file"))  # no cache can be made there
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file"))  # no cache can be made there
     anew = load_teacher(source)
     for one, other in ((model.model, anew.model), (model.head, anew.head)):
         for name, value in one.state_dict().items():
