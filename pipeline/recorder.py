@@ -106,7 +106,8 @@ class Recorder:
         self._log_curves(
             key, run, {name: dict(zip(epochs, values, strict=True)) for name, values in curves.items()},
             metrics=final_metrics(final, epochs[-1], model_id, now),
-            params=options | {"teacher": self.data.vectors.teacher, "dtype": row["dtype"]},
+            params=options | {"teacher": self.data.vectors.teacher},
+            tags={"dtype": row["dtype"]},  # no parameter, which could not change where another machine takes over
         )  # fmt: skip
         run.log_artifact(home / "cell.json", now_there)
         run.end("FINISHED")

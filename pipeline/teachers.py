@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -139,7 +140,8 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     Raises:
         InputError: the weights cannot be read or reached, or it is no causal language model.
     """
-    location, options = _unpacked(source)
+    location, own = _unpacked(source)
+    options = dict(own)
     if source.dtype == "int8":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise InputError("--dtype int8: needs the bitsandbytes package; pip install bitsandbytes")
@@ -151,7 +153,6 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     if device_map:
         options["device_map"] = device_map
     with _advised(source.name, source.location), _quiet():
-        own = {name: options[name] for name in source.options if name in options}
         tokenizer = AutoTokenizer.from_pretrained(location, config=source.config, **own)
         causal = AutoModelForCausalLM.from_pretrained(location, config=source.config, **options)
     if not getattr(tokenizer, "is_fast", False):
@@ -170,7 +171,7 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
 def _unpacked(source: Source) -> tuple[str, dict[str, Any]]:
     """Where `transformers` loads a teacher from, and with which options: a GGUF file is unpacked once for all.
 
-    The library takes ten times as long to read a GGUF file as to load the same weights; most of it goes into names. The
+    The library takes forty times as long to read a GGUF file as to load the same weights, mostly over names. The
     weights are kept in float32, which is exact, in the cache of the hub. Large files, and all where the cache cannot be
     written, are read anew each time.
     """
@@ -185,18 +186,19 @@ def _unpacked(source: Source) -> tuple[str, dict[str, Any]]:
         except OSError:
             return source.location, options
         try:
+            where = {"config": source.config, **options}
             with _advised(source.name, source.location), _quiet():
-                where = {"config": source.config, **options}
-                AutoTokenizer.from_pretrained(source.location, **where).save_pretrained(part)
+                tokenizer = AutoTokenizer.from_pretrained(source.location, **where)
                 read = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **where)
-                whole = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-                whole.load_state_dict(read.state_dict())  # what was read counts as quantised, and cannot be saved
-                whole.save_pretrained(part)
+            whole = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+            whole.load_state_dict(read.state_dict())  # what was read counts as quantised, and cannot be saved
+            tokenizer.save_pretrained(part)
+            whole.save_pretrained(part)
             for path in part.iterdir():
                 path.chmod(0o644)  # as the hub's files: for every user of the cache
             part.chmod(0o755)
             part.rename(folder)
-        except OSError:  # no room, or another process was faster
+        except (OSError, SafetensorError):  # no room, or another process was faster
             if not folder.is_dir():
                 return source.location, options
         finally:

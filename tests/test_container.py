@@ -44,15 +44,13 @@ def image():
 
 @pytest.fixture
 def project(tmp_path):
-    """The project as a fresh clone has it, after a first sweep."""
+    """The project as a fresh clone has it."""
     folder = tmp_path / "project"
     for name in subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
-    for made in SHIPPED.parent.glob("*.vocabulary.safetensors"):  # which takes a minute to make
-        shutil.copy(made, folder / "data" / "vectors")
     return folder
 
 

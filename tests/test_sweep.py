@@ -115,6 +115,7 @@ def test_a_repeated_sweep_trains_nothing_again(swept, run, small_grid):
     assert code == 0, err
     parents, children = runs("FINISHED")
     assert (len(parents), len(children)) == (2, 8)
+    assert len(list(Path("results").glob("*.png"))) == 6  # of the first sweep; the others were to draw nothing
     first, *_, last = results()
     for before, after in zip(first["cells"], last["cells"], strict=True):
         assert before["run_id"] != after["run_id"]
