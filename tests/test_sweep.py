@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, SHIPPED
 from mlflow import MlflowClient
 
+from pipeline.options import Cell
 from pipeline.student import Student
 
 
@@ -49,6 +50,9 @@ def test_a_sweep_leaves_one_parent_and_a_finished_child_a_cell(swept, vectors):
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.data.params["concepts"] in ("20", "40")
         assert child.data.params["epochs"] == "3"
+        # Nothing that a machine decides: parameters cannot change, and another machine may take a cell over.
+        assert set(child.data.params) <= {*Cell.__dataclass_fields__, "teacher"}
+        assert child.data.tags["dtype"] in ("float32", "bfloat16")
         assert child.data.tags["extraction_key"] == vectors.extraction_key
         assert {"val_cosine", "test_cosine", "test_r2", "test_retrieval_at_5"} <= set(child.data.metrics)
         history = client.get_metric_history(child.info.run_id, "val_cosine")
