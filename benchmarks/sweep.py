@@ -36,9 +36,10 @@ from pipeline.grid import read_grid
 from pipeline.metrics import cosines
 from pipeline.options import Cell
 from pipeline.processes import start
+from pipeline.results import results_of
 from pipeline.schedule import stacks_of, training_flops
 from pipeline.spool import Spool
-from pipeline.sweep import cell_key, prepare, results_of, run_sweep
+from pipeline.sweep import cell_key, prepare, run_sweep
 from pipeline.tracking import connect
 from pipeline.training import train_stack
 from pipeline.vectors import read_vectors

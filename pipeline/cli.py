@@ -221,7 +221,7 @@ def _sweep(
             )
         )
         return
-    from pipeline.report import SHORT, table_rows, verdict
+    from pipeline.tables import SHORT, table_rows, verdict
 
     display.table(*table_rows(done.results, SHORT))
     click.echo(f"{verdict(done.results)}\n")
@@ -240,7 +240,9 @@ def report(options: ReportOptions) -> None:
     """
     from pipeline import display
     from pipeline.features import Catalogued
-    from pipeline.report import SHORT, load_sweep, table_rows, vectors_for, verdict, write_predictions, write_report
+    from pipeline.report import write_predictions, write_report
+    from pipeline.results import load_sweep, vectors_for
+    from pipeline.tables import SHORT, table_rows, verdict
 
     stem, results, student = load_sweep(options.results, options.sweep_id)
     vectors = vectors_for(results["grid"], options.vectors)

@@ -22,11 +22,11 @@ from pipeline.features import Catalogued
 from pipeline.function import Continuations, kl_recovered, recovered_interval
 from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_error
 from pipeline.options import Cell, EvaluateOptions
-from pipeline.report import markdown_table, newest_results, read_results, vectors_for
+from pipeline.results import baseline_of, newest_results, read_results, vectors_for
 from pipeline.storage import is_remote, writable, write_atomically
 from pipeline.student import Student
 from pipeline.students.baselines import BASELINES
-from pipeline.sweep import baseline_of
+from pipeline.tables import markdown_table
 from pipeline.teachers import Teacher, find_teacher, load_teacher
 from pipeline.tracking import closing, connect
 

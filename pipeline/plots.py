@@ -16,8 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 from pipeline.options import SHORT_NAMES, Cell
 from pipeline.scaling import Law
@@ -202,6 +200,9 @@ def alignment(
         categories: one a row.
         title: what is shown, for the figure's head.
     """
+    from sklearn.decomposition import PCA  # only here: it takes as long to load as all else that draws
+    from sklearn.manifold import TSNE
+
     pca = PCA(2, random_state=0).fit(truth)
     both = np.concatenate([truth, predicted])
     # PCA first, as van der Maaten and Hinton (2008) do: it removes noise and most of the cost.

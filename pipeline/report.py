@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from pipeline import plots, scaling, transition
 from pipeline.errors import InputError
 from pipeline.features import Catalogued
-from pipeline.grid import read_grid, vectors_of
+from pipeline.grid import read_grid
 from pipeline.metrics import interval
-from pipeline.options import SHIPPED, Cell
 from pipeline.schedule import number_of_parameters, teacher_flops, teacher_parameters
 from pipeline.storage import write_atomically
 from pipeline.student import Student
-from pipeline.students import KINDS
-from pipeline.sweep import RIVAL, baseline_of, prepare
-from pipeline.tracking import connect, fetch
-from pipeline.vectors import Vectors, read_vectors
+from pipeline.sweep import prepare
+from pipeline.tables import NOTE, configurations, markdown_table, mean_of, summary, table_rows, test_cosines, verdict
+from pipeline.vectors import Vectors
 
 Row = dict[str, Any]
-NOTE = "Students in parentheses are the baselines. Intervals: bootstrap over test concepts and seeds."
 SHOWN = 8  # best and worst concepts
 TITLES = {
     "transition": "Long training",
@@ -44,172 +40,6 @@ TITLES = {
     "categories": "Categories",
     "law": "Scaling law",
 }
-FORMATS = {
-    "student": "{}",
-    "inputs": "{}",
-    "concepts": "{}",
-    "hidden_dim": "{}",
-    "layers": "{}",
-    "seed": "{}",
-    "parameters": "{:,}",
-    "val_cosine": "{:.3f}",
-    "test_cosine": "{:.3f}",
-    "test_cosine_raw": "{:.3f}",
-    "test_r2": "{:.3f}",
-    "test_retrieval_at_1": "{:.3f}",
-    "test_retrieval_at_5": "{:.3f}",
-    "train_seconds": "{:.1f}",
-}
-SHORT = ("student", "concepts", "hidden_dim", "layers", "parameters", "val_cosine", "test_cosine", "test_r2")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Read a results file.
-
-    Raises:
-        InputError: missing, or not the results of a sweep.
-    """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"results file {path}: cannot be read ({error})") from error
-    if not isinstance(results, dict) or not {"grid", "cells", "baselines", "best"} <= set(results):
-        raise InputError(f"results file {path}: not the results of a sweep")
-    return results
-
-
-def newest_results(folder: Path) -> Path:
-    """The newest results file of a folder, by the time in its name.
-
-    Raises:
-        InputError: there is none.
-    """
-    found = sorted(folder.glob("*_results_*Z.json"), key=lambda path: path.stem.rpartition("_")[2])
-    if not found:
-        raise InputError(f"no results file in {folder}; run a sweep first, or name one with --results")
-    return found[-1]
-
-
-def vectors_for(grid: str, named: str | None) -> Vectors:
-    """The vectors file of a sweep: the one that is named, or the one that its grid is made for."""
-    try:
-        path = named or vectors_of(grid)
-    except InputError:  # a grid that does not come with the program
-        path = SHIPPED
-    return read_vectors(fetch(path))
-
-
-def load_sweep(
-    results: str | None, sweep_id: str | None, folder: Path = Path("results")
-) -> tuple[str, dict[str, Any], Student]:
-    """A sweep from its results file, from MLflow, or the newest in a folder.
-
-    Args:
-        results: path of a results file.
-        sweep_id: a sweep in MLflow; its results file and its best student are downloaded.
-        folder: where to look when neither is given.
-
-    Returns:
-        The beginning of the report's file names, the results, and the best student.
-
-    Raises:
-        InputError: there is no such sweep, or its student is gone.
-    """
-    if sweep_id is not None:
-        tracker = connect()
-        if (run := tracker.find_sweep(sweep_id)) is None:
-            raise InputError(f"--sweep-id {sweep_id}: MLflow knows no such sweep")
-        stem, text = tracker.newest_artifact(run.info.run_id, "_results_")
-        found = json.loads(text)
-        return stem, found, tracker.student_of(found["best"]["run_id"])
-    path = fetch(results) if results else newest_results(folder)
-    found, beside = read_results(path), path.with_name(f"{path.stem}_student")
-    if beside.is_dir() and (student := Student.load(beside)).config["cell"] == _cell(found["best"]):
-        return path.stem, found, student
-    return path.stem, found, connect().student_of(found["best"]["run_id"])
-
-
-def _cell(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in Cell.__dataclass_fields__}
-
-
-def table_rows(results: dict[str, Any], columns: Sequence[str] = tuple(FORMATS)) -> tuple[list[str], list[list[str]]]:
-    """The table as text: its head, then the baselines (in parentheses) and the cells by concepts and test cosine."""
-    floor = [row | {"student": f"({row['student']})"} for row in results["baselines"]]
-    rows = sorted(results["cells"] + floor, key=lambda row: (row["concepts"], row["test_cosine"]))
-    return list(columns), [
-        [FORMATS[name].format(row[name]) if _applies(row, name) else "" for name in columns] for row in rows
-    ]
-
-
-def _applies(row: Row, column: str) -> bool:
-    kind = KINDS.get(row["student"])
-    return column in row and not (kind and column in Cell.__dataclass_fields__ and column not in kind.reads)
-
-
-def verdict(results: dict[str, Any]) -> str:
-    """How the best cell (chosen on validation) stands to the baselines, and to ridge at every number of concepts."""
-    best = results["best"]
-    floor = {(row["student"], *(row[name] for name in RIVAL)): row for row in results["baselines"]}
-    same = rival_key(best)
-    ridge, nearest = floor["ridge", *same], floor["nearest", *same]
-    configuration = [name for name in Cell.__dataclass_fields__ if name != "seed"]
-    own = [row for row in results["cells"] if all(row[name] == best[name] for name in configuration)]
-    seeds = [row["test_cosine"] for row in own]
-    mean = float(np.mean(seeds))
-    known = f"mean of {len(seeds)} seeds, {min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else "one seed"
-    # Of the same concepts, so that what is hard for both does not blur the difference.
-    low, high = (round(end, 3) for end in interval(_each(own) - np.array(ridge["test_cosines"])))
-    told = "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told apart from"
-    lines = [
-        f"Best by validation: {best['name']}, test cosine {mean:.3f} ({known}). It {told} ridge regression on the same "
-        f"{best['concepts']} concepts ({ridge['test_cosine']:.3f}; difference {mean - ridge['test_cosine']:+.3f}, 95 % "
-        f"interval {low:+.3f} to {high:+.3f}); nearest training concept {nearest['test_cosine']:.3f}, constant mean 0 "
-        "by definition."
-    ]
-    margins = []
-    for concepts in sorted({row["concepts"] for row in results["cells"]}):
-        rival = max((c for c in results["cells"] if c["concepts"] == concepts), key=lambda c: c["val_cosine"])
-        margins.append(f"{rival['test_cosine'] - floor['ridge', *rival_key(rival)]['test_cosine']:+.3f} at {concepts}")
-    if len(margins) > 1:
-        lines.append(f"Against ridge, the best by validation at each number of concepts: {', '.join(margins)}.")
-    return " ".join(lines)
-
-
-def rival_key(row: Row) -> tuple[Any, ...]:
-    """What names a row's baselines."""
-    return tuple(getattr(baseline_of(row), name) for name in RIVAL)
-
-
-def _each(rows: Sequence[Row]) -> NDArray[np.float64]:
-    """The cosine of each test concept, a row a seed, ``[seeds, N]``."""
-    return np.array([row["test_cosines"] for row in rows], np.float64)
-
-
-def configurations(results: dict[str, Any]) -> list[tuple[str, list[Row]]]:
-    """The seeds of each configuration by its name, and the baselines in parentheses, the best on test first."""
-    groups: dict[str, list[Row]] = {}
-    for row in results["cells"]:
-        groups.setdefault(row["name"].rpartition("-s")[0], []).append(row)
-    for row in results["baselines"]:
-        read = "" if row["student"] == "mean" else f", {row['inputs']}"  # the mean reads nothing
-        groups[f"({row['student']}, {row['concepts']} concepts{read})"] = [row]
-    return sorted(groups.items(), key=lambda group: -_mean(group[1], "test_cosine"))
-
-
-def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Seeds of one configuration together: means, and a bootstrap interval over test concepts and seeds."""
-    rows = []
-    for name, own in configurations(results):
-        low, high = interval(_each(own))
-        size, seeds = (f"{own[0]['parameters']:,}", str(len(own))) if name[0] != "(" else ("", "")
-        values = [f"{_mean(own, key):.3f}" for key in ("val_cosine", "test_cosine")]
-        rows.append([name, size, seeds, *values, f"{low:.3f} to {high:.3f}"])
-    return ["student", "parameters", "seeds", "val cosine", "test cosine", "95 % interval"], rows
-
-
-def _mean(rows: Sequence[Row], key: str) -> float:
-    return float(np.mean([row[key] for row in rows]))
 
 
 def markdown(results: dict[str, Any], findings: Sequence[str] = ()) -> str:
@@ -224,12 +54,6 @@ def markdown(results: dict[str, Any], findings: Sequence[str] = ()) -> str:
         "",
     ]
     return "\n".join([*lines, markdown_table(*summary(results)), markdown_table(*table_rows(results))])
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
 
 
 def neighbours(student: Student, vectors: Vectors, layer: int) -> list[list[str]]:
@@ -406,7 +230,7 @@ def _overview(results: dict[str, Any]) -> dict[str, Figure]:
         return {"scaling": plots.scaling(cells, results["baselines"]), "heatmap": plots.heat_map(cells)}
     ranked = []
     for name, own in configurations(results):
-        ranked.append((name, _mean(own, "test_cosine"), *interval(_each(own))))
+        ranked.append((name, mean_of(own, "test_cosine"), *interval(test_cosines(own))))
     return {"ranking": plots.ranking(ranked, cells[0]["concepts"])}
 
 

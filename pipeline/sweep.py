@@ -7,39 +7,35 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from pipeline import scaling
 from pipeline.claims import Claims
 from pipeline.curriculum import CURRICULA
-from pipeline.engine import Engine, Row, rounded
+from pipeline.engine import Engine, Row
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.export import needs_teacher
 from pipeline.features import Catalogued
 from pipeline.grid import pointing
-from pipeline.metrics import cosines, faithfulness
 from pipeline.objectives import terms
 from pipeline.options import Cell
 from pipeline.processes import Worker
 from pipeline.recorder import Recorder, read_row
+from pipeline.results import best_alone, cell_of, results_of
 from pipeline.schedule import shares, stacks_of, training_flops
 from pipeline.spool import Spool
 from pipeline.stack import PRECISIONS, Progress
 from pipeline.storage import write_atomically
 from pipeline.student import Student
 from pipeline.students import KINDS
-from pipeline.students.baselines import BASELINES
 from pipeline.students.transformer import HEAD_DIM
 from pipeline.tracking import Run, Tracker, TrackingError, patiently
-from pipeline.training import train_stack
 
 # Whatever changes a number changes the key of a cell: these files are the code version in it.
 CODE = (
@@ -56,7 +52,6 @@ WORDS = {
     "evaluations": ("every", "log"),
 }
 SPOOL = ".spool"  # in the output folder
-RIVAL = ("concepts", "layer", "inputs", "split")  # what a cell shares with its baselines
 POLL_SECONDS = 2.0  # between two looks at what other workers do
 ALONE = Worker()
 
@@ -336,7 +331,7 @@ def _conclude(
     alone = best_alone(results["cells"])
     if alone["run_id"] != best["run_id"]:
         trained = patiently(lambda: tracker.student_of(alone["run_id"]))
-    student = trained if export is None or needs_teacher(_cell_of(alone)) else export(trained)
+    student = trained if export is None or needs_teacher(cell_of(alone)) else export(trained)
     student.save(folder)
 
     def log() -> None:
@@ -355,63 +350,5 @@ def _conclude(
     return Sweep(results, path, files, folder, student, parent)
 
 
-def best_alone(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The best cell whose student needs no teacher; the best of all where every one does."""
-    alone = [row for row in rows if not needs_teacher(_cell_of(row))]
-    return max(alone or rows, key=lambda row: row["val_cosine"])
-
-
-def _cell_of(row: Mapping[str, Any]) -> Cell:
-    return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
-
-
 def _profile(data: Catalogued) -> str:
     return json.dumps({"concepts": len(data.vectors.concepts), "layers": list(data.vectors.layers)})
-
-
-def results_of(name: str, data: Catalogued, rows: list[dict[str, Any]], identity: str) -> dict[str, Any]:
-    """The content of the results file, with the baselines; the best cell has the highest validation cosine."""
-    rivals = dict.fromkeys(baseline_of(row) for row in rows)
-    best = max(rows, key=lambda row: row["val_cosine"])
-    return {
-        "grid": name,
-        "sweep_id": identity,
-        "teacher": data.vectors.teacher,
-        "layer": best["layer"],
-        "vectors_sha256": data.vectors.sha256,
-        "cells": rows,
-        "baselines": [row for cell in rivals for row in baseline_rows(cell, data)],
-        "best": best,
-        "fit": scaling_fit(rows),
-    }
-
-
-def scaling_fit(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The constants of the scaling law of the largest family of cells that descend, with intervals."""
-    families = scaling.families([row for row in rows if len(row["curves"]["epoch"]) > 1])
-    return scaling.law_of(max(families.values(), key=len)).values if families else None
-
-
-def baseline_of(row: Mapping[str, Any]) -> Cell:
-    """The ridge regression on the same concepts, block and inputs as a cell's row: what it should beat."""
-    read = row["inputs"] if row["student"] in ("mlp", "ridge", "kernel") else Cell().inputs
-    return Cell(student="ridge", concepts=row["concepts"], layer=row["layer"], inputs=read, split=row["split"])
-
-
-def baseline_rows(cell: Cell, data: Catalogued) -> list[dict[str, Any]]:
-    """The floor for one training subset: the constant mean, the nearest training concept, and ridge regression."""
-    subset = data.subset(cell)
-    [fitted] = train_stack([cell], [subset], torch.device("cpu"))
-    rows = []
-    for student in (*BASELINES, "ridge"):
-        row: dict[str, Any] = {"student": student, **{name: getattr(cell, name) for name in RIVAL}}
-        if student == "ridge":
-            own = {"parameters": fitted.number_of_parameters, "test_cosines": rounded(fitted.test_cosines)}
-            rows.append(row | own | fitted.metrics)
-            continue
-        for side_name, side in (("val", subset.val), ("test", subset.test)):
-            answer = BASELINES[student](subset, side)
-            measured = faithfulness(answer, side.targets, subset.mean)
-            row |= {f"{side_name}_{metric}": value for metric, value in measured.items()}
-        rows.append(row | {"test_cosines": rounded(cosines(answer, side.targets).tolist())})
-    return rows

@@ -11,7 +11,8 @@ import pytest
 from conftest import SHIPPED
 
 from pipeline.options import Cell
-from pipeline.report import TITLES, summary, verdict
+from pipeline.report import TITLES
+from pipeline.tables import summary, verdict
 
 
 class Page(HTMLParser):
@@ -37,7 +38,7 @@ class Page(HTMLParser):
 
 def test_larger_cells_are_predicted_before_they_are_trained_and_the_report_says_how_that_fared(workplace, run):
     options = ("--grid", "scaling-laws", "--seeds", 1, "--epochs", 2, "--vectors", SHIPPED, "--sweep-id", "laws")
-    code, _, err = run("sweep", *options, "--max-concepts", 400)
+    code, _, err = run("sweep", *options, "--max-concepts", 400, "--no-report")
     assert code == 0, err
     code, out, err = run("report", "--sweep-id", "laws", "--predict", 400, "--vectors", SHIPPED)
     assert code == 0, err
