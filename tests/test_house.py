@@ -40,8 +40,8 @@ ROOMS = [
     "processes", "concepts", "vectors", "teachers", "trees", "forward", "plan", "extraction", "vocabulary", "function",
     "audit", "metrics", "objectives", "features", "students", "bulk", "folders", "student", "served", "publish",
     "curriculum", "stack", "training", "export", "schedule", "grid", "lanes", "spool", "engine", "tracking", "claims",
-    "recorder", "scaling", "transition", "results", "tables", "sweep", "plots", "jobs", "report", "evaluation", "predict",
-    "display", "project", "cli", "__main__",
+    "recorder", "scaling", "transition", "results", "tables", "sweep", "plots", "jobs", "report", "evaluation",
+    "predict", "display", "project", "cli", "__main__",
 ]  # fmt: skip
 SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
 
