@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from pipeline.plan import Request
+from pipeline.request import Request
 
 OUTLIER = 10.0  # times the median norm of the layer
 CATEGORIES = 40  # the largest ones, as many as a heat map shows

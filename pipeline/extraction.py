@@ -18,7 +18,9 @@ from torch import Tensor
 
 from pipeline.errors import InputError, WorkError
 from pipeline.forward import prefix_states, residuals, tree_residuals
-from pipeline.plan import Part, Plan, Request
+from pipeline.plan import Part, Plan
+from pipeline.prompts import Prompt, beginning_of, tokenize
+from pipeline.request import Request
 from pipeline.storage import write_atomically
 from pipeline.teachers import Teacher
 from pipeline.trees import common_prefix, grow
@@ -50,50 +52,6 @@ def automatic_batch_tokens(teacher_config: Any, device: torch.device) -> int:
     token_bytes = 4 * (16 * text.hidden_size + 4 * widest)  # activations of one block, generously
     free, _ = torch.cuda.mem_get_info(device)
     return int(min(GPU_BATCH_TOKENS, max(256, free // 2 // token_bytes)))
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One concept in one template, as tokens.
-
-    Attributes:
-        token_ids: the prompt's tokens.
-        own: which of them overlap the concept's characters, ascending.
-    """
-
-    token_ids: list[int]
-    own: list[int]
-
-    @property
-    def own_ids(self) -> list[int]:
-        """The concept's own tokens."""
-        return [self.token_ids[position] for position in self.own]
-
-    def read(self, pool: str) -> list[int]:
-        """The positions whose residual stream makes the vector."""
-        return self.own if pool == "mean" else [len(self.token_ids) - 1]
-
-
-def tokenize(teacher: Teacher, concepts: Sequence[str], template: str) -> list[Prompt]:
-    """Every concept in a template as tokens, with the positions of the concept's own.
-
-    Raises:
-        InputError: a concept that leaves no token of its own, or a prompt longer than the teacher's context.
-    """
-    start = template.index("{concept}")
-    texts = [template.replace("{concept}", concept) for concept in concepts]
-    encoded = teacher.tokenizer(texts, return_offsets_mapping=True)
-    room = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
-    prompts = []
-    for concept, ids, spans in zip(concepts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        stop = start + len(concept)
-        own = [position for position, (left, right) in enumerate(spans) if left < stop and right > start]
-        if not own:
-            raise InputError(f"concept {concept!r}: the teacher's tokenizer gives it no token")
-        if room is not None and len(ids) > room:
-            raise InputError(f"concept {concept[:60]!r}: its prompt has {len(ids)} tokens, the teacher takes {room}")
-        prompts.append(Prompt(list(ids), own))
-    return prompts
 
 
 def read_parts(
@@ -188,11 +146,6 @@ def read_vocabulary(
     before = beginning_of(teacher, template)
     prompts = [Prompt([*before, token], [len(before)]) for token in range(len(teacher.embedding_table))]
     return _read_prompts(teacher, prompts, block, "mean", batch_tokens, progress)
-
-
-def beginning_of(teacher: Teacher, template: str) -> list[int]:
-    """The tokens of what stands before the concept."""
-    return list(teacher.tokenizer(template[: template.index("{concept}")].rstrip())["input_ids"])
 
 
 def _read_prompts(

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.extraction import tokenize
+from pipeline.prompts import tokenize
 from pipeline.teachers import Teacher
 
 BATCH_TOKENS = 2048

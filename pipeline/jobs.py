@@ -20,8 +20,9 @@ from pipeline.errors import InputError
 from pipeline.extraction import Cost, automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
 from pipeline.options import ExtractOptions
-from pipeline.plan import Plan, Request, check_output, check_prompts, header_of, is_extracted, make_request, merge
+from pipeline.plan import Plan, merge
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
+from pipeline.request import Request, check_output, check_prompts, header_of, is_extracted, make_request
 from pipeline.storage import Output, put
 from pipeline.teachers import Source, Teacher, find_teacher, load_teacher
 from pipeline.tracking import Run, closing, connect, patiently

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -22,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.curriculum import difficulty, shown
 from pipeline.features import Subset
 from pipeline.metrics import cosines
+from pipeline.noise import Dropout, mixed, mixing
 from pipeline.objectives import objective_of
 from pipeline.options import Cell
 from pipeline.precision import multiplies_faster
@@ -125,7 +125,8 @@ class Stack:
     """
 
     def __init__(self, members: list[Member], device: torch.device) -> None:
-        cell = members[0].cell
+        cells = [member.cell for member in members]
+        cell = cells[0]
         self.members = members
         self.batch_size = cell.batch_size
         self.dtype = precision_of(cell, device)
@@ -147,13 +148,14 @@ class Stack:
             "val_inputs": torch.stack([member.subset.val.inputs.to(self.dtype) for member in members]),  # [S, V, F]
             "val_targets": torch.stack([member.subset.val.targets for member in members]),  # [S, V, D]
             "losses": torch.zeros(len(members)),  # [S] summed since the last evaluation
-            "mix": _mixing(members),  # [S, steps] how much of a concept stays, where concepts are mixed
+            # [S, steps] how much of a concept stays, where concepts are mixed
+            "mix": mixing(cells, [member.steps for member in members]),
         }
         self.data = {name: value.to(device) for name, value in self.data.items()}
         for member in members:
             member.best = {name: value.to(device) for name, value in member.best.items()}
         self.count = torch.zeros((), device=device)
-        self.dropout = _Dropout(members, self.data["inputs"].shape[-1], self.dtype, device)
+        self.dropout = Dropout(cells, self.data["inputs"].shape[-1], self.dtype, device)
         self._arrange()
 
     def _arrange(self) -> None:
@@ -185,7 +187,7 @@ class Stack:
         masks = self.dropout.masks(self.batch_size)
         inputs = self.dropout.noisy(inputs)
         if self.mixup:
-            inputs, targets = (_mix(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets))
+            inputs, targets = (mixed(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets))
         answer = self.apply(self.leaves, inputs, masks)  # [S, B, D]
         loss = self.objective(answer.float(), targets, weights)  # [S]
         # Members share no parameter, so their losses may be summed.
@@ -285,7 +287,7 @@ class Stack:
         for tensors in (self.parameters, *self.moments, self.data):
             for name in tensors:
                 tensors[name] = tensors[name][keep]
-        self.dropout.keep(self.members)
+        self.dropout.keep([member.cell for member in self.members])
         self._arrange()
         return done
 
@@ -313,87 +315,5 @@ def _batch_plan(members: Sequence[Member], batch_size: int) -> Tensor:
     return _pad(plans, -1)
 
 
-def _mixing(members: Sequence[Member]) -> Tensor:
-    """Weights of mix-up (Zhang et al., 2018) from the members' own seeds, ``[S, steps]``; empty without it."""
-    if not members[0].cell.mixup:
-        return torch.zeros(len(members), 0)
-    draws = []
-    for member in members:
-        weights = np.random.default_rng(member.cell.seed).beta(member.cell.mixup, member.cell.mixup, member.steps)
-        draws.append(torch.from_numpy(np.maximum(weights, 1 - weights)).float())
-    return _pad(draws)
-
-
-def _mix(values: Tensor, weights: Tensor, there: Tensor) -> Tensor:
-    """Each row with some of the next row of its batch, ``[S, B, columns]``; rows that pad take no part.
-
-    Batches are shuffled, so a neighbour is a random partner.
-    """
-    partner = torch.where(there.roll(-1, 1)[..., None], values.roll(-1, 1), values)
-    share = weights[:, None, None].to(values.dtype)
-    return share * values + (1 - share) * partner
-
-
 def _pad(values: Sequence[Tensor], filler: float = 0.0) -> Tensor:
     return pad_sequence(list(values), batch_first=True, padding_value=filler)
-
-
-class _Dropout:
-    """Dropout masks and noise, drawn once a step and seed: members of one seed share them, and draw the same alone.
-
-    A mask is drawn as random bytes, eight at once, so a share is rounded to 1/256; the scale is exact for it.
-    """
-
-    def __init__(self, members: Sequence[Member], features: int, dtype: torch.dtype, device: torch.device) -> None:
-        cell = members[0].cell
-        self.kept = round(256 * (1 - cell.dropout))  # of 256
-        widths = KINDS[cell.student].mask_widths
-        assert widths is not None
-        self.widths, self.noise = widths(cell, features), cell.noise
-        self.dtype, self.device = dtype, device
-        self.generators = {
-            member.cell.seed: torch.Generator(device).manual_seed(member.cell.seed) for member in members
-        }
-        self.keep(members)
-
-    def states(self) -> dict[int, Tensor]:
-        """What the next masks follow from, by seed."""
-        return {seed: generator.get_state() for seed, generator in self.generators.items()}
-
-    def restore(self, states: dict[int, Tensor]) -> None:
-        """Go on where others stopped."""
-        for seed, generator in self.generators.items():
-            generator.set_state(states[seed])
-
-    def keep(self, members: Sequence[Member]) -> None:
-        """Draw for these members only from now on."""
-        seeds = [member.cell.seed for member in members]
-        self.generators = {seed: self.generators[seed] for seed in dict.fromkeys(seeds)}
-        of_seed = {seed: number for number, seed in enumerate(self.generators)}
-        self.members = None if len(of_seed) <= 1 else torch.tensor([of_seed[s] for s in seeds], device=self.device)
-
-    def noisy(self, inputs: Tensor) -> Tensor:
-        """Inputs ``[S, B, features]`` with normal noise, of which members of one seed share the draw."""
-        if not self.noise:
-            return inputs
-        drawn = torch.stack(
-            [
-                torch.randn(inputs.shape[1:], generator=generator, device=self.device)
-                for generator in self.generators.values()
-            ]
-        )  # [seeds, B, features]
-        drawn = drawn if self.members is None else drawn[self.members]
-        return inputs + (self.noise * drawn).to(inputs.dtype)
-
-    def masks(self, batch_size: int) -> list[Tensor] | None:
-        """One mask a width, ``[1 or S, B, width]``, 0 or 1 / share kept."""
-        if self.kept == 256:
-            return None
-        size = batch_size * sum(self.widths)
-        words = torch.empty(len(self.generators), -(-size // 8), dtype=torch.int64, device=self.device)
-        for row, generator in zip(words, self.generators.values(), strict=True):
-            row.random_(-(2**63), None, generator=generator)
-        drawn = (words.view(torch.uint8)[:, :size] < self.kept).view(-1, batch_size, sum(self.widths))
-        scaled = drawn.to(self.dtype).mul_(256 / self.kept)  # [seeds, B, all widths]
-        masks = scaled if self.members is None else scaled[self.members]
-        return list(torch.split(masks, self.widths, -1))

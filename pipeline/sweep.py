@@ -39,8 +39,8 @@ from pipeline.tracking import Run, Tracker, TrackingError, patiently
 
 # Whatever changes a number changes the key of a cell: these files are the code version in it.
 CODE = (
-    "tokenization.py", "reading.py", "features.py", "metrics.py", "objectives.py", "curriculum.py", "stack.py",
-    "training.py", "students/kinds.py", "students/mlp.py", "students/transformer.py", "students/ridge.py",
+    "tokenization.py", "reading.py", "features.py", "metrics.py", "objectives.py", "curriculum.py", "noise.py",
+    "stack.py", "training.py", "students/kinds.py", "students/mlp.py", "students/transformer.py", "students/ridge.py",
     "students/kernel.py",
 )  # fmt: skip
 

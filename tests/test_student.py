@@ -26,11 +26,11 @@ from sklearn.preprocessing import FunctionTransformer
 from pipeline import Student
 from pipeline.errors import InputError
 from pipeline.export import checkpoint, export, needs_teacher
-from pipeline.extraction import tokenize
 from pipeline.features import Catalogued
 from pipeline.folders import FORMAT, _sha256
 from pipeline.inference import gelu
 from pipeline.options import Cell
+from pipeline.prompts import tokenize
 from pipeline.student import BULK
 from pipeline.students import KINDS
 from pipeline.training import predict, train_stack

@@ -1,0 +1,57 @@
+"""GGUF files, unpacked once for all: to read one takes `transformers` forty times as long as to load its weights."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import hub
+
+MOST_BYTES = 500_000_000  # of a file that is kept unpacked, in which it takes up to eight times as many
+
+
+def unpacked(path: Path, revision: str, config: Any, options: dict[str, Any]) -> Path | None:
+    """The folder with the weights of a GGUF file in float32, which is exact, and its tokenizer, in the hub's cache.
+
+    Args:
+        path: the file.
+        revision: a hash of it.
+        config: the model's configuration.
+        options: what `transformers` needs to read the file.
+
+    Returns:
+        None where the file is large or the cache cannot be written: then it is read anew each time.
+    """
+    if path.stat().st_size > MOST_BYTES:
+        return None
+    folder = hub.cache() / "unpacked" / f"{revision[:32]}-{transformers.__version__}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent))
+    except OSError:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, config=config, **options)
+        read = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=torch.float32, **options)
+        whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        whole.load_state_dict(read.state_dict())  # what was read counts as quantised, and cannot be saved
+        tokenizer.save_pretrained(part)
+        whole.save_pretrained(part)
+        for file in part.iterdir():
+            file.chmod(0o644)  # as the hub's files: for every user of the cache
+        part.chmod(0o755)
+        part.rename(folder)
+    except (OSError, SafetensorError):  # no room, or another process was faster
+        return folder if folder.is_dir() else None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder

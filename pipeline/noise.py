@@ -1,0 +1,101 @@
+"""What keeps students from learning by heart: dropout, noise and mix-up, drawn from the members' own seeds.
+
+``S`` members, ``B`` concepts a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pipeline.options import Cell
+from pipeline.students import KINDS
+
+
+def mixing(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
+    """Weights of mix-up (Zhang et al., 2018) from the members' own seeds, ``[S, steps]``; empty without it.
+
+    Args:
+        cells: of the members, which share the option.
+        steps: how many each takes.
+    """
+    if not cells[0].mixup:
+        return torch.zeros(len(cells), 0)
+    draws = []
+    for cell, number in zip(cells, steps, strict=True):
+        weights = np.random.default_rng(cell.seed).beta(cell.mixup, cell.mixup, number)
+        draws.append(torch.from_numpy(np.maximum(weights, 1 - weights)).float())
+    return pad_sequence(draws, batch_first=True)
+
+
+def mixed(values: Tensor, weights: Tensor, there: Tensor) -> Tensor:
+    """Each row with some of the next row of its batch, ``[S, B, columns]``; rows that pad take no part.
+
+    Batches are shuffled, so a neighbour is a random partner.
+    """
+    partner = torch.where(there.roll(-1, 1)[..., None], values.roll(-1, 1), values)
+    share = weights[:, None, None].to(values.dtype)
+    return share * values + (1 - share) * partner
+
+
+class Dropout:
+    """Dropout masks and noise, drawn once a step and seed: members of one seed share them, and draw the same alone.
+
+    A mask is drawn as random bytes, eight at once, so a share is rounded to 1/256; the scale is exact for it.
+    """
+
+    def __init__(self, cells: Sequence[Cell], features: int, dtype: torch.dtype, device: torch.device) -> None:
+        cell = cells[0]
+        self.kept = round(256 * (1 - cell.dropout))  # of 256
+        widths = KINDS[cell.student].mask_widths
+        assert widths is not None
+        self.widths, self.noise = widths(cell, features), cell.noise
+        self.dtype, self.device = dtype, device
+        self.generators = {cell.seed: torch.Generator(device).manual_seed(cell.seed) for cell in cells}
+        self.keep(cells)
+
+    def states(self) -> dict[int, Tensor]:
+        """What the next masks follow from, by seed."""
+        return {seed: generator.get_state() for seed, generator in self.generators.items()}
+
+    def restore(self, states: dict[int, Tensor]) -> None:
+        """Go on where others stopped."""
+        for seed, generator in self.generators.items():
+            generator.set_state(states[seed])
+
+    def keep(self, cells: Sequence[Cell]) -> None:
+        """Draw for these members only from now on."""
+        seeds = [cell.seed for cell in cells]
+        self.generators = {seed: self.generators[seed] for seed in dict.fromkeys(seeds)}
+        of_seed = {seed: number for number, seed in enumerate(self.generators)}
+        self.members = None if len(of_seed) <= 1 else torch.tensor([of_seed[s] for s in seeds], device=self.device)
+
+    def noisy(self, inputs: Tensor) -> Tensor:
+        """Inputs ``[S, B, features]`` with normal noise, of which members of one seed share the draw."""
+        if not self.noise:
+            return inputs
+        drawn = torch.stack(
+            [
+                torch.randn(inputs.shape[1:], generator=generator, device=self.device)
+                for generator in self.generators.values()
+            ]
+        )  # [seeds, B, features]
+        drawn = drawn if self.members is None else drawn[self.members]
+        return inputs + (self.noise * drawn).to(inputs.dtype)
+
+    def masks(self, batch_size: int) -> list[Tensor] | None:
+        """One mask a width, ``[1 or S, B, width]``, 0 or 1 / share kept."""
+        if self.kept == 256:
+            return None
+        size = batch_size * sum(self.widths)
+        words = torch.empty(len(self.generators), -(-size // 8), dtype=torch.int64, device=self.device)
+        for row, generator in zip(words, self.generators.values(), strict=True):
+            row.random_(-(2**63), None, generator=generator)
+        drawn = (words.view(torch.uint8)[:, :size] < self.kept).view(-1, batch_size, sum(self.widths))
+        scaled = drawn.to(self.dtype).mul_(256 / self.kept)  # [seeds, B, all widths]
+        masks = scaled if self.members is None else scaled[self.members]
+        return list(torch.split(masks, self.widths, -1))

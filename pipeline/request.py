@@ -1,0 +1,162 @@
+"""What is asked of an extraction, and whether it stands at the output already.
+
+A request is known by a hash of all that decides its vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pipeline.concepts import Catalogue, split
+from pipeline.errors import InputError, choices
+from pipeline.storage import Output, beginning
+from pipeline.teachers import Source, parse_layers
+from pipeline.vectors import FORMAT, parse_header, read_header, read_unverified_header
+
+POOLS = ("last", "mean")
+MOST_HEADER_BYTES = 1 << 30
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be extracted, with all that decides the vectors."""
+
+    concepts: tuple[str, ...]
+    categories: tuple[str, ...]
+    splits: tuple[str, ...]
+    layers: tuple[int, ...]
+    templates: tuple[str, ...]
+    teacher: str
+    revision: str
+    pool: str
+    dtype: str
+    depth: int
+    token_block: int | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the request; the teacher counts by its weights and not by its name."""
+        content = {name: value for name, value in asdict(self).items() if name != "teacher"} | {"format": FORMAT}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The header of its vectors file, without checksums."""
+        values = {
+            name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for name, value in asdict(self).items()
+        }
+        return values | {"format": FORMAT, "extraction_key": self.key}
+
+
+def make_request(
+    source: Source,
+    catalogue: Catalogue,
+    *,
+    layers: str,
+    templates: Sequence[str],
+    pool: str = "last",
+    count: int | None = None,
+    token_block: int | None = None,
+) -> Request:
+    """Check what the user asks for, before anything slow begins.
+
+    Args:
+        source: the teacher.
+        catalogue: the concepts; the split is that of the whole catalogue, whatever ``count`` is.
+        layers: "mid", "all", or block numbers such as "8,15"; 0 is the embedding output.
+        templates: prompts, each with ``{concept}`` exactly once.
+        pool: "last" reads the last token of the prompt, "mean" averages over the concept's tokens (in float32).
+        count: extract only the first so many concepts, spread over the categories; all by default.
+        token_block: an early block at which to read each of the concepts' tokens by itself as well.
+
+    Raises:
+        InputError: a template without ``{concept}``, an unknown pool or layer, or too few concepts.
+    """
+    check_prompts(templates, pool)
+    if token_block is not None and token_block > source.depth:
+        raise InputError(f"--token-block {token_block}: the teacher has {source.depth} blocks")
+    rows = catalogue.first(count) if count is not None else range(len(catalogue))
+    sides = split(catalogue)
+    return Request(
+        concepts=tuple(catalogue.concepts[row] for row in rows),
+        categories=tuple(catalogue.categories[row] for row in rows),
+        splits=tuple(sides[row] for row in rows),
+        layers=parse_layers(layers, source.depth),
+        templates=tuple(templates),
+        teacher=source.name,
+        revision=source.revision,
+        pool=pool,
+        dtype=source.dtype,
+        depth=source.depth,
+        token_block=token_block,
+    )
+
+
+def check_prompts(templates: Sequence[str], pool: str) -> None:
+    """Check how concepts are to be put to the teacher.
+
+    Raises:
+        InputError: a template without ``{concept}``, one given twice, or an unknown pool.
+    """
+    for template in templates:
+        if template.count("{concept}") != 1:
+            raise InputError(f"--template {template!r}: expected {{concept}} exactly once")
+    if len(set(templates)) < len(templates):
+        raise InputError("--template: the same template twice")
+    if pool not in POOLS:
+        raise choices("pool", pool, POOLS)
+
+
+def header_of(output: Output) -> dict[str, str] | None:
+    """What stands at an output says of itself; nothing if it is no vectors file, None if nothing stands there.
+
+    Raises:
+        InputError, WorkError: the store does not let us look.
+    """
+    if output.url is None:
+        return read_unverified_header(output.path) if output.path.is_file() else None
+    head = beginning(output.url, 8)
+    if head is None:
+        return None
+    length = 8 + int.from_bytes(head, "little")
+    if length > MOST_HEADER_BYTES:
+        return {}
+    return parse_header(beginning(output.url, length) or b"")
+
+
+def is_extracted(output: Output, request: Request) -> bool:
+    """Whether the output holds the answer to this very request already, whole (S3 shows nothing that is not)."""
+    if output.path.suffix == ".pt" or (header_of(output) or {}).get("extraction_key") != request.key:
+        return False
+    try:
+        return output.url is not None or bool(read_header(output.path))
+    except InputError:
+        return False
+
+
+def check_output(output: Output, request: Request, concepts: str) -> None:
+    """Refuse to write over a file that is not a vectors file; say so where other vectors will be replaced.
+
+    Raises:
+        InputError: something else stands there.
+    """
+    header = header_of(output)
+    if header is None:
+        return
+    if output.url is None and Path(concepts).exists() and output.path.samefile(concepts):
+        raise InputError(f"--output {output}: that is the file of the concepts")
+    if output.path.suffix == ".pt":
+        return
+    if not header.get("format", "").startswith(FORMAT.rstrip("0123456789")):  # those of older versions too
+        raise InputError(f"--output {output}: exists, and is no vectors file; remove it or name another")
+    if header.get("extraction_key") != request.key:
+        log.warning("%s: replaces other vectors (extraction key %s)", output, header.get("extraction_key", "?")[:12])
