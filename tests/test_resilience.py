@@ -126,6 +126,7 @@ for line in sys.stdin:
     print(os.waitpid(child, 0)[1], flush=True)
 """
 KILLS = int(os.environ.get("TEST_KILLS", "5"))
+AWAY_SECONDS = float(os.environ.get("TEST_AWAY_SECONDS", "10"))
 
 
 def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, whole):
@@ -221,7 +222,7 @@ def test_a_tracking_server_that_goes_away_for_a_while_costs_nothing_but_the_wait
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not tracked(uri)[1]:
             time.sleep(0.2)
-    time.sleep(10)
+    time.sleep(AWAY_SECONDS)
     with mlflow_server(port):
         finish(process)
         check_runs(uri)
