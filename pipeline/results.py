@@ -26,6 +26,7 @@ from pipeline.vectors import Vectors, read_vectors
 
 Row = dict[str, Any]
 RIVAL = ("concepts", "layer", "inputs", "split")  # what a cell shares with its baselines
+NEEDED = {*Cell.__dataclass_fields__, "name", "test_cosines", "curves"}  # of each cell, to tell about a sweep
 
 
 def results_of(name: str, data: Catalogued, rows: list[dict[str, Any]], identity: str) -> dict[str, Any]:
@@ -91,14 +92,25 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read a results file.
 
     Raises:
-        InputError: missing, or not the results of a sweep.
+        InputError: missing, not the results of a sweep, or those of an older version.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return _checked(path.read_text(encoding="utf-8"), path)
+    except OSError as error:
         raise InputError(f"results file {path}: cannot be read ({error})") from error
+
+
+def _checked(text: str, place: object) -> dict[str, Any]:
+    try:
+        results = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"results file {place}: cannot be read ({error})") from error
     if not isinstance(results, dict) or not {"grid", "cells", "baselines", "best"} <= set(results):
-        raise InputError(f"results file {path}: not the results of a sweep")
+        raise InputError(f"results file {place}: not the results of a sweep")
+    if not all(set(row) >= NEEDED for row in results["cells"]):
+        raise InputError(
+            f"results file {place}: of an older version, without some of what is told; run its sweep again"
+        )
     return results
 
 
@@ -144,7 +156,7 @@ def load_sweep(
         if (run := tracker.find_sweep(sweep_id)) is None:
             raise InputError(f"--sweep-id {sweep_id}: MLflow knows no such sweep")
         stem, text = tracker.newest_artifact(run.info.run_id, "_results_")
-        found = json.loads(text)
+        found = _checked(text, stem)
         return stem, found, tracker.student_of(found["best"]["run_id"])
     path = fetch(results) if results else newest_results(folder)
     found, beside = read_results(path), path.with_name(f"{path.stem}_student")

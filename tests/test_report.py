@@ -86,6 +86,16 @@ def results(shift, noise=0.02):
     return {"cells": cells, "baselines": baselines, "best": cells[0]}
 
 
+def test_results_of_an_older_version_are_said_to_be_so(workplace, run):
+    old = results(0.0) | {"grid": "small"}
+    for row in old["cells"]:
+        del row["test_cosines"]
+    Path("old.json").write_text(json.dumps(old))
+    code, _, err = run("report", "--results", "old.json", "--vectors", SHIPPED)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: results file old.json: of an older version")
+
+
 def test_intervals_are_over_concepts_and_seeds():
     head, table = summary(results(0.0))
     [line] = [row for row in table if row[0] == "c100-mlp"]
