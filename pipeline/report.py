@@ -80,10 +80,9 @@ def _test_rows(student: Student, vectors: Vectors) -> list[int]:
 
 def _law(results: dict[str, Any]) -> tuple[list[str], dict[str, Figure]]:
     """The scaling law of the largest family of cells that descend: a sentence and a picture."""
-    families = scaling.families([row for row in results["cells"] if len(row["curves"]["epoch"]) > 1])
-    if not families:
+    cells = scaling.largest_family(results["cells"])
+    if not cells:
         return [], {}
-    cells = max(families.values(), key=len)
     law = scaling.law_of(cells)
     told = [
         f"{name} = {value['value']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
@@ -124,11 +123,10 @@ def write_predictions(results: dict[str, Any], most: int, data: Catalogued, outp
     Raises:
         InputError: too few cells for a fit, or no larger ones.
     """
-    small = [row for row in results["cells"] if row["concepts"] <= most and len(row["curves"]["epoch"]) > 1]
-    families = scaling.families(small)
-    if not families:
+    cells = scaling.largest_family([row for row in results["cells"] if row["concepts"] <= most])
+    if not cells:
         raise InputError(f"--predict {most}: too few cells with at most so many concepts for a scaling law")
-    shared, cells = max(families.items(), key=lambda item: len(item[1]))
+    shared = scaling.shared_by(cells[0])
     known = {row["name"]: row for row in results["cells"]}
     with contextlib.suppress(InputError):  # a grid that is not ours by name; then only what was trained is known
         seeds = len({row["seed"] for row in cells})

@@ -59,8 +59,8 @@ def cell_of(row: Mapping[str, Any]) -> Cell:
 
 def scaling_fit(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The constants of the scaling law of the largest family of cells that descend, with intervals."""
-    families = scaling.families([row for row in rows if len(row["curves"]["epoch"]) > 1])
-    return scaling.law_of(max(families.values(), key=len)).values if families else None
+    cells = scaling.largest_family(rows)
+    return scaling.law_of(cells).values if cells else None
 
 
 def baseline_of(row: Mapping[str, Any]) -> Cell:

@@ -223,6 +223,11 @@ def families(cells: Sequence[Row]) -> dict[str, list[Row]]:
     return {shared: own for shared, own in found.items() if len({c["concepts"] for c in own}) >= 3 and len(own) > 5}
 
 
+def largest_family(rows: Sequence[Row]) -> list[Row]:
+    """The most cells for one law among those that descend; none where they are too few."""
+    return max(families([row for row in rows if len(row["curves"]["epoch"]) > 1]).values(), key=len, default=[])
+
+
 def shared_by(cell: Row) -> str:
     """What a cell shares with its family, as text."""
     return " ".join(f"{name}={cell[name]}" for name in Cell.__dataclass_fields__ if name not in VARY)

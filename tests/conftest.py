@@ -170,13 +170,18 @@ def fresh_database(path):
     return f"sqlite:///{path}"
 
 
+def move_to(folder, monkeypatch):
+    """Make a folder the current one, with a tracking database in it."""
+    monkeypatch.chdir(folder)
+    uri = fresh_database(folder / "mlflow.db")
+    mlflow.set_tracking_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """An empty current folder with a fresh tracking database in it."""
-    monkeypatch.chdir(tmp_path)
-    fresh_database(tmp_path / "mlflow.db")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    move_to(tmp_path, monkeypatch)
     return tmp_path
 
 

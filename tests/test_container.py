@@ -81,14 +81,14 @@ def test_the_image_holds_the_program_and_nothing_else(image):
 
 
 def test_every_entry_point_runs_in_the_container_and_leaves_all_on_the_host(image, project):
-    done = mlflow_run(project, "sweep", "epochs=1", "max_concepts=200")
+    done = mlflow_run(project, "sweep", "epochs=1")
     assert done.returncode == 0, done.stderr
     client = MlflowClient(f"sqlite:///{project}/mlflow.db")
     experiment = client.get_experiment_by_name(IMAGE)
     runs = client.search_runs([experiment.experiment_id])
     [parent] = [run for run in runs if run.data.tags["role"] == "sweep"]
     cells = [run for run in runs if run.data.tags["role"] == "cell"]
-    assert len(cells) == 12
+    assert len(cells) == 24
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in cells} == {parent.info.run_id}
     assert parent.data.tags["mlflow.project.env"] == "docker"
@@ -168,7 +168,7 @@ def test_a_stop_of_the_container_closes_the_runs(image, tmp_path):
            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "pipeline", "train",
            "--epochs", "100000", "--output", "/scratch/student")  # fmt: skip
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db") if wait_for_cell(tmp_path) else None
-    docker("stop", "-t", "60", name)
+    docker("stop", "-t", "30", name)  # what Kubernetes gives
     assert docker("inspect", "--format", "{{.State.ExitCode}}", name).strip() == "130"  # 137, were it killed
     docker("rm", name)
     runs = client.search_runs([client.get_experiment_by_name(IMAGE).experiment_id])
@@ -244,9 +244,9 @@ def tracking(image, s3, tmp_path):
 
 GRID = """
 fixed: {epochs: 15, concepts: 300}
-axes: {hidden_dim: [64, 128], layers: [1, 2], learning_rate: [0.0005, 0.001, 0.002]}
+axes: {hidden_dim: [64, 128, 192], layers: [1, 2], learning_rate: [0.0005, 0.001, 0.002, 0.003]}
 """
-CELLS = 12
+CELLS = 24
 
 
 def pod(uri, folder, index, name):

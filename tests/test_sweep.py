@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, SMALL_GRID, fresh_database
+from conftest import ROOT, SHIPPED, SMALL_GRID, move_to
 from mlflow import MlflowClient
 
 from pipeline import cli
@@ -27,8 +28,7 @@ def first_sweep(tmp_path_factory):
     home, printed = tmp_path_factory.mktemp("swept"), io.StringIO()
     (home / "small.yaml").write_text(SMALL_GRID)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        patch.setenv("MLFLOW_TRACKING_URI", fresh_database(home / "mlflow.db"))
+        move_to(home, patch)
         patch.setattr(sys, "argv", ["pipeline", "sweep", "--grid", "small.yaml", "--vectors", str(SHIPPED)])
         with redirect_stdout(printed), redirect_stderr(printed):
             cli.main()
@@ -38,9 +38,7 @@ def first_sweep(tmp_path_factory):
 @pytest.fixture
 def swept(first_sweep, monkeypatch):
     home, printed = first_sweep
-    monkeypatch.chdir(home)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
-    mlflow.set_tracking_uri(f"sqlite:///{home}/mlflow.db")
+    move_to(home, monkeypatch)
     return printed
 
 
@@ -185,6 +183,12 @@ def environment(workplace):
     return {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{workplace}/mlflow.db"}
 
 
+def cpu_seconds(pid):
+    """What a process has used of the cores so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplace):
     Path("many.yaml").write_text(GRID_OF_MANY)
     MlflowClient().search_experiments()  # makes the database
@@ -192,12 +196,17 @@ def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplac
     command = [sys.executable, "-m", "pipeline", "sweep", *common]
     finished = 0
     for stop in (signal.SIGINT, signal.SIGTERM):
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ended = used.ru_utime + used.ru_stime  # by processes before this one
         process = subprocess.Popen(command, env=environment(workplace), stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None and finished_children() == finished:
             time.sleep(0.2)
+        before = cpu_seconds(process.pid)
         process.send_signal(stop)
         error = process.communicate(timeout=30)[1]  # what Kubernetes gives
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert used.ru_utime + used.ru_stime - ended - before < 10  # of a core: other tests take their share of time
         assert process.returncode == 130, error
         assert "Traceback" not in error
         [parent], children = runs()
