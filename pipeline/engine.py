@@ -16,7 +16,7 @@ from pipeline.features import Catalogued
 from pipeline.lanes import Handle, Lanes, room
 from pipeline.metrics import by_category
 from pipeline.options import Cell
-from pipeline.schedule import flops_of_prediction, parts_of, training_flops
+from pipeline.schedule import flops_of_prediction, parts_of, training_flops, without_padding
 from pipeline.spool import Spool
 from pipeline.stack import Progress, Snapshot
 from pipeline.training import Keeping, Trained, train_stack
@@ -73,9 +73,11 @@ class Engine:
             found = [([cell], None) for cell in finished]
             found += self.spool.unfinished(self.keys, rest)
         known = {cell for stack, _ in found for cell in stack}
-        new = [[cell for cell in stack if cell not in known] for stack in stacks]
+        new = [rest for stack in stacks if (rest := [cell for cell in stack if cell not in known])]
+        if self.device.type == "cpu":
+            new = [part for stack in new for part in without_padding(stack)]
         price = {cell: training_flops(cell, self.data) for stack in new for cell in stack}
-        new = sorted((stack for stack in new if stack), key=lambda stack: -sum(price[cell] for cell in stack))
+        new.sort(key=lambda stack: -sum(price[cell] for cell in stack))
         groups = [[(stack, snapshot)] for stack, snapshot in [*found, *((stack, None) for stack in new)]]
         if new and self.device.type == "cpu":  # the last one must not keep one core busy while the others have none
             # One part more than lanes, so that the first that is free takes it.

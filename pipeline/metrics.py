@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+LEAST = 1e-8  # a vector that is shorter has no direction
 NAMES = ("cosine", "cosine_raw", "r2", "retrieval_at_1", "retrieval_at_5")
 
 
 def cosines(predicted: Tensor, truth: Tensor) -> Tensor:
     """Cosine of each pair of vectors, ``[..., N, d_model]`` to ``[..., N]``; 0 where either has no length."""
-    return F.cosine_similarity(predicted, truth, dim=-1)
+    length, of_truth = (torch.linalg.vector_norm(values, dim=-1).clamp_min(LEAST) for values in (predicted, truth))
+    cosine: Tensor = torch.linalg.vecdot(predicted, truth) / (length * of_truth)
+    return cosine
 
 
 def r2(predicted: Tensor, truth: Tensor) -> Tensor:

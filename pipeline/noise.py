@@ -33,11 +33,11 @@ def mixing(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
 
 
 def mixed(values: Tensor, weights: Tensor, there: Tensor) -> Tensor:
-    """Each row with some of the next row of its batch, ``[S, B, columns]``; rows that pad take no part.
+    """Each row with some of the next row of its batch, the last with the first, ``[S, B, columns]``.
 
-    Batches are shuffled, so a neighbour is a random partner.
+    Batches are shuffled, so a neighbour is a random partner. Rows that pad stand at the end and are nobody's.
     """
-    partner = torch.where(there.roll(-1, 1)[..., None], values.roll(-1, 1), values)
+    partner = torch.where(there.roll(-1, 1)[..., None], values.roll(-1, 1), values[:, :1])
     share = weights[:, None, None].to(values.dtype)
     return share * values + (1 - share) * partner
 
@@ -45,11 +45,14 @@ def mixed(values: Tensor, weights: Tensor, there: Tensor) -> Tensor:
 class Dropout:
     """Dropout masks and noise, drawn once a step and seed: members of one seed share them, and draw the same alone.
 
+    As much is drawn as the largest batch of any stack needs, so that smaller ones see the beginning of the same.
+
     A mask is drawn as random bytes, eight at once, so a share is rounded to 1/256; the scale is exact for it.
     """
 
     def __init__(self, cells: Sequence[Cell], features: int, dtype: torch.dtype, device: torch.device) -> None:
         cell = cells[0]
+        self.batch_size = cell.batch_size
         self.kept = round(256 * (1 - cell.dropout))  # of 256
         widths = KINDS[cell.student].mask_widths
         assert widths is not None
@@ -80,22 +83,28 @@ class Dropout:
             return inputs
         drawn = torch.stack(
             [
-                torch.randn(inputs.shape[1:], generator=generator, device=self.device)
+                torch.randn(self.batch_size, inputs.shape[-1], generator=generator, device=self.device)
                 for generator in self.generators.values()
             ]
-        )  # [seeds, B, features]
+        )[:, : inputs.shape[1]]  # [seeds, B, features]
         drawn = drawn if self.members is None else drawn[self.members]
         return inputs + (self.noise * drawn).to(inputs.dtype)
 
-    def masks(self, batch_size: int) -> list[Tensor] | None:
-        """One mask a width, ``[1 or S, B, width]``, 0 or 1 / share kept."""
+    def masks(self, rows: int) -> list[Tensor] | None:
+        """One mask a width, ``[1 or S, B, width]``, 0 or 1 / share kept.
+
+        Args:
+            rows: B.
+        """
         if self.kept == 256:
             return None
-        size = batch_size * sum(self.widths)
+        width = sum(self.widths)
+        size = self.batch_size * width
         words = torch.empty(len(self.generators), -(-size // 8), dtype=torch.int64, device=self.device)
         for row, generator in zip(words, self.generators.values(), strict=True):
             row.random_(-(2**63), None, generator=generator)
-        drawn = (words.view(torch.uint8)[:, :size] < self.kept).view(-1, batch_size, sum(self.widths))
-        scaled = drawn.to(self.dtype).mul_(256 / self.kept)  # [seeds, B, all widths]
+        drawn = torch.empty(len(words), rows * width, dtype=self.dtype, device=self.device)
+        torch.lt(words.view(torch.uint8)[:, : rows * width], self.kept, out=drawn)
+        scaled = drawn.mul_(256 / self.kept).view(-1, rows, width)  # [seeds, B, all widths]
         masks = scaled if self.members is None else scaled[self.members]
         return list(torch.split(masks, self.widths, -1))

@@ -155,7 +155,7 @@ class Cell:
     )
     epochs: int = option(100, "Passes over the training concepts.", minimum=1)
     seed: int = option(0, "Seed of initialisation, batch order and dropout.", minimum=0)
-    batch_size: int = option(128, "Concepts of a training step.", minimum=1)
+    batch_size: int = option(128, "Concepts of a training step at the most; all steps have about as many.", minimum=1)
     learning_rate: float = option(2e-3, "Peak learning rate of AdamW (warm-up, then cosine decay).", above=0)
     weight_decay: float = option(0.1, "AdamW's decoupled weight decay.", minimum=0)
     dropout: float = option(0.4, "Share of inputs and of block outputs dropped in training.", minimum=0, below=1)

@@ -10,10 +10,12 @@ import torch
 
 from pipeline.features import Catalogued
 from pipeline.options import Cell
+from pipeline.stack import batch_of
 from pipeline.students import KINDS
 from pipeline.training import epochs, stack_key
 
 UNEVEN = 1.2  # a worker may have so many times its share before a stack is split
+LIKE = 0.95  # batches of so much of the largest train with it
 OVERHEAD = 1.3  # of a sweep over its matrix products in float32, as measured by benchmarks/sweep.py
 
 
@@ -62,6 +64,19 @@ def shares(cells: Sequence[Cell], workers: int, cost: Callable[[Cell], float]) -
         largest = max(splittable, key=lambda piece: sum(price[cell] for cell in piece))
         pieces.remove(largest)
         pieces += parts_of(largest, 2, price)
+
+
+def without_padding(stack: Sequence[Cell]) -> list[list[Cell]]:
+    """A stack in parts whose members have batches of like size: on a CPU rows that pad cost as much as others."""
+    if KINDS[stack[0].student].solve:
+        return [list(stack)]
+    batch = {cell: batch_of(cell.concepts, cell.batch_size) for cell in stack}
+    parts: list[list[Cell]] = []
+    for cell in sorted(stack, key=lambda cell: -batch[cell]):
+        if not parts or batch[cell] < LIKE * batch[parts[-1][0]]:
+            parts.append([])
+        parts[-1].append(cell)
+    return parts
 
 
 def parts_of(stack: Sequence[Cell], number: int, price: Mapping[Cell, float]) -> list[list[Cell]]:

@@ -88,6 +88,11 @@ class Member:
         return self.cell.epochs * self.steps_per_epoch
 
     @property
+    def batch(self) -> int:
+        """Concepts of its largest batch."""
+        return batch_of(len(self.subset.train.rows), self.cell.batch_size)
+
+    @property
     def is_done(self) -> bool:
         """Whether it has had all its epochs, or enough of them without a better one."""
         patience = self.cell.patience
@@ -105,6 +110,11 @@ class Member:
         """Linear warm-up, then half a cosine down to zero."""
         warm = min(1.0, (step + 1) / max(1.0, WARM_UP * self.steps))
         return self.cell.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+def batch_of(concepts: int, batch_size: int) -> int:
+    """Concepts of a step, where the batches of an epoch are as few as may be and of like size; some have one less."""
+    return -(-concepts // -(-concepts // batch_size))
 
 
 def start(cell: Cell, subset: Subset) -> Member:
@@ -128,7 +138,7 @@ class Stack:
         cells = [member.cell for member in members]
         cell = cells[0]
         self.members = members
-        self.batch_size = cell.batch_size
+        self.batch = max(member.batch for member in members)
         self.dtype = precision_of(cell, device)
         self.apply, self.objective = KINDS[cell.student].apply, objective_of(cell.objective, cell.temperature)
         self.mixup = cell.mixup
@@ -137,7 +147,7 @@ class Stack:
             name: torch.stack([member.best[name] for member in members]).to(device) for name in members[0].best
         }
         self.moments = [{name: torch.zeros_like(value) for name, value in self.parameters.items()} for _ in range(2)]
-        order = _batch_plan(members, self.batch_size)  # -1 pads
+        order = _batch_plan(members, self.batch)  # -1 pads
         self.data = {
             "order": order.clamp(min=0),  # [S, steps, B]
             "weights": (order >= 0).float(),  # [S, steps, B] 0 where there is no concept
@@ -184,7 +194,7 @@ class Stack:
         weights = self.data["weights"][:, step]  # [S, B]
         chosen = self.pick, self.data["order"][:, step]
         inputs, targets = self.data["inputs"][chosen], self.data["targets"][chosen]  # [S, B, F], [S, B, D]
-        masks = self.dropout.masks(self.batch_size)
+        masks = self.dropout.masks(self.batch)
         inputs = self.dropout.noisy(inputs)
         if self.mixup:
             inputs, targets = (mixed(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets))
@@ -292,16 +302,19 @@ class Stack:
         return done
 
 
-def _batch_plan(members: Sequence[Member], batch_size: int) -> Tensor:
+def _batch_plan(members: Sequence[Member], batch: int) -> Tensor:
     """Which training concepts each member sees at each of its steps, ``[S, steps, B]``; -1 pads.
 
-    Every epoch is a new shuffle from the member's own seed.
+    Every epoch is a new shuffle from the member's own seed, in batches of like size.
     """
     plans = []
     for member in members:
         generator = torch.Generator().manual_seed(member.cell.seed)
         size, variants = len(member.subset.train.rows), member.subset.variants
-        epochs = torch.full((member.cell.epochs, member.steps_per_epoch * batch_size), -1)
+        steps = torch.arange(member.steps_per_epoch)
+        sizes = size // len(steps) + (steps < size % len(steps))
+        there = torch.arange(batch) < sizes[:, None]  # [steps an epoch, B]
+        epochs = torch.full((member.cell.epochs, *there.shape), -1)
         easiest = difficulty(member.cell, member.subset)
         for epoch in range(member.cell.epochs):
             chosen = torch.randperm(size, generator=generator)
@@ -310,8 +323,8 @@ def _batch_plan(members: Sequence[Member], batch_size: int) -> Tensor:
                 chosen = easiest[chosen % now]
             if variants > 1:
                 chosen = chosen * variants + torch.randint(variants, (size,), generator=generator)
-            epochs[epoch, :size] = chosen
-        plans.append(epochs.view(member.steps, batch_size))
+            epochs[epoch, there] = chosen
+        plans.append(epochs.view(member.steps, batch))
     return _pad(plans, -1)
 
 

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from pipeline.grid import read_grid
 from pipeline.options import Cell
-from pipeline.schedule import UNEVEN, shares, stacks_of, training_flops
+from pipeline.schedule import LIKE, UNEVEN, shares, stacks_of, training_flops, without_padding
+from pipeline.stack import batch_of
 
 CELLS = st.builds(Cell, concepts=st.integers(2, 900), hidden_dim=st.sampled_from([8, 16, 512]), seed=st.integers(0, 9))
 
@@ -25,6 +26,24 @@ def test_every_cell_has_one_worker(cells, workers):
     whole = sum(len(stacks) for stacks in dealt) == len(stacks_of(cells))
     if not whole:  # a split had a reason, and helped as far as single cells allow
         assert max(loads) <= max(UNEVEN * sum(loads) / workers, sum(loads) / workers + max(map(price, cells)))
+
+
+@given(st.lists(CELLS, min_size=1, max_size=40, unique=True))
+def test_a_cpu_multiplies_few_rows_that_pad(cells):
+    parts = [part for stack in stacks_of(cells) for part in without_padding(stack)]
+    assert sorted((cell for part in parts for cell in part), key=repr) == sorted(cells, key=repr)
+    for part in parts:
+        batches = [batch_of(cell.concepts, cell.batch_size) for cell in part]
+        assert min(batches) >= LIKE * max(batches)
+
+
+@given(st.integers(1, 900), st.integers(1, 300))
+def test_batches_are_few_and_of_like_size(concepts, batch_size):
+    batch = batch_of(concepts, batch_size)
+    steps = -(-concepts // batch)
+    assert batch <= batch_size
+    assert steps == -(-concepts // batch_size)
+    assert steps * (batch - 1) < concepts <= steps * batch
 
 
 def test_the_scaling_grid_in_shards(data):

@@ -10,6 +10,7 @@ from sklearn.linear_model import Ridge
 from pipeline.curriculum import leave_one_out, shown
 from pipeline.errors import InputError
 from pipeline.options import Cell
+from pipeline.stack import Stack, start
 from pipeline.students import KINDS, ridge
 from pipeline.training import predict, stack_key, train_stack
 
@@ -99,6 +100,16 @@ def test_a_linear_skip_begins_as_ridge_regression(data):
     assert train([cell], data)[cell].metrics["test_cosine"] == pytest.approx(
         train([alone], data)[alone].metrics["test_cosine"], abs=1e-3
     )
+
+
+def test_an_epoch_shows_every_concept_once_in_batches_of_like_size(data):
+    cells = [replace(SHORT, concepts=700, epochs=2, batch_size=128), replace(SHORT, concepts=100, batch_size=128)]
+    stack = Stack([start(cell, data.subset(cell)) for cell in cells], CPU)
+    shown = stack.data["weights"].bool()  # [2, steps, B]
+    assert shown.sum(-1)[0].tolist() == 2 * [117, 117, 117, 117, 116, 116]
+    assert shown.sum(-1)[1].tolist() == 6 * [100] + 6 * [0]
+    first = stack.data["order"][0, :6][shown[0, :6]]
+    assert sorted(first.tolist()) == list(range(700))
 
 
 def test_log_spaced_evaluations_are_few_and_end_at_the_last_epoch(data):

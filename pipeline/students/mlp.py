@@ -69,6 +69,6 @@ def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = N
         if weight is None:  # of lower rank, once it is trained
             read, weight = torch.bmm(hidden, parameters[f"block{block}.left"]), parameters[f"block{block}.right"]
         change = F.gelu(torch.baddbmm(bias, read, weight))
-        hidden = hidden + (change if masks is None else change * masks[block + 1])
+        hidden = hidden + change if masks is None else torch.addcmul(hidden, change, masks[block + 1])
     answer = torch.baddbmm(parameters["out.bias"], hidden, parameters["out.weight"])  # [S, B, d_model]
     return answer if "skip.weight" not in parameters else torch.baddbmm(answer, inputs, parameters["skip.weight"])
