@@ -131,5 +131,7 @@ class Lanes(Generic[T]):
 
     def _pause(self) -> bool:
         """Share the cores with the jobs that run now; whether to stop."""
-        torch.set_num_threads(max(1, cores() // max(1, len(self._running))))
+        threads = max(1, cores() // max(1, len(self._running)))
+        if torch.get_num_threads() != threads:  # setting it anew at every step costs some per cent
+            torch.set_num_threads(threads)
         return self._stopping.is_set()
