@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.options import Cell
 from pipeline.students import KINDS
+from pipeline.students.dropout import Dropped
 
 
 def mixing(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
@@ -43,26 +44,27 @@ def mixed(values: Tensor, weights: Tensor, there: Tensor) -> Tensor:
 
 
 class Dropout:
-    """Dropout masks and noise, drawn once a step and seed: members of one seed share them, and draw the same alone.
+    """What is dropped, and noise, drawn once a step and seed: members of one seed share it, and draw the same alone.
 
-    As much is drawn as the largest batch of any stack needs, so that smaller ones see the beginning of the same.
-
-    A mask is drawn as random bytes, eight at once, so a share is rounded to 1/256; the scale is exact for it.
+    Of a mask as much is drawn as the largest batch of any stack needs, so that smaller ones see the beginning of the
+    same. It is drawn as random bytes, eight at once, so a share is rounded to 1/256; the scale is exact for it.
     """
 
     def __init__(self, cells: Sequence[Cell], features: int, dtype: torch.dtype, device: torch.device) -> None:
         cell = cells[0]
-        self.batch_size = cell.batch_size
+        self.batch_size, self.features, self.noise = cell.batch_size, features, cell.noise
         self.kept = round(256 * (1 - cell.dropout))  # of 256
-        widths = KINDS[cell.student].mask_widths
-        assert widths is not None
-        self.widths, self.noise = widths(cell, features), cell.noise
+        self.units = max(1, round(cell.hidden_dim * self.kept / 256))  # that a site keeps
+        sites = KINDS[cell.student].sites
+        assert sites is not None
+        self.sites = sites(cell.layers) if self.kept < 256 else []
+        self.shape = len(self.sites), cell.hidden_dim
         self.dtype, self.device = dtype, device
         self.generators = {cell.seed: torch.Generator(device).manual_seed(cell.seed) for cell in cells}
         self.keep(cells)
 
     def states(self) -> dict[int, Tensor]:
-        """What the next masks follow from, by seed."""
+        """What the next draws follow from, by seed."""
         return {seed: generator.get_state() for seed, generator in self.generators.items()}
 
     def restore(self, states: dict[int, Tensor]) -> None:
@@ -87,24 +89,29 @@ class Dropout:
                 for generator in self.generators.values()
             ]
         )[:, : inputs.shape[1]]  # [seeds, B, features]
-        drawn = drawn if self.members is None else drawn[self.members]
-        return inputs + (self.noise * drawn).to(inputs.dtype)
+        return inputs + (self.noise * self._of_members(drawn)).to(inputs.dtype)
 
-    def masks(self, rows: int) -> list[Tensor] | None:
-        """One mask a width, ``[1 or S, B, width]``, 0 or 1 / share kept.
+    def draw(self, rows: int) -> Dropped | None:
+        """What the next step drops; None where nothing is dropped.
 
         Args:
             rows: B.
         """
         if self.kept == 256:
             return None
-        width = sum(self.widths)
-        size = self.batch_size * width
-        words = torch.empty(len(self.generators), -(-size // 8), dtype=torch.int64, device=self.device)
-        for row, generator in zip(words, self.generators.values(), strict=True):
-            row.random_(-(2**63), None, generator=generator)
-        drawn = torch.empty(len(words), rows * width, dtype=self.dtype, device=self.device)
-        torch.lt(words.view(torch.uint8)[:, : rows * width], self.kept, out=drawn)
-        scaled = drawn.mul_(256 / self.kept).view(-1, rows, width)  # [seeds, B, all widths]
-        masks = scaled if self.members is None else scaled[self.members]
-        return list(torch.split(masks, self.widths, -1))
+        words = torch.empty(
+            len(self.generators), -(-self.batch_size * self.features // 8), dtype=torch.int64, device=self.device
+        )
+        ranks = torch.empty(len(self.generators), *self.shape, device=self.device)
+        for mask, rank, generator in zip(words, ranks, self.generators.values(), strict=True):
+            mask.random_(-(2**63), None, generator=generator)
+            rank.uniform_(generator=generator)
+        drawn = torch.empty(len(words), rows * self.features, dtype=self.dtype, device=self.device)
+        torch.lt(words.view(torch.uint8)[:, : rows * self.features], self.kept, out=drawn)
+        mask = drawn.mul_(256 / self.kept).view(-1, rows, self.features)  # [seeds, B, features]
+        units = ranks.topk(self.units, sorted=False).indices  # [seeds, sites, kept]
+        return Dropped(self._of_members(mask), self._of_members(units))
+
+    def _of_members(self, drawn: Tensor) -> Tensor:
+        """From one a seed to one a member, where members have several."""
+        return drawn if self.members is None else drawn[self.members]

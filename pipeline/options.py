@@ -158,7 +158,12 @@ class Cell:
     batch_size: int = option(128, "Concepts of a training step at the most; all steps have about as many.", minimum=1)
     learning_rate: float = option(2e-3, "Peak learning rate of AdamW (warm-up, then cosine decay).", above=0)
     weight_decay: float = option(0.1, "AdamW's decoupled weight decay.", minimum=0)
-    dropout: float = option(0.4, "Share of inputs and of block outputs dropped in training.", minimum=0, below=1)
+    dropout: float = option(
+        0.4,
+        "Share of inputs and of hidden units dropped in training; a batch shares its units, so they cost nothing.",
+        minimum=0,
+        below=1,
+    )
 
     inputs: str = option(
         "activations",

@@ -32,6 +32,9 @@ STARTS = 3  # of the grid's best
 LEAST = 1e-6  # a constant that least squares leaves out starts here
 ABSENT = -30.0  # the logarithm of a term that is left out
 VARY = ("concepts", "hidden_dim", "layers", "seed")  # within a family of cells
+BOUNDS = np.array([(-20, 1), (-20, 30), (0, 3), (-20, 60), (0, 3)], float).T  # of the parameters, ``[2, 5]``
+MOST_STEPS = 400
+TOLERANCE = 1e-9  # a step that lowers the loss by a smaller share is idle
 Array = NDArray[np.float64]
 Row = dict[str, Any]
 
@@ -114,20 +117,22 @@ def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[flo
         )
     best = _fit(logs, errors, free)
     draw = np.random.default_rng(seed)
-    samples = []
-    for _ in range(BOOTSTRAPS):
-        rows = draw.integers(len(errors), size=len(errors))
-        samples.append(_descend(best, logs[:, rows], errors[rows], free)[1])
+    rows = draw.integers(len(errors), size=(BOOTSTRAPS, len(errors)))
+    counts = np.stack([np.bincount(drawn, minlength=len(errors)) for drawn in rows]).astype(
+        float
+    )  # [bootstraps, cells]
+    _, samples = _descend(np.tile(best, (BOOTSTRAPS, 1)), logs, errors, free, counts)
     residuals, span = errors - _log_error(best, logs), (float(logs[0].min()), float(logs[0].max()))
-    return Law(best, np.array(samples), residuals, span, bend_of(logs, errors, free), free)
+    return Law(best, samples, residuals, span, bend_of(logs, errors, free), free)
 
 
 _fitted = functools.lru_cache(maxsize=4)(fit)  # the results file and the report ask for the same one
 
 
 def _fit(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
-    tried = [_descend(start, logs, errors, free) for start in _starts(logs, errors)]
-    return min(tried, key=lambda pair: pair[0])[1]
+    reached, tried = _descend(_starts(logs, errors, free), logs, errors, free)
+    best: Array = tried[reached.argmin()]
+    return best
 
 
 def bend_of(logs: Array, errors: Array, free: tuple[bool, ...]) -> float | None:
@@ -167,52 +172,92 @@ def _logs(concepts: Sequence[float], sizes: Sequence[float]) -> Array:
 
 
 def _terms(parameters: Array, logs: Array) -> Array:
-    """Logarithms of the three terms, ``[3, cells]``."""
-    e, a, alpha, b, beta = parameters
-    return np.stack([np.full(logs.shape[1], e), a - alpha * logs[0], b - beta * logs[1]])
+    """Logarithms of the three terms, ``[3, ..., cells]``, for parameters ``[..., 5]``."""
+    e, a, alpha, b, beta = np.moveaxis(parameters, -1, 0)[..., None]
+    return np.stack(np.broadcast_arrays(e, a - alpha * logs[0], b - beta * logs[1]))
 
 
 def _log_error(parameters: Array, logs: Array) -> Array:
     return np.asarray(np.logaddexp.reduce(_terms(parameters, logs)))
 
 
-def _starts(logs: Array, errors: Array) -> list[Array]:
-    """The best of a grid of exponents, each with its constants by least squares on relative errors."""
-    from scipy.optimize import nnls  # type: ignore[import-untyped]  # only here: a sweep begins sooner
+def _starts(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
+    """The best of a grid of exponents, each with its constants by least squares on relative errors, ``[STARTS, 5]``."""
+    grid = np.array(list(itertools.product(EXPONENTS, EXPONENTS)))  # [grid, 2]
+    terms = np.exp([np.zeros((len(grid), len(errors))), *(-grid.T[..., None] * logs[:, None])]) / np.exp(errors)
+    least, constants = np.full(len(grid), np.inf), np.full((3, len(grid)), LEAST)
+    # No constant may be negative; where only some of them are positive, these are the best without the others.
+    possible = [name for name, place in (("E", 0), ("A", 1), ("B", 3)) if free[place]]
+    for number in range(1, len(possible) + 1):
+        for chosen in itertools.combinations(range(len(possible)), number):
+            part = terms[list(chosen)]  # [chosen, grid, cells]
+            squares = np.einsum("agn,bgn->gab", part, part) + 1e-12 * np.eye(number)
+            found = np.linalg.solve(squares, part.sum(-1).T[..., None])[..., 0].T  # [chosen, grid]
+            loss = np.square(np.einsum("ag,agn->gn", found, part) - 1).sum(-1)
+            better = (found > 0).all(0) & (loss < least)
+            least[better] = loss[better]
+            constants[:, better] = LEAST
+            constants[np.ix_(chosen, better)] = np.maximum(found[:, better], LEAST)
+    e, a, b = np.log(constants)
+    return np.stack([e, a, grid[:, 0], b, grid[:, 1]], 1)[np.argsort(least, kind="stable")[:STARTS]]
 
-    found = []
-    for alpha, beta in itertools.product(EXPONENTS, EXPONENTS):
-        terms = np.exp([np.zeros(len(errors)), -alpha * logs[0], -beta * logs[1]]) / np.exp(errors)  # [3, cells]
-        constants, _ = nnls(terms.T, np.ones(len(errors)))
-        e, a, b = np.log(np.maximum(constants, LEAST))
-        found.append((float(np.square(constants @ terms - 1).sum()), np.array([e, a, alpha, b, beta])))
-    return [start for _, start in sorted(found, key=lambda pair: pair[0])[:STARTS]]
 
+def _descend(
+    starts: Array, logs: Array, errors: Array, free: tuple[bool, ...], counts: Array | float = 1.0
+) -> tuple[Array, Array]:
+    """Least squares with a Huber loss, all problems at once: Levenberg and Marquardt's method within `BOUNDS`.
 
-def _descend(start: Array, logs: Array, errors: Array, free: tuple[bool, ...]) -> tuple[float, Array]:
-    """Trust-region least squares with a Huber loss from one start: the loss reached, and the parameters."""
-    from scipy.optimize import least_squares
+    The Huber loss is met by weights that follow from the residuals (Holland and Welsch, 1977, "Robust regression using
+    iteratively reweighted least-squares"); no step is taken that does not lower the loss.
 
+    Args:
+        starts: parameters to begin with, ``[problems, 5]``.
+        logs: log concepts and log parameters, ``[2, cells]``.
+        errors: log (1 - cosine), ``[cells]``.
+        free: as in `Law`.
+        counts: how often each cell counts, ``[problems, cells]``.
+
+    Returns:
+        The loss that each problem reached, ``[problems]``, and its parameters, ``[problems, 5]``.
+    """
     mask = np.array(free)
-    parameters = np.where(mask, start, [ABSENT, ABSENT, 0.0, ABSENT, 0.0])
+    low, high = BOUNDS[:, mask]
+    whole = np.where(mask, starts, [ABSENT, ABSENT, 0.0, ABSENT, 0.0])
 
     def put(values: Array) -> Array:
-        parameters[mask] = values
-        return parameters
+        whole[:, mask] = values
+        return whole
 
-    def residuals(values: Array) -> Array:
-        return _log_error(put(values), logs) - errors
+    def losses(values: Array) -> Array:
+        sizes = np.abs(_log_error(put(values), logs) - errors) / HUBER
+        lost: Array = (counts * np.where(sizes <= 1, np.square(sizes), 2 * sizes - 1)).sum(-1)
+        return lost
 
-    def jacobian(values: Array) -> Array:
+    values = np.clip(whole[:, mask], low, high)
+    reached, damping = losses(values), np.full(len(values), 1e-3)
+    idle = np.zeros(len(values), int)
+    for _ in range(MOST_STEPS):
         terms = _terms(put(values), logs)
-        share = np.exp(terms - np.logaddexp.reduce(terms))  # [3, cells]
+        total = np.logaddexp.reduce(terms)
+        share, residuals = np.exp(terms - total), total - errors  # [3, problems, cells], [problems, cells]
         columns = [share[0], share[1], -share[1] * logs[0], share[2], -share[2] * logs[1]]
-        return np.stack(columns, 1)[:, mask]
-
-    low, high = np.array([(-20, 1), (-20, 30), (0, 3), (-20, 60), (0, 3)]).T[:, mask]
-    begin = np.clip(parameters[mask], low + 1e-6, high - 1e-6)
-    done = least_squares(residuals, begin, jacobian, (low, high), loss="huber", f_scale=HUBER, x_scale="jac")
-    return float(done.cost), put(done.x).copy()
+        jacobian = np.stack(columns, -1)[..., mask]  # [problems, cells, parameters]
+        weighted = jacobian * (counts / np.maximum(1, np.abs(residuals) / HUBER))[..., None]
+        slope = np.einsum("dnp,dn->dp", weighted, residuals)
+        squares = np.einsum("dnp,dnq->dpq", weighted, jacobian)
+        moves = ~((values <= low) & (slope > 0) | (values >= high) & (slope < 0))  # others stay at their bound
+        squares *= moves[:, :, None] * moves[:, None, :]
+        diagonal = np.maximum(np.einsum("dpp->dp", squares), 1e-12) * damping[:, None]
+        step = np.linalg.solve(squares + diagonal[:, :, None] * np.eye(mask.sum()), -(slope * moves)[..., None])[..., 0]
+        tried = np.clip(values + step, low, high)
+        lost = losses(tried)
+        better = lost < reached
+        idle = np.where(better & (reached - lost > TOLERANCE * reached), 0, idle + 1)
+        values, reached = np.where(better[:, None], tried, values), np.where(better, lost, reached)
+        damping = np.clip(np.where(better, damping / 4, damping * 3), 1e-9, 1e9)
+        if (idle >= 12).all():
+            break
+    return reached, put(values).copy()
 
 
 def families(cells: Sequence[Row]) -> dict[str, list[Row]]:

@@ -23,7 +23,8 @@ def training_flops(cell: Cell, data: Catalogued) -> float:
     """Floating-point operations of a cell's matrix products.
 
     Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the first
-    layer does without; two a weight and validation row, every epoch. A closed form counts as its factorisation.
+    layer does without; two a weight and validation row, every epoch. What dropout spares is counted too. A closed form
+    counts as its factorisation.
     """
     features, kind, val = data.features(cell), KINDS[cell.student], len(data.rows("val", cell.split))
     if kind.solve:

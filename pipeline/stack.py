@@ -26,6 +26,7 @@ from pipeline.objectives import objective_of
 from pipeline.options import Cell
 from pipeline.precision import multiplies_faster
 from pipeline.students import KINDS
+from pipeline.students.dropout import cut, put_back
 
 PER_DOUBLING = 8  # evaluations while the epochs double, where they are log-spaced
 WARM_UP = 0.05  # share of a member's steps
@@ -176,7 +177,10 @@ class Stack:
             name: (value.to(self.dtype) if shorten else value.detach()).requires_grad_()
             for name, value in self.parameters.items()
         }
-        self.gradients = [torch.empty_like(value) for value in self.parameters.values()] if shorten else None
+        self.site_of = {name: site for site, names in enumerate(self.dropout.sites) for name in names}
+        self.short = [name for name in self.parameters if shorten and name not in self.site_of]
+        # Where gradients go that are of few bits or of a part.
+        self.gradients = {name: torch.empty_like(self.parameters[name]) for name in [*self.short, *self.site_of]}
         self.views = [
             tuple([value[row] for value in tensors.values()] for tensors in (self.parameters, *self.moments))
             for row in range(len(self.members))
@@ -185,7 +189,7 @@ class Stack:
 
     def _shorten(self) -> None:
         """Bring the leaves up to the parameters."""
-        if self.gradients is not None:
+        if self.dtype != torch.float32:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.leaves.values()), list(self.parameters.values()))
 
@@ -194,18 +198,27 @@ class Stack:
         weights = self.data["weights"][:, step]  # [S, B]
         chosen = self.pick, self.data["order"][:, step]
         inputs, targets = self.data["inputs"][chosen], self.data["targets"][chosen]  # [S, B, F], [S, B, D]
-        masks = self.dropout.masks(self.batch)
+        dropped = self.dropout.draw(self.batch)
         inputs = self.dropout.noisy(inputs)
         if self.mixup:
             inputs, targets = (mixed(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets))
-        answer = self.apply(self.leaves, inputs, masks)  # [S, B, D]
+        leaves = self.leaves
+        if dropped is not None:
+            leaves = leaves | {
+                name: cut(leaves[name].detach(), dropped.units[:, site]).requires_grad_()
+                for name, site in self.site_of.items()
+            }
+        answer = self.apply(leaves, inputs, dropped)  # [S, B, D]
         loss = self.objective(answer.float(), targets, weights)  # [S]
         # Members share no parameter, so their losses may be summed.
-        gradients = torch.autograd.grad(loss.sum(), list(self.leaves.values()))
+        gradients = dict(zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True))
         self.data["losses"] += loss.detach()
-        if self.gradients is not None:
-            torch._foreach_copy_(self.gradients, gradients)
-        self._update(self.gradients or gradients, step)
+        if self.short:
+            torch._foreach_copy_([self.gradients[name] for name in self.short], [gradients[n] for n in self.short])
+        if dropped is not None:
+            for name, site in self.site_of.items():
+                put_back(gradients[name], dropped.units[:, site], self.gradients[name])
+        self._update(list((gradients | self.gradients).values()), step)
         self._shorten()
 
     def _update(self, gradients: Sequence[Tensor], step: int) -> None:

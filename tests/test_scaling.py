@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
 
 from pipeline import scaling
 from pipeline.errors import InputError
@@ -36,6 +37,31 @@ def test_known_exponents_lie_within_the_intervals_with_noise():
     assert found["alpha"]["value"] == pytest.approx(TRUE["alpha"], abs=0.15)
     for name in ("alpha", "beta", "E"):
         assert found[name]["low"] - 0.02 <= TRUE[name] <= found[name]["high"] + 0.02, name
+
+
+@pytest.mark.parametrize("noise", [0.002, 0.01, 0.05])
+def test_the_fit_and_its_bootstrap_are_where_least_squares_of_scipy_ends(noise):
+    concepts, sizes, values = cells(noise)
+    law = scaling.fit(concepts, sizes, values)
+    n, p, errors = np.log(concepts), np.log(sizes), np.log(1 - np.array(values))
+
+    def loss(residuals, counts):
+        z = np.square(residuals / scaling.HUBER)
+        return (counts * np.where(z <= 1, z, 2 * np.sqrt(z) - 1)).sum()
+
+    def residuals(e, a, alpha, b, beta):
+        return np.log(np.exp(e) + np.exp(a - alpha * n) + np.exp(b - beta * p)) - errors
+
+    draw = np.random.default_rng(0)
+    drawn = draw.integers(len(errors), size=(scaling.BOOTSTRAPS, len(errors)))
+    for number, parameters in enumerate([law.parameters, *law.samples[:20]]):
+        rows = drawn[number - 1] if number else np.arange(len(errors))
+        best = least_squares(
+            lambda x, rows=rows: residuals(*x)[rows], law.parameters, bounds=scaling.BOUNDS, loss="huber",
+            f_scale=scaling.HUBER, x_scale="jac", xtol=1e-12, ftol=1e-12,
+        )  # fmt: skip
+        counts = np.bincount(rows, minlength=len(errors))
+        assert loss(residuals(*parameters), counts) <= loss(residuals(*best.x), counts) * (1 + 1e-5)
 
 
 def test_a_variable_that_does_not_vary_has_no_term():

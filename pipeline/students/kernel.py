@@ -42,7 +42,7 @@ def fit(subset: Subset) -> Fit:
     return best
 
 
-def apply(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:
+def apply(parameters: dict[str, Tensor], inputs: Tensor, _dropped: None = None) -> Tensor:
     """Predict: ``[S, B, features]`` to ``[S, B, d_model]``."""
     near = gaussian(inputs, parameters["support"], parameters["width"])
     return torch.bmm(near, parameters["weight"]) + torch.bmm(inputs, parameters["skip.weight"])

@@ -25,13 +25,13 @@ class Kind:
     """One kind of student.
 
     Attributes:
-        apply: parameters ``[S, ...]``, inputs ``[S, B, features]`` and dropout masks to ``[S, B, d_model]``.
+        apply: parameters ``[S, ...]``, inputs ``[S, B, features]`` and what is dropped to ``[S, B, d_model]``.
         reads: the options of a cell that it reads; the others do not multiply its cells.
         weights: its number of weights and biases.
         flops: floating-point operations of one prediction, the teacher's blocks apart.
         solve: the closed form, or None.
         start: parameters before the first step, without the member axis, or None.
-        mask_widths: widths of the dropout masks that ``apply`` takes.
+        sites: where hidden units are dropped, by the number of layers: the parameters whose columns make them.
     """
 
     apply: Callable[..., Tensor]
@@ -40,7 +40,7 @@ class Kind:
     flops: Callable[[Cell, Catalogued], float]
     solve: Callable[[Subset], ridge.Fit] | None = None
     start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None
-    mask_widths: Callable[[Cell, int], list[int]] | None = None
+    sites: Callable[[int], list[tuple[str, ...]]] | None = None
 
     def canonical(self, cell: Cell) -> Cell:
         """The cell with all that the student does not read at the defaults, so that equal work is one cell."""
@@ -96,10 +96,6 @@ def _start_transformer(cell: Cell, subset: Subset, generator: torch.Generator) -
     return transformer.init(tokens, width, d_model, cell.hidden_dim, cell.layers, generator)
 
 
-def _transformer_masks(cell: Cell, tokens: int) -> list[int]:
-    return transformer.mask_widths(tokens, cell.hidden_dim, cell.layers)
-
-
 def _closed(
     apply: Callable[..., Tensor],
     solve: Callable[[Subset], ridge.Fit],
@@ -117,7 +113,7 @@ KINDS = {
         _mlp_weights,
         _mlp_flops,
         start=_start_mlp,
-        mask_widths=lambda cell, features: mlp.mask_widths(features, cell.hidden_dim, cell.layers),
+        sites=mlp.sites,
     ),
     "transformer": Kind(
         transformer.apply,
@@ -125,7 +121,7 @@ KINDS = {
         _transformer_weights,
         _transformer_flops,
         start=_start_transformer,
-        mask_widths=_transformer_masks,
+        sites=transformer.sites,
     ),
     "ridge": _closed(ridge.apply, ridge.fit, (), _linear_weights),
     "kernel": _closed(kernel.apply, kernel.fit, (), _kernel_weights),

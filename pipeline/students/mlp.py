@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.students.dropout import Dropped, add
+
 Parameters = dict[str, Tensor]
 
 
@@ -41,25 +43,25 @@ def init(inputs: int, outputs: int, hidden_dim: int, layers: int, generator: tor
     return parameters | {"out.weight": linear(hidden_dim, outputs), "out.bias": torch.zeros(1, outputs)}
 
 
-def mask_widths(inputs: int, hidden_dim: int, layers: int) -> list[int]:
-    """Widths of the dropout masks that `apply` takes: the input's, then one a block."""
-    return [inputs] + [hidden_dim] * layers
+def sites(layers: int) -> list[tuple[str, ...]]:
+    """Where hidden units are dropped: the parameters whose columns make them, one place a block."""
+    return [(f"block{block}.weight", f"block{block}.bias") for block in range(layers)]
 
 
-def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = None) -> Tensor:
+def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None) -> Tensor:
     """Predict.
 
     Args:
         parameters: each ``[S, rows, columns]``; without ``in.weight`` the inputs have gone through it already, without
-            ``in.bias`` that is in them too.
+            ``in.bias`` that is in them too; in training those of `sites` are cut to the units that are kept.
         inputs: ``[S, B, features]``.
-        masks: dropout masks, ``[S or 1, B, width]`` each, 0 or 1 / (1 - dropout); none when not training.
+        dropped: what takes part in this step of training.
 
     Returns:
         ``[S, B, d_model]``.
     """
     blocks = sum(name.startswith("block") and name.endswith(".bias") for name in parameters)
-    hidden = inputs if masks is None else inputs * masks[0]
+    hidden = inputs if dropped is None else inputs * dropped.inputs
     if "in.weight" in parameters:
         hidden = torch.baddbmm(parameters["in.bias"], hidden, parameters["in.weight"])  # [S, B, hidden]
     elif "in.bias" in parameters:
@@ -69,6 +71,6 @@ def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = N
         if weight is None:  # of lower rank, once it is trained
             read, weight = torch.bmm(hidden, parameters[f"block{block}.left"]), parameters[f"block{block}.right"]
         change = F.gelu(torch.baddbmm(bias, read, weight))
-        hidden = hidden + change if masks is None else torch.addcmul(hidden, change, masks[block + 1])
+        hidden = hidden + change if dropped is None else add(hidden, change, dropped.units[:, block])
     answer = torch.baddbmm(parameters["out.bias"], hidden, parameters["out.weight"])  # [S, B, d_model]
     return answer if "skip.weight" not in parameters else torch.baddbmm(answer, inputs, parameters["skip.weight"])

@@ -72,6 +72,6 @@ def fit(subset: Subset) -> Fit:
     return Fit({"weight": weight.float()}, float(strengths[best]), float(scores[best]))
 
 
-def apply(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:
+def apply(parameters: dict[str, Tensor], inputs: Tensor, _dropped: None = None) -> Tensor:
     """Predict: ``[S, B, features]`` to ``[S, B, d_model]``."""
     return torch.bmm(inputs, parameters["weight"])

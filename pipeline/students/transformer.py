@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.students.dropout import Dropped, add
 from pipeline.students.mlp import Parameters
 
 HEAD_DIM = 32
@@ -46,18 +47,18 @@ def init(tokens: int, width: int, outputs: int, hidden_dim: int, layers: int, ge
     return parameters | {"out.weight": linear(hidden_dim, outputs), "out.bias": torch.zeros(1, outputs)}
 
 
-def mask_widths(features: int, hidden_dim: int, layers: int) -> list[int]:
-    """Widths of the dropout masks that `apply` takes: the input's, then two a block; all tokens of one share theirs."""
-    return [features] + [hidden_dim] * (2 * layers)
+def sites(layers: int) -> list[tuple[str, ...]]:
+    """Where hidden units are dropped: the parameters whose columns make them, two places a block."""
+    return [(f"block{block}.{way}.weight",) for block in range(layers) for way in ("merge", "down")]
 
 
-def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = None) -> Tensor:
+def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None) -> Tensor:
     """Predict.
 
     Args:
-        parameters: each ``[S, rows, columns]``.
+        parameters: each ``[S, rows, columns]``; in training those of `sites` are cut to the units that are kept.
         inputs: ``[S, B, T * width]``, the tokens' embeddings end to end; zeros stand where there is no token.
-        masks: dropout masks, ``[S or 1, B, width]`` each, 0 or 1 / (1 - dropout); none when not training.
+        dropped: what takes part in this step of training.
 
     Returns:
         ``[S, B, d_model]``.
@@ -69,16 +70,17 @@ def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = N
     there = (inputs.view(members, batch, tokens, width) != 0).any(-1)  # [S, B, T]
     # A row that pads a batch has no token at all; attention over nothing would be undefined.
     seen = (there | ~there.any(-1, keepdim=True))[:, :, None, None, :]  # [S, B, 1, 1, T]
-    noise = iter(masks or [])
-
-    def drop(values: Tensor) -> Tensor:
-        return values if masks is None else values * next(noise)[:, :, None]
 
     def linear(name: str, values: Tensor) -> Tensor:
         flat = values.reshape(members, batch * tokens, -1)  # [S, B T, rows]
         return torch.bmm(flat, parameters[name]).view(members, batch, tokens, -1)
 
-    kept = inputs if masks is None else inputs * next(noise)
+    def with_change(stream: Tensor, change: Tensor, site: int) -> Tensor:
+        if dropped is None:
+            return stream + change
+        return add(stream.flatten(1, 2), change.flatten(1, 2), dropped.units[:, site]).view_as(stream)
+
+    kept = inputs if dropped is None else inputs * dropped.inputs
     stream = linear("in.weight", kept.view(members, batch, tokens, width))  # [S, B, T, hidden]
     stream = stream + parameters["positions"][:, None]
     for block in range(blocks):
@@ -87,9 +89,9 @@ def apply(parameters: Parameters, inputs: Tensor, masks: list[Tensor] | None = N
         query, key, value = mixed.permute(3, 0, 1, 4, 2, 5)  # [S, B, heads, T, HEAD_DIM] each
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         attended = attended.transpose(2, 3).reshape(members, batch, tokens, hidden_dim)
-        stream = stream + drop(linear(f"{name}.merge.weight", attended))
+        stream = with_change(stream, linear(f"{name}.merge.weight", attended), 2 * block)
         up = linear(f"{name}.up.weight", _norm(stream)) + parameters[f"{name}.up.bias"][:, None]
-        stream = stream + drop(linear(f"{name}.down.weight", F.gelu(up)))
+        stream = with_change(stream, linear(f"{name}.down.weight", F.gelu(up)), 2 * block + 1)
     return torch.baddbmm(parameters["out.bias"], stream[:, :, -1], parameters["out.weight"])  # [S, B, d_model]
 
 
