@@ -5,8 +5,8 @@ peers: one `train` process a cell; our trainer with stacks of one, one after ano
 with a fused optimizer; Ray Tune with that loop and its MLflow callback, with one core a trial, its best here. Ours is
 the sweep as users run it, tracked to SQLite, with the students logged, and the same without MLflow. The floor is the
 time of the matrix products of training and validation at the float32 rate of this machine for matrices of these
-shapes, measured in the same round; products that dropout spares ours are in it. Medians of several rounds. ``--sizes`` measures time a cell against the number of
-cells instead.
+shapes, measured in the same round; products that dropout spares ours are in it. Medians of several rounds.
+``--sizes`` measures time a cell against the number of cells instead.
 """
 
 from __future__ import annotations
