@@ -103,8 +103,8 @@ class Engine:
         batch: list[tuple[list[Cell], Snapshot | None]] = []
         with ThreadPoolExecutor(1, "claims") as claims:  # a claim takes its time, and rows must not wait for it
             while self._waiting or batch or self.lanes.open:
-                # One more than there are lanes, so that none waits for a claim; more where that is too slow.
-                if self._waiting and not batch and self.lanes.open <= self.lanes.number:
+                # Two more than there are lanes, so that none waits for a claim; more where that is too slow.
+                if self._waiting and not batch and self.lanes.open <= self.lanes.number + 1:
                     ahead = ahead if self.lanes.open >= self.lanes.number else 2 * ahead
                     groups = [self._waiting.popleft() for _ in range(min(ahead, len(self._waiting)))]
                     batch = [part for group in groups for part in group]

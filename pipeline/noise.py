@@ -109,8 +109,8 @@ class Dropout:
         drawn = torch.empty(len(words), rows * self.features, dtype=self.dtype, device=self.device)
         torch.lt(words.view(torch.uint8)[:, : rows * self.features], self.kept, out=drawn)
         mask = drawn.mul_(256 / self.kept).view(-1, rows, self.features)  # [seeds, B, features]
-        units = ranks.topk(self.units, sorted=False).indices  # [seeds, sites, kept]
-        return Dropped(self._of_members(mask), self._of_members(units))
+        units = self._of_members(ranks.topk(self.units, sorted=False).indices)  # [seeds or S, sites, kept]
+        return Dropped(self._of_members(mask), units[:, :, None].unbind(1))
 
     def _of_members(self, drawn: Tensor) -> Tensor:
         """From one a seed to one a member, where members have several."""

@@ -205,7 +205,7 @@ class Stack:
         leaves = self.leaves
         if dropped is not None:
             leaves = leaves | {
-                name: cut(leaves[name].detach(), dropped.units[:, site]).requires_grad_()
+                name: cut(leaves[name].detach(), dropped.units[site]).requires_grad_()
                 for name, site in self.site_of.items()
             }
         answer = self.apply(leaves, inputs, dropped)  # [S, B, D]
@@ -217,7 +217,7 @@ class Stack:
             torch._foreach_copy_([self.gradients[name] for name in self.short], [gradients[n] for n in self.short])
         if dropped is not None:
             for name, site in self.site_of.items():
-                put_back(gradients[name], dropped.units[:, site], self.gradients[name])
+                put_back(gradients[name], dropped.units[site], self.gradients[name])
         self._update(list((gradients | self.gradients).values()), step)
         self._shorten()
 

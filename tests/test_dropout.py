@@ -53,11 +53,12 @@ def test_answers_and_gradients_are_those_of_masks(student, masked, start, shared
     inputs = torch.randn(MEMBERS, BATCH, FEATURES, generator=source, dtype=torch.float64)
     sites, seeds, kept = student.sites(LAYERS), 1 if shared else MEMBERS, 20
     mask = (torch.rand(seeds, BATCH, FEATURES, generator=source) < 0.6).double() / 0.6
-    units = torch.rand(seeds, len(sites), HIDDEN, generator=source).topk(kept).indices
-    masks = torch.zeros(seeds, len(sites), HIDDEN, dtype=torch.float64).scatter_(-1, units, HIDDEN / kept)
+    drawn = torch.rand(seeds, len(sites), HIDDEN, generator=source).topk(kept).indices
+    masks = torch.zeros(seeds, len(sites), HIDDEN, dtype=torch.float64).scatter_(-1, drawn, HIDDEN / kept)
+    units = drawn[:, :, None].unbind(1)
     site_of = {name: site for site, names in enumerate(sites) for name in names}
     part = {
-        name: cut(value.detach(), units[:, site_of[name]]).requires_grad_() if name in site_of else value
+        name: cut(value.detach(), units[site_of[name]]).requires_grad_() if name in site_of else value
         for name, value in parameters.items()
     }
 
@@ -70,7 +71,7 @@ def test_answers_and_gradients_are_those_of_masks(student, masked, start, shared
     for (name, value), gradient in zip(parameters.items(), expected, strict=True):
         own = found[name]
         if name in site_of:
-            own = put_back(own, units[:, site_of[name]], torch.full_like(value, 7.0))
+            own = put_back(own, units[site_of[name]], torch.full_like(value, 7.0))
         torch.testing.assert_close(own, gradient, msg=name)
 
 
@@ -80,9 +81,10 @@ def test_every_unit_is_kept_as_often_and_members_of_one_seed_share_the_draw():
     counts, share = torch.zeros(3, 2, 40), torch.zeros(())
     for _ in range(400):
         drawn = dropout.draw(8)
-        assert drawn.units.shape == (3, 2, 24)
-        assert torch.equal(drawn.units[0], drawn.units[1])
-        counts += torch.zeros(3, 2, 40).scatter_(-1, drawn.units, 1.0)
+        units = torch.cat(drawn.units, 1)
+        assert units.shape == (3, 2, 24)
+        assert torch.equal(units[0], units[1])
+        counts += torch.zeros(3, 2, 40).scatter_(-1, units, 1.0)
         share += (drawn.inputs > 0).float().mean() / 400
     assert counts.sum(-1).unique().tolist() == [400 * 24]  # no unit twice
     assert 0.48 < counts.min() / 400 < counts.max() / 400 < 0.72

@@ -20,15 +20,15 @@ class Dropped:
 
     Attributes:
         inputs: mask of the features, ``[S or 1, B, features]``, 0 or 1 / share kept.
-        units: the hidden units that are kept, ``[S or 1, sites, K]``; a site is a place where a student drops.
+        units: the hidden units that are kept at each site, a place where a student drops, ``[S or 1, 1, K]`` each.
     """
 
     inputs: Tensor
-    units: Tensor
+    units: tuple[Tensor, ...]
 
 
 def cut(values: Tensor, units: Tensor) -> Tensor:
-    """The columns of some units, ``[S, R, C]`` and ``[S or 1, K]`` to ``[S, R, K]``."""
+    """The columns of some units, ``[S, R, C]`` and ``[S or 1, 1, K]`` to ``[S, R, K]``."""
     return values.gather(-1, _everywhere(units, values))
 
 
@@ -44,4 +44,4 @@ def add(stream: Tensor, change: Tensor, units: Tensor) -> Tensor:
 
 
 def _everywhere(units: Tensor, values: Tensor) -> Tensor:
-    return units[:, None].expand(len(values), values.shape[-2], -1)
+    return units.expand(len(values), values.shape[-2], -1)

@@ -71,6 +71,6 @@ def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None
         if weight is None:  # of lower rank, once it is trained
             read, weight = torch.bmm(hidden, parameters[f"block{block}.left"]), parameters[f"block{block}.right"]
         change = F.gelu(torch.baddbmm(bias, read, weight))
-        hidden = hidden + change if dropped is None else add(hidden, change, dropped.units[:, block])
+        hidden = hidden + change if dropped is None else add(hidden, change, dropped.units[block])
     answer = torch.baddbmm(parameters["out.bias"], hidden, parameters["out.weight"])  # [S, B, d_model]
     return answer if "skip.weight" not in parameters else torch.baddbmm(answer, inputs, parameters["skip.weight"])

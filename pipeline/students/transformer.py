@@ -78,7 +78,7 @@ def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None
     def with_change(stream: Tensor, change: Tensor, site: int) -> Tensor:
         if dropped is None:
             return stream + change
-        return add(stream.flatten(1, 2), change.flatten(1, 2), dropped.units[:, site]).view_as(stream)
+        return add(stream.flatten(1, 2), change.flatten(1, 2), dropped.units[site]).view_as(stream)
 
     kept = inputs if dropped is None else inputs * dropped.inputs
     stream = linear("in.weight", kept.view(members, batch, tokens, width))  # [S, B, T, hidden]
