@@ -47,7 +47,8 @@ class Dropout:
     """What is dropped, and noise, drawn once a step and seed: members of one seed share it, and draw the same alone.
 
     Of a mask as much is drawn as the largest batch of any stack needs, so that smaller ones see the beginning of the
-    same. It is drawn as random bytes, eight at once, so a share is rounded to 1/256; the scale is exact for it.
+    same. It is drawn as random bytes, eight at once, so its share is rounded to 1/256; that of hidden units, of which
+    every step keeps as many, is rounded to 1/hidden_dim. The scales are exact for these.
     """
 
     def __init__(self, cells: Sequence[Cell], features: int, dtype: torch.dtype, device: torch.device) -> None:

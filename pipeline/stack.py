@@ -113,9 +113,14 @@ class Member:
         return self.cell.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
+def steps_of(concepts: int, batch_size: int) -> int:
+    """Steps of an epoch, as few as may be."""
+    return -(-concepts // batch_size)
+
+
 def batch_of(concepts: int, batch_size: int) -> int:
-    """Concepts of a step, where the batches of an epoch are as few as may be and of like size; some have one less."""
-    return -(-concepts // -(-concepts // batch_size))
+    """Concepts of a step, where the batches of an epoch are of like size; some have one less."""
+    return -(-concepts // steps_of(concepts, batch_size))
 
 
 def start(cell: Cell, subset: Subset) -> Member:
@@ -124,7 +129,7 @@ def start(cell: Cell, subset: Subset) -> Member:
     begin = KINDS[cell.student].start
     assert begin is not None
     parameters = begin(cell, subset, generator)
-    return Member(cell, subset, steps_per_epoch=-(-len(subset.train.rows) // cell.batch_size), best=parameters)
+    return Member(cell, subset, steps_per_epoch=steps_of(len(subset.train.rows), cell.batch_size), best=parameters)
 
 
 class Stack:
