@@ -11,7 +11,7 @@ import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pipeline.errors import InputError
 from pipeline.options import Cell
 from pipeline.stack import Snapshot
 from pipeline.storage import write_atomically
 from pipeline.student import Student
 
+WRITES = 5  # tries, while others remove
 GENERATOR = "generator."  # of dropout, by seed, among the tensors of a state
 
 
@@ -41,10 +43,14 @@ class Spool:
     def add(self, key: str, row: Mapping[str, Any], student: Student) -> None:
         """Keep a finished cell."""
         home = self.folder / f"{key}.{self.worker}"
-        student.save(home / "student")
-        # The row comes last: a folder with one is whole.
         text = json.dumps(row)
-        write_atomically(home / "cell.json", lambda part: part.write_text(text, encoding="utf-8"))
+
+        def write() -> None:
+            student.save(home / "student")
+            # The row comes last: a folder with one is whole.
+            write_atomically(home / "cell.json", lambda part: part.write_text(text, encoding="utf-8"))
+
+        _among_others(write)
 
     def row(self, key: str) -> dict[str, Any] | None:
         """The row of a finished cell, where one is here and whole."""
@@ -89,7 +95,8 @@ class Spool:
         ]
         tensors = snapshot.tensors | {f"{GENERATOR}{seed}": state for seed, state in snapshot.generators.items()}
         header = {"step": str(snapshot.step), "members": json.dumps(members)}
-        write_atomically(self.folder / f"{name}.stack", lambda part: save_file(tensors, part, header))
+        path = self.folder / f"{name}.stack"
+        _among_others(lambda: write_atomically(path, lambda part: save_file(tensors, part, header)))
 
     def unfinished(self, keys: Mapping[Cell, str], cells: Sequence[Cell]) -> list[tuple[list[Cell], Snapshot]]:
         """The cells that have a state here, stack by stack: the cells and the state.
@@ -129,3 +136,14 @@ class Spool:
             self.folder.rmdir()
         except OSError:  # not empty, or never made
             return
+
+
+def _among_others(write: Callable[[], None]) -> None:
+    """Write, and again where a folder went away meanwhile: other workers remove what they know to be finished."""
+    for _ in range(WRITES - 1):
+        try:
+            return write()
+        except InputError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+    return write()

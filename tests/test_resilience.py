@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,8 +18,10 @@ import torch
 from conftest import ROOT, SHIPPED, free_port, fresh_database, mlflow_server
 from mlflow import MlflowClient
 
+from pipeline.export import checkpoint
 from pipeline.options import Cell
 from pipeline.spool import Spool
+from pipeline.student import Student
 from pipeline.training import Keeping, train_stack
 
 EPOCHS = 12
@@ -250,6 +253,25 @@ def test_a_tracking_server_that_stays_away_loses_nothing(grid, port):
     for key, row in spooled.items():
         assert rows[key]["train_seconds"] == row["train_seconds"]  # uploaded, not trained again
     assert not Path("results/.spool").exists()
+
+
+def test_another_worker_may_remove_what_is_finished_while_it_is_being_written(data, tmp_path):
+    cell = Cell(concepts=20, hidden_dim=64, layers=1, epochs=2, layer=15)
+    subset = data.subset(cell)
+    [trained] = train_stack([cell], [subset], CPU)
+    student = checkpoint(cell, trained.parameters, subset, data, trained.metrics)
+    own, other = Spool(tmp_path / "spool"), Spool(tmp_path / "spool")
+    begin = time.perf_counter()
+    own.add("key", {}, student)
+    takes = time.perf_counter() - begin
+    draw = random.Random(0)
+    for _ in range(40):
+        remover = threading.Timer(draw.random() * takes, other.clear, [["key"]])
+        remover.start()
+        own.add("key", {}, student)
+        remover.join()
+    own.add("key", {}, student)
+    assert Student.load(own.home("key") / "student").concepts == student.concepts
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
