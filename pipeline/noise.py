@@ -104,8 +104,8 @@ class Dropout:
             len(self.generators), -(-self.batch_size * self.features // 8), dtype=torch.int64, device=self.device
         )
         ranks = torch.empty(len(self.generators), *self.shape, device=self.device)
-        for mask, rank, generator in zip(words, ranks, self.generators.values(), strict=True):
-            mask.random_(-(2**63), None, generator=generator)
+        for row, rank, generator in zip(words, ranks, self.generators.values(), strict=True):
+            row.random_(-(2**63), None, generator=generator)
             rank.uniform_(generator=generator)
         drawn = torch.empty(len(words), rows * self.features, dtype=self.dtype, device=self.device)
         torch.lt(words.view(torch.uint8)[:, : rows * self.features], self.kept, out=drawn)

@@ -35,6 +35,7 @@ VARY = ("concepts", "hidden_dim", "layers", "seed")  # within a family of cells
 BOUNDS = np.array([(-20, 1), (-20, 30), (0, 3), (-20, 60), (0, 3)], float).T  # of the parameters, ``[2, 5]``
 MOST_STEPS = 400
 TOLERANCE = 1e-9  # a step that lowers the loss by a smaller share is idle
+IDLE_STEPS = 12  # so many one after another end the descent
 Array = NDArray[np.float64]
 Row = dict[str, Any]
 
@@ -118,9 +119,7 @@ def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[flo
     best = _fit(logs, errors, free)
     draw = np.random.default_rng(seed)
     rows = draw.integers(len(errors), size=(BOOTSTRAPS, len(errors)))
-    counts = np.stack([np.bincount(drawn, minlength=len(errors)) for drawn in rows]).astype(
-        float
-    )  # [bootstraps, cells]
+    counts = (rows[:, :, None] == np.arange(len(errors))).sum(1).astype(float)  # [bootstraps, cells]
     _, samples = _descend(np.tile(best, (BOOTSTRAPS, 1)), logs, errors, free, counts)
     residuals, span = errors - _log_error(best, logs), (float(logs[0].min()), float(logs[0].max()))
     return Law(best, samples, residuals, span, bend_of(logs, errors, free), free)
@@ -187,9 +186,9 @@ def _starts(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
     terms = np.exp([np.zeros((len(grid), len(errors))), *(-grid.T[..., None] * logs[:, None])]) / np.exp(errors)
     least, constants = np.full(len(grid), np.inf), np.full((3, len(grid)), LEAST)
     # No constant may be negative; where only some of them are positive, these are the best without the others.
-    possible = [name for name, place in (("E", 0), ("A", 1), ("B", 3)) if free[place]]
-    for number in range(1, len(possible) + 1):
-        for chosen in itertools.combinations(range(len(possible)), number):
+    possible = 2 + free[3]  # E and A always, B where it is fitted
+    for number in range(1, possible + 1):
+        for chosen in itertools.combinations(range(possible), number):
             part = terms[list(chosen)]  # [chosen, grid, cells]
             squares = np.einsum("agn,bgn->gab", part, part) + 1e-12 * np.eye(number)
             found = np.linalg.solve(squares, part.sum(-1).T[..., None])[..., 0].T  # [chosen, grid]
@@ -255,7 +254,7 @@ def _descend(
         idle = np.where(better & (reached - lost > TOLERANCE * reached), 0, idle + 1)
         values, reached = np.where(better[:, None], tried, values), np.where(better, lost, reached)
         damping = np.clip(np.where(better, damping / 4, damping * 3), 1e-9, 1e9)
-        if (idle >= 12).all():
+        if (idle >= IDLE_STEPS).all():
             break
     return reached, put(values).copy()
 
