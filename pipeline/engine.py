@@ -74,9 +74,9 @@ class Engine:
             found += self.spool.unfinished(self.keys, rest)
         known = {cell for stack, _ in found for cell in stack}
         new = [rest for stack in stacks if (rest := [cell for cell in stack if cell not in known])]
-        if self.device.type == "cpu":
-            new = [part for stack in new for part in without_padding(stack)]
         price = {cell: training_flops(cell, self.data) for stack in new for cell in stack}
+        if self.device.type == "cpu":
+            new = [part for stack in new for part in without_padding(stack, price)]
         new.sort(key=lambda stack: -sum(price[cell] for cell in stack))
         groups = [[(stack, snapshot)] for stack, snapshot in [*found, *((stack, None) for stack in new)]]
         if new and self.device.type == "cpu":  # the last one must not keep one core busy while the others have none

@@ -21,10 +21,33 @@ NAMES = ("cosine", "cosine_raw", "r2", "retrieval_at_1", "retrieval_at_5")
 
 
 def cosines(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Cosine of each pair of vectors, ``[..., N, d_model]`` to ``[..., N]``; 0 where either has no length."""
-    length, of_truth = (torch.linalg.vector_norm(values, dim=-1).clamp_min(LEAST) for values in (predicted, truth))
-    cosine: Tensor = torch.linalg.vecdot(predicted, truth) / (length * of_truth)
+    """Cosine of each pair of vectors, ``[..., N, d_model]`` to ``[..., N]``; 0 where either has no length.
+
+    It has a gradient with respect to ``predicted`` only.
+    """
+    cosine: Tensor = _Cosines.apply(predicted, truth)  # type: ignore[no-untyped-call]
     return cosine
+
+
+class _Cosines(torch.autograd.Function):
+    """With the gradient in closed form, (truth / |truth| - cosine predicted / |predicted|) / |predicted|.
+
+    Left to autograd it takes four times as many passes over the vectors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, truth: Tensor) -> Tensor:
+        length, of_truth = (torch.linalg.vector_norm(values, dim=-1).clamp_min(LEAST) for values in (predicted, truth))
+        cosine: Tensor = torch.linalg.vecdot(predicted, truth) / (length * of_truth)
+        ctx.save_for_backward(predicted, truth, length, of_truth, cosine)
+        return cosine
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        predicted, truth, length, of_truth, cosine = ctx.saved_tensors
+        each = gradients[0] / length  # [..., N]
+        ours = truth * (each / of_truth)[..., None]
+        return torch.addcmul(ours, predicted, (each * cosine / length)[..., None], value=-1), None
 
 
 def r2(predicted: Tensor, truth: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ def objective_of(objective: str, temperature: float) -> Objective:
     weighted = [(TERMS[name], weight) for name, weight in terms(objective).items()]
 
     def loss(predicted: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
-        return torch.stack([weight * term(predicted, truth, weights, temperature) for term, weight in weighted]).sum(0)
+        return functools.reduce(
+            torch.add, [weight * term(predicted, truth, weights, temperature) for term, weight in weighted]
+        )
 
     return loss

@@ -10,12 +10,12 @@ import torch
 
 from pipeline.features import Catalogued
 from pipeline.options import Cell
-from pipeline.stack import batch_of
+from pipeline.stack import batch_of, steps_of
 from pipeline.students import KINDS
 from pipeline.training import epochs, stack_key
 
 UNEVEN = 1.2  # a worker may have so many times its share before a stack is split
-LIKE = 0.95  # batches of so much of the largest train with it
+STEP = 1.3e8  # what a step costs beside its products, in their operations: 2 ms on two cores, of which Python is half
 OVERHEAD = 1.3  # of a sweep over its matrix products in float32, as measured by benchmarks/sweep.py
 
 
@@ -67,17 +67,38 @@ def shares(cells: Sequence[Cell], workers: int, cost: Callable[[Cell], float]) -
         pieces += parts_of(largest, 2, price)
 
 
-def without_padding(stack: Sequence[Cell]) -> list[list[Cell]]:
-    """A stack in parts whose members have batches of like size: on a CPU rows that pad cost as much as others."""
+def without_padding(stack: Sequence[Cell], price: Mapping[Cell, float]) -> list[list[Cell]]:
+    """A stack in parts whose batches are of one size, or of several where their steps cost more than rows that pad.
+
+    For CPUs, where rows that pad cost as much as others.
+
+    Args:
+        stack: cells that can train together.
+        price: `training_flops` of each.
+    """
     if KINDS[stack[0].student].solve:
         return [list(stack)]
-    batch = {cell: batch_of(cell.concepts, cell.batch_size) for cell in stack}
+    alike: dict[int, list[Cell]] = {}
+    for cell in stack:
+        alike.setdefault(batch_of(cell.concepts, cell.batch_size), []).append(cell)
     parts: list[list[Cell]] = []
-    for cell in sorted(stack, key=lambda cell: -batch[cell]):
-        if not parts or batch[cell] < LIKE * batch[parts[-1][0]]:
+    largest = 0
+    for batch, cells in sorted(alike.items(), reverse=True):
+        if not parts or padding(cells, largest, price) > STEP * max(map(steps, cells)):
             parts.append([])
-        parts[-1].append(cell)
+            largest = batch
+        parts[-1] += cells
     return parts
+
+
+def padding(cells: Sequence[Cell], batch: int, price: Mapping[Cell, float]) -> float:
+    """Operations of the rows that pad the batches of cells up to a larger one."""
+    return sum(price[cell] * (batch / batch_of(cell.concepts, cell.batch_size) - 1) for cell in cells)
+
+
+def steps(cell: Cell) -> int:
+    """Steps that a cell takes at most."""
+    return cell.epochs * steps_of(cell.concepts, cell.batch_size)
 
 
 def parts_of(stack: Sequence[Cell], number: int, price: Mapping[Cell, float]) -> list[list[Cell]]:

@@ -182,7 +182,9 @@ class Stack:
             name: (value.to(self.dtype) if shorten else value.detach()).requires_grad_()
             for name, value in self.parameters.items()
         }
-        self.site_of = {name: site for site, names in enumerate(self.dropout.sites) for name in names}
+        # Parameters that each step cuts.
+        sites = enumerate(self.dropout.sites if self.dropout.cuts else [])
+        self.site_of = {name: site for site, names in sites for name in names}
         self.short = [name for name in self.parameters if shorten and name not in self.site_of]
         # Where gradients go that are of few bits or of a part.
         self.gradients = {name: torch.empty_like(self.parameters[name]) for name in [*self.short, *self.site_of]}
@@ -190,7 +192,11 @@ class Stack:
             tuple([value[row] for value in tensors.values()] for tensors in (self.parameters, *self.moments))
             for row in range(len(self.members))
         ]
-        self.pick = torch.arange(len(self.members), device=self.count.device)[:, None]
+        # Places in the members' concepts end to end: picking rows of one matrix is several times as fast as of many.
+        inputs, targets = self.data["inputs"], self.data["targets"]
+        first = torch.arange(len(self.members), device=self.count.device) * inputs.shape[1]  # [S]
+        self.order = (self.data["order"] + first[:, None, None]).transpose(0, 1).flatten(1)  # [steps, S B]
+        self.inputs, self.targets = inputs.flatten(0, 1), targets.flatten(0, 1)  # [S N V, F], [S N V, D]
 
     def _shorten(self) -> None:
         """Bring the leaves up to the parameters."""
@@ -201,18 +207,17 @@ class Stack:
     def train(self, step: int) -> None:
         """One AdamW step of every member (Loshchilov and Hutter, 2019)."""
         weights = self.data["weights"][:, step]  # [S, B]
-        chosen = self.pick, self.data["order"][:, step]
-        inputs, targets = self.data["inputs"][chosen], self.data["targets"][chosen]  # [S, B, F], [S, B, D]
+        inputs, targets = (  # [S, B, F], [S, B, D]
+            values.index_select(0, self.order[step]).view(*weights.shape, -1) for values in (self.inputs, self.targets)
+        )
         dropped = self.dropout.draw(self.batch)
+        units = () if dropped is None else dropped.units
         inputs = self.dropout.noisy(inputs)
         if self.mixup:
             inputs, targets = (mixed(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets))
-        leaves = self.leaves
-        if dropped is not None:
-            leaves = leaves | {
-                name: cut(leaves[name].detach(), dropped.units[site]).requires_grad_()
-                for name, site in self.site_of.items()
-            }
+        leaves = dict(self.leaves)
+        for name, site in self.site_of.items():
+            leaves[name] = cut(leaves[name].detach(), units[site]).requires_grad_()
         answer = self.apply(leaves, inputs, dropped)  # [S, B, D]
         loss = self.objective(answer.float(), targets, weights)  # [S]
         # Members share no parameter, so their losses may be summed.
@@ -220,9 +225,8 @@ class Stack:
         self.data["losses"] += loss.detach()
         if self.short:
             torch._foreach_copy_([self.gradients[name] for name in self.short], [gradients[n] for n in self.short])
-        if dropped is not None:
-            for name, site in self.site_of.items():
-                put_back(gradients[name], dropped.units[site], self.gradients[name])
+        for name, site in self.site_of.items():
+            put_back(gradients[name], units[site], self.gradients[name])
         self._update(list((gradients | self.gradients).values()), step)
         self._shorten()
 

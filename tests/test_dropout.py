@@ -63,8 +63,10 @@ def test_answers_and_gradients_are_those_of_masks(student, masked, start, shared
     }
 
     whole_answer = masked(parameters, inputs, mask, masks)
-    answer = student.apply(part, inputs, Dropped(mask, units))
+    answer = student.apply(part, inputs, Dropped(mask, units=units))
     torch.testing.assert_close(answer, whole_answer)
+    whole = Dropped(mask, masks=masks[:, :, None].unbind(1))  # as where the weights are not cut
+    torch.testing.assert_close(student.apply(parameters, inputs, whole), whole_answer)
 
     expected = torch.autograd.grad(whole_answer.pow(3).sum(), list(parameters.values()))
     found = dict(zip(part, torch.autograd.grad(answer.pow(3).sum(), list(part.values())), strict=True))
@@ -75,16 +77,25 @@ def test_answers_and_gradients_are_those_of_masks(student, masked, start, shared
         torch.testing.assert_close(own, gradient, msg=name)
 
 
-def test_every_unit_is_kept_as_often_and_members_of_one_seed_share_the_draw():
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_every_unit_is_kept_as_often_and_members_of_one_seed_share_the_draw(monkeypatch, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     cells = [Cell(hidden_dim=40, layers=2, dropout=0.4, batch_size=8, seed=seed) for seed in (0, 0, 1)]
     dropout = Dropout(cells, 10, torch.float32, CPU)
     counts, share = torch.zeros(3, 2, 40), torch.zeros(())
     for _ in range(400):
         drawn = dropout.draw(8)
-        units = torch.cat(drawn.units, 1)
-        assert units.shape == (3, 2, 24)
-        assert torch.equal(units[0], units[1])
-        counts += torch.zeros(3, 2, 40).scatter_(-1, units, 1.0)
+        assert bool(drawn.units) == (capability == "AVX2") != bool(drawn.masks)
+        if drawn.units:
+            units = torch.cat(drawn.units, 1)
+            assert units.shape == (3, 2, 24)
+            kept = torch.zeros(3, 2, 40).scatter_(-1, units, 1.0)
+        else:
+            kept = torch.cat(drawn.masks, 1) * 24 / 40
+            torch.testing.assert_close(kept, kept.round())
+            kept = kept.round()
+        assert torch.equal(kept[0], kept[1])
+        counts += kept
         share += (drawn.inputs > 0).float().mean() / 400
     assert counts.sum(-1).unique().tolist() == [400 * 24]  # no unit twice
     assert 0.48 < counts.min() / 400 < counts.max() / 400 < 0.72

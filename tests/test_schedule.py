@@ -5,7 +5,16 @@ from hypothesis import strategies as st
 
 from pipeline.grid import read_grid
 from pipeline.options import Cell
-from pipeline.schedule import LIKE, UNEVEN, shares, stacks_of, training_flops, without_padding
+from pipeline.schedule import (
+    STEP,
+    UNEVEN,
+    padding,
+    shares,
+    stacks_of,
+    steps,
+    training_flops,
+    without_padding,
+)
 from pipeline.stack import batch_of
 
 CELLS = st.builds(Cell, concepts=st.integers(2, 900), hidden_dim=st.sampled_from([8, 16, 512]), seed=st.integers(0, 9))
@@ -30,11 +39,18 @@ def test_every_cell_has_one_worker(cells, workers):
 
 @given(st.lists(CELLS, min_size=1, max_size=40, unique=True))
 def test_a_cpu_multiplies_few_rows_that_pad(cells):
-    parts = [part for stack in stacks_of(cells) for part in without_padding(stack)]
-    assert sorted((cell for part in parts for cell in part), key=repr) == sorted(cells, key=repr)
-    for part in parts:
-        batches = [batch_of(cell.concepts, cell.batch_size) for cell in part]
-        assert min(batches) >= LIKE * max(batches)
+    prices = {cell: STEP * cell.concepts * cell.hidden_dim / 1e3 for cell in cells}
+    for stack in stacks_of(cells):
+        parts = without_padding(stack, prices)
+        assert sorted((cell for part in parts for cell in part), key=repr) == sorted(stack, key=repr)
+        batches = [[batch_of(cell.concepts, cell.batch_size) for cell in part] for part in parts]
+        for part, sizes, before in zip(parts, batches, [[], *batches], strict=False):
+            largest = max(sizes)
+            for size in set(sizes):
+                alike = [cell for cell, own in zip(part, sizes, strict=True) if own == size]
+                assert padding(alike, largest, prices) <= STEP * max(map(steps, alike))
+                if before and size == largest:  # with those before it, it would have cost more
+                    assert padding(alike, max(before), prices) > STEP * max(map(steps, alike))
 
 
 @given(st.integers(1, 900), st.integers(1, 300))

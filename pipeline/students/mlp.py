@@ -53,7 +53,7 @@ def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None
 
     Args:
         parameters: each ``[S, rows, columns]``; without ``in.weight`` the inputs have gone through it already, without
-            ``in.bias`` that is in them too; in training those of `sites` are cut to the units that are kept.
+            ``in.bias`` that is in them too; those of `sites` may be cut to the units that ``dropped`` keeps.
         inputs: ``[S, B, features]``.
         dropped: what takes part in this step of training.
 
@@ -71,6 +71,6 @@ def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None
         if weight is None:  # of lower rank, once it is trained
             read, weight = torch.bmm(hidden, parameters[f"block{block}.left"]), parameters[f"block{block}.right"]
         change = F.gelu(torch.baddbmm(bias, read, weight))
-        hidden = hidden + change if dropped is None else add(hidden, change, dropped.units[block])
+        hidden = add(hidden, change, dropped, block)
     answer = torch.baddbmm(parameters["out.bias"], hidden, parameters["out.weight"])  # [S, B, d_model]
     return answer if "skip.weight" not in parameters else torch.baddbmm(answer, inputs, parameters["skip.weight"])

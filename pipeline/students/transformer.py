@@ -56,7 +56,7 @@ def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None
     """Predict.
 
     Args:
-        parameters: each ``[S, rows, columns]``; in training those of `sites` are cut to the units that are kept.
+        parameters: each ``[S, rows, columns]``; those of `sites` may be cut to the units that ``dropped`` keeps.
         inputs: ``[S, B, T * width]``, the tokens' embeddings end to end; zeros stand where there is no token.
         dropped: what takes part in this step of training.
 
@@ -76,9 +76,7 @@ def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None
         return torch.bmm(flat, parameters[name]).view(members, batch, tokens, -1)
 
     def with_change(stream: Tensor, change: Tensor, site: int) -> Tensor:
-        if dropped is None:
-            return stream + change
-        return add(stream.flatten(1, 2), change.flatten(1, 2), dropped.units[site]).view_as(stream)
+        return add(stream.flatten(1, 2), change.flatten(1, 2), dropped, site).view_as(stream)
 
     kept = inputs if dropped is None else inputs * dropped.inputs
     stream = linear("in.weight", kept.view(members, batch, tokens, width))  # [S, B, T, hidden]
