@@ -89,8 +89,11 @@ class Recorder:
         now = int(time.time() * 1000)
         done = patiently(lambda: self._upload(key, row, run, now))
         del self.open[key]
+        if not done:
+            self.spool.drop_own(key)
+            return None
         self.spool.drop(key)
-        return row if done else None
+        return row
 
     def _upload(self, key: str, row: Row, run: Run, now: int) -> bool:
         if (now_there := self.claims.still_ours(run)) is None:

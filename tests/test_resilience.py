@@ -18,10 +18,13 @@ import torch
 from conftest import ROOT, SHIPPED, free_port, fresh_database, mlflow_server
 from mlflow import MlflowClient
 
+from pipeline.claims import Claims
 from pipeline.export import checkpoint
 from pipeline.options import Cell
+from pipeline.recorder import Recorder
 from pipeline.spool import Spool
 from pipeline.student import Student
+from pipeline.tracking import connect
 from pipeline.training import Keeping, train_stack
 
 EPOCHS = 12
@@ -272,6 +275,27 @@ def test_another_worker_may_remove_what_is_finished_while_it_is_being_written(da
         remover.join()
     own.add("key", {}, student)
     assert Student.load(own.home("key") / "student").concepts == student.concepts
+
+
+def test_a_worker_whose_cell_was_taken_over_leaves_what_the_other_has_of_it(data, workplace, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database())
+    cell = Cell(concepts=20, hidden_dim=64, layers=1, epochs=2, layer=15)
+    subset = data.subset(cell)
+    [trained] = train_stack([cell], [subset], CPU)
+    student = checkpoint(cell, trained.parameters, subset, data, trained.metrics)
+    own, other = Spool(workplace / "spool"), Spool(workplace / "spool")
+    tracker = connect()
+    claims = Claims(tracker, "same")
+    with claims.join(claims.open_parent("grid", {})):
+        recorder = Recorder(claims, data, own, {cell: "key"}, {})
+        assert recorder.take([cell]) == [cell]
+        own.add("key", {}, student)
+        run = recorder.open["key"]
+        tracker.client.set_tag(run.id, "owner", "elsewhere/1/2/3")  # who thought this one dead
+        other.add("key", {"train_seconds": 1.0}, student)
+        assert recorder.finish("key", {}) is None
+        assert other.row("key") == {"train_seconds": 1.0}
+        assert tracker.client.get_run(run.id).info.status == "RUNNING"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
