@@ -16,7 +16,7 @@ from pipeline.training import epochs, stack_key
 
 UNEVEN = 1.2  # a worker may have so many times its share before a stack is split
 STEP = 1.3e8  # what a step costs beside its products, in their operations: 2 ms on two cores, of which Python is half
-OVERHEAD = 1.3  # of a sweep over its matrix products in float32, as measured by benchmarks/sweep.py
+OVERHEAD = 1.5  # of a sweep over its matrix products in float32, as measured by benchmarks/sweep.py
 
 
 def training_flops(cell: Cell, data: Catalogued) -> float:

@@ -153,7 +153,8 @@ def test_a_curriculum_shows_the_easy_ones_first():
 
 
 def test_members_that_stop_early_leave_the_others_alone(data):
-    base = replace(SHORT, dropout=0.0, epochs=30, learning_rate=6e-2, concepts=60, inputs="embeddings")
+    # Fast enough that some stop early; at twice the rate training turns rounding, which stacks change, into chaos.
+    base = replace(SHORT, dropout=0.0, epochs=30, learning_rate=3e-2, concepts=60, inputs="embeddings")
     cells = [
         replace(base, seed=1),
         replace(base, concepts=20, patience=2),
