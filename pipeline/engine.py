@@ -16,7 +16,7 @@ from pipeline.features import Catalogued
 from pipeline.lanes import Handle, Lanes, room
 from pipeline.metrics import by_category
 from pipeline.options import Cell
-from pipeline.schedule import flops_of_prediction, parts_of, training_flops, without_padding
+from pipeline.schedule import flops_of_prediction, parts_of, training_flops, with_little_padding
 from pipeline.spool import Spool
 from pipeline.stack import Progress, Snapshot
 from pipeline.training import Keeping, Trained, train_stack
@@ -76,7 +76,7 @@ class Engine:
         new = [rest for stack in stacks if (rest := [cell for cell in stack if cell not in known])]
         price = {cell: training_flops(cell, self.data) for stack in new for cell in stack}
         if self.device.type == "cpu":
-            new = [part for stack in new for part in without_padding(stack, price)]
+            new = [part for stack in new for part in with_little_padding(stack, price)]
         new.sort(key=lambda stack: -sum(price[cell] for cell in stack))
         groups = [[(stack, snapshot)] for stack, snapshot in [*found, *((stack, None) for stack in new)]]
         if new and self.device.type == "cpu":  # the last one must not keep one core busy while the others have none

@@ -15,7 +15,7 @@ from pipeline.students import KINDS
 from pipeline.training import epochs, stack_key
 
 UNEVEN = 1.2  # a worker may have so many times its share before a stack is split
-STEP = 1.3e8  # what a step costs beside its products, in their operations: 2 ms on two cores, of which Python is half
+STEP = 1.3e8  # what a step costs beside its products, in their operations, as the shapes of the scaling grid show
 OVERHEAD = 1.5  # of a sweep over its matrix products in float32, as measured by benchmarks/sweep.py
 
 
@@ -67,7 +67,7 @@ def shares(cells: Sequence[Cell], workers: int, cost: Callable[[Cell], float]) -
         pieces += parts_of(largest, 2, price)
 
 
-def without_padding(stack: Sequence[Cell], price: Mapping[Cell, float]) -> list[list[Cell]]:
+def with_little_padding(stack: Sequence[Cell], price: Mapping[Cell, float]) -> list[list[Cell]]:
     """A stack in parts whose batches are of one size, or of several where their steps cost more than rows that pad.
 
     For CPUs, where rows that pad cost as much as others.

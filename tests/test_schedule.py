@@ -13,7 +13,7 @@ from pipeline.schedule import (
     stacks_of,
     steps,
     training_flops,
-    without_padding,
+    with_little_padding,
 )
 from pipeline.stack import batch_of
 
@@ -41,7 +41,7 @@ def test_every_cell_has_one_worker(cells, workers):
 def test_a_cpu_multiplies_few_rows_that_pad(cells):
     prices = {cell: STEP * cell.concepts * cell.hidden_dim / 1e3 for cell in cells}
     for stack in stacks_of(cells):
-        parts = without_padding(stack, prices)
+        parts = with_little_padding(stack, prices)
         assert sorted((cell for part in parts for cell in part), key=repr) == sorted(stack, key=repr)
         batches = [[batch_of(cell.concepts, cell.batch_size) for cell in part] for part in parts]
         for part, sizes, before in zip(parts, batches, [[], *batches], strict=False):
