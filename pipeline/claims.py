@@ -88,8 +88,9 @@ class Claims:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        gone = [owner for owner in self._seen if owner == self.me or not self._lives(owner)]
         with contextlib.suppress(*TrackingError):  # the tags say that we are gone, which silence says too
+            self._look(self.parent_run.client.get_run(self.parent_run.id))
+            gone = [owner for owner in self._seen if not self._lives(owner)]
             for owner in {self.me, *gone}:
                 self.parent_run.client.delete_tag(self.parent_run.id, f"worker.{owner}")
 

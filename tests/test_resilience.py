@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, SHIPPED, free_port, fresh_database, mlflow_server
 from mlflow import MlflowClient
 
-from pipeline.claims import Claims
+from pipeline.claims import Claims, worker_name
 from pipeline.export import checkpoint
 from pipeline.options import Cell
 from pipeline.recorder import Recorder
@@ -173,6 +173,9 @@ def test_what_a_worker_has_left_of_cells_that_mlflow_has_is_cleared_away(grid):
     for name in (f"{key}.0/cell.json", f"{key}.stack", f".{key}.stack.0.part"):
         Path("results/.spool", name).parent.mkdir(parents=True, exist_ok=True)
         Path("results/.spool", name).touch()
+    host, pid, _, place = worker_name().rsplit("/", 3)
+    [parent], _ = tracked()
+    MlflowClient(database()).set_tag(parent.info.run_id, f"worker.{host}/{pid}/1/{place}", "0")  # it started never
     finish(sweep())
     check_runs()
     assert not Path("results/.spool").exists()
