@@ -32,7 +32,7 @@ def cosines(predicted: Tensor, truth: Tensor) -> Tensor:
 class _Cosines(torch.autograd.Function):
     """With the gradient in closed form, (truth / |truth| - cosine predicted / |predicted|) / |predicted|.
 
-    Left to autograd it takes four times as many passes over the vectors.
+    Autograd would go over the vectors once for each operation.
     """
 
     @staticmethod

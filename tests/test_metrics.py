@@ -174,3 +174,9 @@ def test_objectives_are_weighted_sums(pairs):
     for wrong in ("cosin", "cosine+", "0*mse", "mse+mse", "-1*mse"):
         with pytest.raises(InputError, match="objective"):
             terms(wrong)
+
+
+def test_the_gradient_of_cosines_is_right():
+    source = torch.Generator().manual_seed(0)
+    predicted, truth = (torch.randn(2, 3, 5, generator=source, dtype=torch.float64) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda values: cosines(values, truth), predicted.requires_grad_())
