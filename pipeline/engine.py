@@ -18,7 +18,7 @@ from pipeline.metrics import by_category
 from pipeline.options import Cell
 from pipeline.schedule import flops_of_prediction, parts_of, training_flops, with_little_padding
 from pipeline.spool import Spool
-from pipeline.stack import Progress, Snapshot
+from pipeline.stack import Progress, Snapshot, precision_of
 from pipeline.training import Keeping, Trained, train_stack
 
 Row = dict[str, Any]
@@ -44,8 +44,8 @@ class Engine:
         spool: Spool | None = None,
         progress: Callable[[Progress], None] = lambda step: None,
     ) -> None:
-        self.data, self.device, self.keys, self.spool, self.progress = data, device, keys, spool, progress
-        self.lanes: Lanes[Row] = Lanes(room(device), device)
+        self.data, self.device, self.keys, self.spool = data, device, keys, spool
+        self.lanes: Lanes[Row] = Lanes(room(device), device, progress)
         self._waiting: deque[list[tuple[list[Cell], Snapshot | None]]] = deque()  # what is claimed together
         self._early: list[tuple[list[Cell], Snapshot | None, Handle]] = []
         self._lost: set[Cell] = set()
@@ -66,6 +66,8 @@ class Engine:
             resume: go on from what the spool holds of them.
         """
         cells = [cell for stack in stacks for cell in stack]
+        for cell in cells:
+            precision_of(cell, self.device)  # measures once; processes forked later know it
         found: list[tuple[list[Cell], Snapshot | None]] = []
         if self.spool is not None and resume:
             finished = [cell for cell in cells if self.spool.row(self.keys[cell])]
@@ -124,7 +126,7 @@ class Engine:
         for stack, snapshot, job in self._early:
             own = [cell for cell in stack if cell in won]
             if own != stack:
-                job.cancelled = True
+                job.cancel()
                 self._drop([cell for cell in stack if cell not in won])
                 if own:
                     self._start(own, snapshot)
@@ -138,14 +140,18 @@ class Engine:
                 self.spool.drop_own(self.keys[cell])
 
     def _start(self, stack: list[Cell], snapshot: Snapshot | None) -> Handle:
-        return self.lanes.start(lambda job: self._train(stack, snapshot, job))
+        return self.lanes.start(
+            lambda job: self._train(stack, snapshot, job),
+            # Again, because a job may have finished cells while it turned out that they are others'.
+            ended=lambda job: self._drop([cell for cell in stack if job.cancelled and cell in self._lost]),
+        )
 
     def _train(self, stack: list[Cell], snapshot: Snapshot | None, job: Handle) -> Iterator[Row]:
         if self.spool is not None and self._resume and (row := self.spool.row(self.keys[stack[0]])):
             epochs, scores = row["curves"]["epoch"], row["curves"]["val_cosine"]
             losses = row["curves"].get("train_loss", [None] * len(scores))
             for epoch, score, loss in zip(epochs, scores, losses, strict=True):
-                self.progress(Progress(stack[0], epoch, score, loss))
+                job.tell(Progress(stack[0], epoch, score, loss))
             yield row
             return
 
@@ -155,10 +161,8 @@ class Engine:
 
         keeping = Keeping(snapshot, save, lambda: job.pause() or job.cancelled)
         subsets = [self.data.subset(cell) for cell in stack]
-        for trained in train_stack(stack, subsets, self.device, self.progress, keeping):
+        for trained in train_stack(stack, subsets, self.device, job.tell, keeping):
             yield self._row(trained)
-        if job.cancelled:
-            self._drop([cell for cell in stack if cell in self._lost])
         if self.spool is not None and not keeping.pause():
             self.spool.forget({self.keys[cell] for cell in stack})
 
