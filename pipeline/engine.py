@@ -140,6 +140,8 @@ class Engine:
                 self.spool.drop_own(self.keys[cell])
 
     def _start(self, stack: list[Cell], snapshot: Snapshot | None) -> Handle:
+        for cell in stack:
+            self.data.subset(cell)  # once here, for all processes forked later
         return self.lanes.start(
             lambda job: self._train(stack, snapshot, job),
             # Again, because a job may have finished cells while it turned out that they are others'.

@@ -32,8 +32,8 @@ from pipeline.errors import WorkError
 T = TypeVar("T")
 
 GPU_LANES = 4
-# How long Python lets one thread run while others wait. A lane comes back to Python after every product, and would wait
-# for the default of 5 ms each time while the thread that tracks is busy.
+# How long Python lets one thread run while others wait. A job in a thread comes back to Python after every product, and
+# would wait for the default of 5 ms each time while the thread that tracks is busy.
 SWITCH_SECONDS = 2e-4
 STOPS = (signal.SIGINT, signal.SIGTERM)
 # What a process tells the one that it was forked from.
