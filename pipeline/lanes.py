@@ -10,6 +10,7 @@ processes would take turns on the device.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import mmap
@@ -155,18 +156,20 @@ class Lanes(Generic[T]):
             thread.join()
 
     def _work(self) -> None:
-        while (found := self._jobs.get()) is not None and not self._stopping[0]:
-            job, handle, ended = found
-            self._count(1)
-            failed = None
-            try:
-                for value in self._run(job, handle):
-                    self._done.put((handle, value))
-            except BaseException as error:
-                failed = error
-            self._count(-1)
-            ended(handle)
-            self._done.put((handle, failed))
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            while (found := self._jobs.get()) is not None and not self._stopping[0]:
+                job, handle, ended = found
+                failed = None
+                self._count(1)
+                try:
+                    for value in self._run(job, handle):
+                        self._done.put((handle, value))
+                except BaseException as error:
+                    failed = error
+                self._count(-1)
+                ended(handle)
+                self._done.put((handle, failed))
 
     def _count(self, change: int) -> None:
         with self._lock:
@@ -179,10 +182,9 @@ class Lanes(Generic[T]):
             torch.set_num_threads(threads)
         return bool(self._stopping[0])
 
-    def _in_thread(self, job: Job[T], handle: Handle) -> Iterator[T]:
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            yield from job(handle)
+    @staticmethod
+    def _in_thread(job: Job[T], handle: Handle) -> Iterator[T]:
+        return job(handle)
 
     def _in_process(self, job: Job[T], handle: Handle) -> Iterator[T]:
         """Run a job in a process forked here, in a thread that has computed nothing.
@@ -199,16 +201,13 @@ class Lanes(Generic[T]):
             there.close()
         kind = None
         try:
-            while kind != ENDED:
-                kind, value = here.recv()
+            for kind, value in _received(here):
                 if kind == FAILED:
                     raise value
                 if kind == TOLD:
                     self.hear(value)
                 elif kind == VALUE:
                     yield value
-        except EOFError:
-            pass
         finally:
             here.close()
             _, status = os.waitpid(process, 0)
@@ -236,6 +235,13 @@ class Lanes(Generic[T]):
             _send_error(there, error)
         finally:
             os._exit(0)
+
+
+def _received(here: Connection) -> Iterator[tuple[int, Any]]:
+    """What a process sends until it ends."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            yield here.recv()
 
 
 def _send_error(there: Connection, error: BaseException) -> None:

@@ -23,6 +23,7 @@ from pipeline.errors import InputError, WorkError, choices
 from pipeline.export import needs_teacher
 from pipeline.features import Catalogued
 from pipeline.grid import pointing
+from pipeline.lanes import LaneError
 from pipeline.objectives import terms
 from pipeline.options import Cell
 from pipeline.processes import Worker
@@ -298,8 +299,8 @@ def _closing(claims: Claims, recorder: Recorder, engine: Engine) -> Iterator[Non
         yield
     except BaseException as error:
         engine.lanes.stop()  # first of all, so that the state of the stacks is safe
-        if isinstance(error, WorkError):  # MLflow is away; the next to come finds that nobody is at the runs
-            raise
+        if isinstance(error, WorkError) and not isinstance(error, LaneError):
+            raise  # MLflow is away; the next to come finds that nobody is at the runs
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         recorder.abandon(status)
         with contextlib.suppress(*TrackingError):

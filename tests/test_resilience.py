@@ -1,5 +1,6 @@
 """Workers that are killed, doubled, or cut off from their tracking server: nothing lost, nothing counted twice."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT, SHIPPED, free_port, fresh_database, mlflow_server
@@ -217,6 +219,34 @@ def test_a_worker_takes_over_what_a_dead_one_has_left(grid):
     left.communicate()
     finish(other)
     check_runs()
+
+
+def lanes_of(process):
+    """The processes in which a sweep trains."""
+    command, found = process.cmdline(), []
+    for child in process.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] if child.cmdline() == command else []
+    return found
+
+
+def test_a_training_process_that_is_killed_is_one_line_and_the_same_command_goes_on(grid, whole):
+    process = sweep()
+    deadline = time.monotonic() + 60
+    while not (lanes := lanes_of(psutil.Process(process.pid))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    lanes[0].kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert "a process was killed by SIGKILL, perhaps for want of memory" in err.splitlines()[-1]
+    [parent], children = tracked()
+    assert parent.info.status == "FAILED"
+    assert "RUNNING" not in {run.info.status for run in children}
+    finish(sweep())
+    check_runs()
+    equal(results(), whole)
 
 
 @pytest.fixture
