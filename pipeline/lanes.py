@@ -4,7 +4,7 @@ A stack of small students does not keep all cores of a machine busy, nor a GPU: 
 memory and for Python. Stacks that run beside it fill the gaps, and whoever made the lanes stays free for tracking.
 
 On a CPU each job is a process, forked when its turn comes: it has all that was read before at no cost, and its Python
-waits for nobody else's, which is worth 8 % of a sweep. On a GPU a job is a thread with a stream of its own, because
+waits for nobody else's, which is worth 6 % of a sweep. On a GPU a job is a thread with a stream of its own, because
 processes would take turns on the device.
 """
 
@@ -70,7 +70,7 @@ class Handle:
 
     def __init__(self, pause: Callable[[], bool], tell: Callable[[Any], None]) -> None:
         self.pause, self.tell = pause, tell
-        self._cancelled = _shared_integers(1)
+        self._cancelled = _shared_integer()
 
     def cancel(self) -> None:
         """Ask the job to stop because nobody wants what it brings."""
@@ -105,7 +105,7 @@ class Lanes(Generic[T]):
         self._run = self._in_process if (can_fork(device) if fork is None else fork) else self._in_thread
         self._jobs: queue.SimpleQueue[tuple[Job[T], Handle, Callable[[Handle], None]] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[Handle, T | BaseException | None]] = queue.SimpleQueue()
-        self._stopping, self._running = (_shared_integers(1) for _ in range(2))
+        self._stopping, self._running = (_shared_integer() for _ in range(2))
         self._lock = threading.Lock()  # of the count of running jobs, and of forks
         self._threads = [threading.Thread(target=self._work, name=f"lane {n}", daemon=True) for n in range(number)]
 
@@ -261,6 +261,6 @@ def _how(status: int) -> str:
     return f"was killed by {signal.Signals(-number).name}" + (", perhaps for want of memory" if number == -9 else "")
 
 
-def _shared_integers(number: int) -> memoryview:
-    """Integers that processes forked later share with this one."""
-    return memoryview(mmap.mmap(-1, 8 * number)).cast("q")
+def _shared_integer() -> memoryview:
+    """An integer, 0 at first, that processes forked later share with this one."""
+    return memoryview(mmap.mmap(-1, 8)).cast("q")
