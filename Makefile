@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export GIT_PYTHON_REFRESH := quiet
 
-.PHONY: sweep test lint ui bench image vectors env clean
+.PHONY: sweep test lint ui bench image client vectors env clean
 
 sweep: env ## train the scaling grid on the shipped vectors
 	mlflow run . -e sweep -P epochs=100 --backend host
@@ -28,14 +28,24 @@ bench: env ## measure against peers and limits
 	test -d results || python -m pipeline sweep --grid scaling
 	python -m benchmarks.predict
 
-image: ## build the CUDA image; BASE_IMAGE=... takes another base
-	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) $(DOCKER_FLAGS) --tag activation-distillation .
+image: ## build the CUDA image; BASE_IMAGE=... takes another base, EXTRA_INDEX=... torch's CPU build from there
+	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+	  $(if $(EXTRA_INDEX),--build-arg EXTRA_INDEX=$(EXTRA_INDEX)) $(DOCKER_FLAGS) --tag activation-distillation .
 
 vectors: env ## make the shipped vectors files again
+	rm -f data/vectors/smollm2-135m.safetensors data/vectors/smollm2-135m-templates.safetensors
 	python -m pipeline extract --teacher smollm2-135m --layers 1,2,4,6,15,22
 	python -m pipeline extract --teacher smollm2-135m --layers 15 --template "Tell me about {concept}" \
 	  --template "What is {concept}" --template "I was thinking about {concept}" --template "The word is {concept}" \
 	  --output data/vectors/smollm2-135m-templates.safetensors
+
+client: .venv/client ## for `mlflow run` in the container: MLflow and the project's plugin, without torch
+
+.venv/client: requirements.txt constraints.txt pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	pip install --quiet --disable-pip-version-check -c constraints.txt mlflow safetensors tokenizers
+	pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt -e .
+	touch $@
 
 env: .venv/done
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -89,7 +88,7 @@ def cli() -> None:
 def extract(options: ExtractOptions) -> None:
     """Run a teacher over the concepts and keep its activation vectors.
 
-    Example: python -m pipeline extract --teacher smollm2-135m --layers 8,15,22
+    Example: python -m pipeline extract --teacher gpt2 --layers 4,mid,8
     """
     from pipeline import display
     from pipeline.jobs import run_extract
@@ -228,7 +227,7 @@ def _sweep(
     for title, path in zip(["results", "report"] + [""] * len(done.files), [done.path, *done.files], strict=False):
         click.echo(f"{title:10}{path}")
     click.echo(f"student   {done.student_folder} ({done.student.described})")
-    click.echo(f"MLflow    run {done.run.id} at {os.environ['MLFLOW_TRACKING_URI']} (make ui shows it)")
+    click.echo(f"MLflow    {done.run.address}")
 
 
 @cli.command()
@@ -271,7 +270,8 @@ def evaluate(options: EvaluateOptions) -> None:
     from pipeline.processes import start
 
     with output_folder(options.output) as output:
-        head, rows, written = run_evaluate(replace(options, output=str(output)), start())
+        bar = display.counting("evaluate", "students")
+        head, rows, written = run_evaluate(replace(options, output=str(output)), start(), bar)
     display.table(head, rows)
     for path in written:
         click.echo(path)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any
 
+import click
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -26,6 +30,8 @@ from pipeline.stack import Progress as Epoch
 from pipeline.sweep import Watcher
 from pipeline.training import epochs
 
+NOTICE_SECONDS = 15.0  # between two lines where there is no terminal
+
 console = Console(stderr=True, highlight=False)
 
 
@@ -39,11 +45,43 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"{self.unit}")
 
 
-def _bar(*columns: Any) -> Progress:
-    return Progress(
+@contextmanager
+def _bar(*columns: ProgressColumn) -> Iterator[Progress]:
+    """A progress bar; where no terminal shows it (a pod's log, a file), a line now and then says the same."""
+    bar = Progress(
         TextColumn("[bold]{task.description}"), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console,
+        console=console, disable=not console.is_terminal,
     )  # fmt: skip
+    if console.is_terminal:
+        with bar:
+            yield bar
+        return
+    begin, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(NOTICE_SECONDS):
+            for task in bar.tasks:
+                _print_line(task, columns)
+
+    thread = threading.Thread(target=tell, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield bar
+        if time.monotonic() - begin > NOTICE_SECONDS:
+            for task in bar.tasks:
+                _print_line(task, columns)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _print_line(task: Task, columns: Sequence[ProgressColumn]) -> None:
+    """One line without a terminal: how far, how fast, and how long it takes yet."""
+    parts = [str(column.render(task)).strip() for column in columns]
+    parts.append(f"{timedelta(seconds=int(task.elapsed or 0))} so far")
+    if not task.finished and task.time_remaining is not None:
+        parts.append(f"about {timedelta(seconds=int(task.time_remaining))} left")
+    click.echo(f"{task.description}: {', '.join(part for part in parts if part)}", err=True)
 
 
 def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextManager[Callable[[float], None]]]:

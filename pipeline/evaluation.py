@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from wordfreq import zipf_frequency
 
 from pipeline.errors import InputError
 from pipeline.features import Catalogued
-from pipeline.function import Continuations, kl_recovered, recovered_interval
+from pipeline.function import NextTokenDistributions, kl_recovered, recovered_interval
 from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_error
 from pipeline.options import Cell, EvaluateOptions
 from pipeline.results import baseline_of, newest_results, read_results, vectors_for
@@ -29,6 +29,7 @@ from pipeline.students.baselines import BASELINES
 from pipeline.tables import markdown_table
 from pipeline.teachers import Teacher, find_teacher, load_teacher
 from pipeline.tracking import closing, connect
+from pipeline.vocabulary import Bar
 
 FREQUENCIES = (3.0, 4.0, 5.0)  # Zipf scale: 3 is once in a million words, 5 is a hundred times that
 GROUPS = ("category", "tokens", "frequency")
@@ -36,13 +37,19 @@ Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
-def evaluate(students: Mapping[str, Sequence[Student]], data: Catalogued, teacher: Teacher | None = None) -> list[Row]:
+def evaluate(
+    students: Mapping[str, Sequence[Student]],
+    data: Catalogued,
+    teacher: Teacher | None = None,
+    advance: Callable[[float], None] = lambda students: None,
+) -> list[Row]:
     """Measure students on the test concepts of their split, seeds of one kind together.
 
     Args:
         students: by a name the same student with several seeds.
         data: the vectors that they were trained on.
         teacher: where given, `kl_recovered` is measured in it.
+        advance: called with the number of students that have been measured.
 
     Returns:
         A row a name, and before it its baselines on as many concepts: the mean, and the nearest by what it reads.
@@ -54,7 +61,8 @@ def evaluate(students: Mapping[str, Sequence[Student]], data: Catalogued, teache
         raise InputError(f"--teacher: takes vectors of one position (--pool last), found {data.vectors.pool}")
     rows: list[Row] = []
     done: set[tuple[Any, ...]] = set()
-    continued: dict[tuple[Any, ...], tuple[Continuations, NDArray[np.float64]]] = {}
+    distributions: dict[tuple[Any, ...], NextTokenDistributions] = {}  # by block and split
+    continued: dict[tuple[Any, ...], tuple[NextTokenDistributions, NDArray[np.float64]]] = {}
     for name, seeds in students.items():
         cell = _cell(seeds[0], data)
         subset = data.subset(cell)
@@ -62,7 +70,10 @@ def evaluate(students: Mapping[str, Sequence[Student]], data: Catalogued, teache
         concepts = [data.vectors.concepts[row] for row in subset.test.rows]
         place = (cell.concepts, cell.layer, cell.split)
         if teacher is not None and place not in continued:
-            said = Continuations(teacher, concepts, data.vectors.templates[0], cell.layer or 0)
+            if place[1:] not in distributions:
+                template, layer = data.vectors.templates[0], cell.layer or 0
+                distributions[place[1:]] = NextTokenDistributions(teacher, concepts, template, layer)
+            said = distributions[place[1:]]
             continued[place] = said, said.kl(mean.expand(len(concepts), -1))
         groups = _groups(data, subset.test.rows)
         rival = baseline_of(vars(cell))
@@ -76,6 +87,7 @@ def evaluate(students: Mapping[str, Sequence[Student]], data: Catalogued, teache
         answers = torch.stack([torch.from_numpy(student.encode(concepts)) - mean for student in seeds])
         val = float(np.mean([student.config["metrics"]["val_cosine"] for student in seeds]))
         rows.append({"val_cosine": val} | _row(name, cell, answers, truth, mean, groups, continued.get(place)))
+        advance(len(seeds))
     return rows
 
 
@@ -109,7 +121,7 @@ def _row(
     truth: Tensor,
     mean: Tensor,
     groups: dict[str, dict[str, list[int]]],
-    continued: tuple[Continuations, NDArray[np.float64]] | None,
+    continued: tuple[NextTokenDistributions, NDArray[np.float64]] | None,
 ) -> Row:
     """All that is measured of one student: ``answers`` is ``[seeds, N, d_model]``, centred."""
     each = cosines(answers, truth.expand_as(answers)).numpy()  # [seeds, N]
@@ -123,7 +135,7 @@ def _row(
     row["by"] = {kind: {value: _of(each[:, own]) for value, own in found.items()} for kind, found in groups.items()}
     if continued is not None:
         said, of_mean = continued
-        kl = np.stack([said.kl(answer + mean) for answer in answers])
+        kl = np.stack([said.kl(answer + mean) if answer.any() else of_mean for answer in answers])
         row["kl_recovered"] = kl_recovered(kl, of_mean)
         row["kl_recovered_low"], row["kl_recovered_high"] = recovered_interval(kl, of_mean)
     return row
@@ -189,12 +201,15 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def run_evaluate(options: EvaluateOptions, accelerator: Accelerator) -> tuple[list[str], list[list[str]], list[Path]]:
+def run_evaluate(
+    options: EvaluateOptions, accelerator: Accelerator, bar: Bar
+) -> tuple[list[str], list[list[str]], list[Path]]:
     """Measure students and log what was found.
 
     Args:
         options: what the user asked for.
         accelerator: where the teacher runs.
+        bar: given a number of students, a progress bar that is advanced by students.
 
     Returns:
         The table's head and rows, and the files written.
@@ -212,7 +227,8 @@ def run_evaluate(options: EvaluateOptions, accelerator: Accelerator) -> tuple[li
             log.warning("%s: not the weights that the vectors are of (%s)", options.teacher, data.vectors.revision)
         log.info("loading %s", source.name)
         teacher = load_teacher(source, accelerator.device)
-    rows = evaluate(students, data, teacher)
+    with bar(sum(len(seeds) for seeds in students.values())) as advance:
+        rows = evaluate(students, data, teacher, advance)
     stem = folder / f"{name}_evaluation_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     contents = {".json": json.dumps(rows, indent=1), ".md": markdown(rows)}
     written = []

@@ -8,19 +8,22 @@ monosemanticity").
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import Cache
 
 from pipeline.prompts import tokenize
 from pipeline.teachers import Teacher
 
 BATCH_TOKENS = 2048
+SAME_KL = 1e-3  # nats: two passes that differ by less differ by rounding, also in bfloat16
 
 
 @contextmanager
@@ -59,47 +62,100 @@ def replaced(teacher: Teacher, layer: int, vectors: Tensor) -> Iterator[None]:
         yield
 
 
-class Continuations:
-    """What a teacher says after prompts, from its own activations or from others put in their place.
+@contextmanager
+def skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let blocks hand on what they are given; for passes in which what they leave is replaced anyhow."""
+
+    def hand_on(hidden_states: Tensor, *_args: Any, **_options: Any) -> Tensor:
+        return hidden_states
+
+    for block in blocks:
+        block.forward = hand_on
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+class NextTokenDistributions:
+    """A teacher's next-token distributions after prompts, from its own activations or from others in their place.
+
+    The activations of all but the last position do not depend on the last one's: their keys and values are computed
+    once, and each question costs one position of a prompt in the blocks behind ``layer``. Models that cannot go on so
+    run whole prompts.
 
     Args:
         teacher: the model.
         concepts: what to put into the template.
         template: one that ends with ``{concept}`` or not; the last token's activation is replaced.
-        layer: after which block.
+        layer: the block after which it is.
     """
 
     def __init__(self, teacher: Teacher, concepts: Sequence[str], template: str, layer: int) -> None:
         self.teacher, self.layer = teacher, layer
+        head: Any = teacher.causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head.to(teacher.device)  # an extraction leaves it where it was loaded
         self.prompts = [prompt.token_ids for prompt in tokenize(teacher, concepts, template)]
         lengths = np.array([len(ids) for ids in self.prompts])
         self.batches = []  # of prompts of one length, so that none is padded
         for length in np.unique(lengths):
             rows = np.flatnonzero(lengths == length)
             self.batches += np.array_split(rows, -(-len(rows) * int(length) // BATCH_TOKENS))
+        self._caches: list[Cache | None] = [self._cache(batch) for batch in self.batches]
+        if not self._goes_on_from_cache():
+            self._caches = [None] * len(self.batches)
         self.true = self._log_probabilities(None)
 
+    def _ids(self, batch: NDArray[np.intp]) -> Tensor:
+        return torch.tensor([self.prompts[row] for row in batch], device=self.teacher.device)
+
+    @torch.inference_mode()
+    def _cache(self, batch: NDArray[np.intp]) -> Cache | None:
+        """Keys and values of all but the last position; None where the model has none."""
+        before = self._ids(batch)[:, :-1]
+        if not before.shape[1]:
+            return None
+        found = getattr(self.teacher.model(input_ids=before, use_cache=True), "past_key_values", None)
+        return found if isinstance(found, Cache) else None
+
+    @torch.inference_mode()
+    def _goes_on_from_cache(self) -> bool:
+        """Whether for the first batch that has a cache the short pass gives what whole prompts give."""
+        for batch, cache in zip(self.batches, self._caches, strict=True):
+            if cache is None:
+                continue
+            drawn = torch.randn(
+                len(batch), self.teacher.embedding_table.shape[1], generator=torch.Generator().manual_seed(0)
+            )
+            try:
+                whole, short = (self._next_tokens(batch, held, drawn) for held in (None, cache))
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+                return False
+            return bool((whole.exp() * (whole - short)).sum(-1).abs().max() < SAME_KL)
+        return False
+
+    def _next_tokens(self, batch: NDArray[np.intp], cache: Cache | None, vectors: Tensor | None) -> Tensor:
+        """Next-token log-probabilities of a batch, ``[batch, vocabulary]``, float32."""
+        ids = self._ids(batch)
+        with ExitStack() as stack:
+            if vectors is not None:
+                stack.enter_context(replaced(self.teacher, self.layer, vectors))
+            if cache is not None:
+                ids, cache = ids[:, -1:], copy.deepcopy(cache)  # which the model would lengthen
+                if vectors is not None:
+                    stack.enter_context(skipped(self.teacher.blocks[: self.layer]))
+            return self.teacher.logits(ids, cache=cache)[:, -1].log_softmax(-1)
+
+    @torch.inference_mode()
     def _log_probabilities(self, vectors: Tensor | None) -> Tensor:
-        """Of the next token, ``[concepts, vocabulary]``, in float32."""
+        """Next-token log-probabilities, ``[concepts, vocabulary]``, float32."""
         rows: list[Tensor] = [torch.empty(0)] * len(self.prompts)
-        for batch in self.batches:
-            ids = torch.tensor([self.prompts[row] for row in batch], device=self.teacher.device)
-            with torch.inference_mode():
-                if vectors is None:
-                    logits = self._last_logits(ids)
-                else:
-                    with replaced(self.teacher, self.layer, vectors[torch.from_numpy(batch)]):
-                        logits = self._last_logits(ids)
-            for row, value in zip(batch, logits.float().log_softmax(-1).cpu(), strict=True):
+        for batch, cache in zip(self.batches, self._caches, strict=True):
+            own = None if vectors is None else vectors[batch]
+            for row, value in zip(batch, self._next_tokens(batch, cache, own).cpu(), strict=True):
                 rows[row] = value
         return torch.stack(rows)
-
-    def _last_logits(self, ids: Tensor) -> Tensor:
-        last = self.teacher.model(input_ids=ids, use_cache=False).last_hidden_state[:, -1]
-        weight = next(self.teacher.head.parameters())
-        logits: Tensor = self.teacher.head(last.to(weight)).float()
-        cap = getattr(self.teacher.model.config.get_text_config(), "final_logit_softcapping", None)
-        return cap * torch.tanh(logits / cap) if cap else logits
 
     def kl(self, vectors: Tensor) -> NDArray[np.float64]:
         """Kullback-Leibler divergence from the teacher's own next-token distribution, in nats, one a concept.

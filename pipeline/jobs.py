@@ -61,7 +61,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
     if output.path.suffix == ".pt" and (len(request.layers), len(request.templates)) != (1, 1):
         raise InputError(f"--output {output}: a .pt file holds one layer and one template; write .safetensors")
     held = is_extracted(output, request)
-    check_output(output, request, options.concepts)
+    check_output(output, request, options.concepts, options.overwrite)
     if not accelerator.is_main_process:
         if not held:
             _share(options, accelerator, source, request, output, shard, _no_bar)

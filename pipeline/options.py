@@ -117,6 +117,9 @@ class ExtractOptions:
         None, "Tokens of a batch; halved when memory runs out.  [default: found from the device]", minimum=1
     )
     output: str | None = option(None, "Where to write.  [default: data/vectors/<teacher>.safetensors]")
+    overwrite: bool = option(
+        False, "Replace vectors of another request that stand at the output; those that come with the project stay."
+    )
     shard: str = option("0/1", "The part i/n of the work, i from 0; the shard that finishes last merges.")
     merge: bool = option(False, "Read nothing, only join the parts that shards have left.")
     vocabulary: bool = option(

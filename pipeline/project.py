@@ -6,6 +6,7 @@ MLflow loads the module with itself, so it imports nothing heavy until it is ask
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import yaml
 
 NAME = "activation-distillation"
 HOST = "or run in the current environment: add --backend host"
+ARTIFACTS = "EXPERIMENT_ARTIFACTS"  # in the environment of the MLproject's commands: the experiment's local folder
+UNMOUNTABLE = r"[^\w@%+=,./~-]"
 
 
 class ProjectExperiment:
@@ -28,13 +31,18 @@ class ProjectExperiment:
     def get_experiment_id(self) -> str:
         """The experiment; leaves with one line of advice where the run could not begin."""
         from pipeline.errors import InputError
-        from pipeline.tracking import connect
+        from pipeline.tracking.server import artifact_folder, reach
 
+        folder = next(Path(folder) for folder in sys.argv[2:] if _project(folder) is not None)
+        in_container = not {"-b", "--backend", "--backend=host"} & set(sys.argv)
         try:
-            experiment_id = connect().experiment_id
-            folder = next(Path(folder) for folder in sys.argv[2:] if _project(folder) is not None)
-            if not {"-b", "--backend", "--backend=host"} & set(sys.argv):
-                check_container(folder)
+            if in_container:
+                check_container(folder)  # before the database is made
+            client, experiment_id = reach()
+            artifacts = artifact_folder(client.get_experiment(experiment_id).artifact_location)
+            if in_container and artifacts is not None:
+                _check_visible(artifacts, folder, "the experiment's artifacts")
+                os.environ[ARTIFACTS] = str(artifacts)
         except InputError as error:
             sys.exit(f"error: {error}")
         return experiment_id
@@ -50,16 +58,22 @@ def _project(folder: str) -> str | None:
 
 
 def check_container(folder: Path) -> None:
-    """Check that ``docker run`` of the project will work, as far as can be told beforehand.
+    """Check that ``docker run`` of the project will work, as far as can be told beforehand. Writes nothing.
 
     Raises:
-        InputError: a folder with a space, no Docker, no image, or a database that the container cannot see.
+        InputError: a path that cannot be mounted, no Docker, no image, or a database that the container cannot see.
     """
     from pipeline.errors import InputError
 
-    image = _project(str(folder))
-    if " " in str(folder.resolve()):
-        raise InputError(f"{folder.resolve()}: MLflow mounts no folder with a space in its name; rename it, {HOST}")
+    image, home = _project(str(folder)), folder.resolve()
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    is_local = uri.startswith("sqlite:")
+    # MLflow quotes nothing where it mounts a database and its artifacts; Docker takes no colon in any path.
+    if found := re.search(UNMOUNTABLE if is_local else ":", str(home)):
+        advice = "rename the folder, use a tracking server" if is_local and found[0] != ":" else "rename the folder"
+        raise InputError(f"{home}: MLflow cannot mount a folder with {found[0]!r} in its path; {advice}, {HOST}")
+    if is_local:
+        _check_visible(Path(uri.removeprefix("sqlite:///")).resolve(), home, f"MLFLOW_TRACKING_URI {uri}")
     if shutil.which("docker") is None:
         raise InputError(f"docker: not found; install it, {HOST}")
     engine = subprocess.run(["docker", "info"], capture_output=True, text=True, check=False)
@@ -68,10 +82,18 @@ def check_container(folder: Path) -> None:
         raise InputError(f"docker: the engine does not answer ({reason}); start it, {HOST}")
     if subprocess.run(["docker", "image", "inspect", str(image)], capture_output=True, check=False).returncode:
         raise InputError(f"docker image {image}: not here; build it with: make image, {HOST}")
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:") and not path.resolve().is_relative_to(folder.resolve()):
+
+
+def _check_visible(path: Path, folder: Path, what: str) -> None:
+    """Check that the container, which sees the project's folder only, sees a file.
+
+    Raises:
+        InputError: it does not.
+    """
+    from pipeline.errors import InputError
+
+    if not path.resolve().is_relative_to(folder.resolve()):
         raise InputError(
-            f"MLFLOW_TRACKING_URI {uri}: the container sees the project's folder only; "
+            f"{what}: at {path}, and the container sees the project's folder only; "
             f"use a database in it or a tracking server, {HOST}"
         )

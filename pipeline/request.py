@@ -21,6 +21,10 @@ from pipeline.vectors import FORMAT, parse_header, read_header, read_unverified_
 
 POOLS = ("last", "mean")
 MOST_HEADER_BYTES = 1 << 30
+COMPARED = ("teacher", "revision", "concepts", "layers", "templates", "pool", "dtype", "token_block")
+MOST_LISTED = 8
+_VECTORS = Path(__file__).parents[1] / "data" / "vectors"
+SHIPPED_FILES = {_VECTORS / f"{name}.safetensors" for name in ("smollm2-135m", "smollm2-135m-templates")}
 
 log = logging.getLogger(__name__)
 
@@ -143,20 +147,51 @@ def is_extracted(output: Output, request: Request) -> bool:
         return False
 
 
-def check_output(output: Output, request: Request, concepts: str) -> None:
-    """Refuse to write over a file that is not a vectors file; say so where other vectors will be replaced.
+def check_output(output: Output, request: Request, concepts: str, overwrite: bool) -> None:
+    """Refuse to write over anything but the answer to this very request, unless the user says so.
+
+    Args:
+        output: where the vectors will be.
+        request: what is asked for.
+        concepts: the file of the concepts, as the user names it.
+        overwrite: replace other vectors.
 
     Raises:
         InputError: something else stands there.
     """
     header = header_of(output)
-    if header is None:
+    if header is None or (header.get("extraction_key") == request.key and output.path.suffix != ".pt"):
         return
     if output.url is None and Path(concepts).exists() and output.path.samefile(concepts):
         raise InputError(f"--output {output}: that is the file of the concepts")
-    if output.path.suffix == ".pt":
-        return
-    if not header.get("format", "").startswith(FORMAT.rstrip("0123456789")):  # those of older versions too
+    if output.url is None and output.path.resolve() in SHIPPED_FILES:
+        raise InputError(f"--output {output}: comes with the project ({_differences(header, request)}); name another")
+    is_vectors = header.get("format", "").startswith(FORMAT.rstrip("0123456789"))  # those of older versions too
+    if not is_vectors and output.path.suffix != ".pt":
         raise InputError(f"--output {output}: exists, and is no vectors file; remove it or name another")
-    if header.get("extraction_key") != request.key:
-        log.warning("%s: replaces other vectors (extraction key %s)", output, header.get("extraction_key", "?")[:12])
+    if not overwrite:
+        raise InputError(
+            f"--output {output}: holds other vectors ({_differences(header, request)}); name another, or replace them "
+            "with --overwrite"
+        )
+    log.warning("%s: replaces other vectors (extraction key %s)", output, header.get("extraction_key", "?")[:12])
+
+
+def _differences(header: dict[str, str], request: Request) -> str:
+    """What a vectors file holds and what is asked for, where they differ."""
+    asked = request.header
+    names = [name for name in COMPARED if header.get(name) != asked[name]]
+    if not header:
+        return "of a kind that does not say what it holds"
+    told = [f"{name} {_brief(header.get(name))}, asked for {_brief(asked[name])}" for name in names]
+    return "; ".join(told) or "of another version"
+
+
+def _brief(value: str | None) -> str:
+    """A header's value in few characters; of a long list its length."""
+    if value is None:
+        return "unknown"
+    if not value.startswith("["):
+        return value
+    found = json.loads(value)
+    return f"{len(found):,}" if len(found) > MOST_LISTED else ", ".join(map(str, found))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Cache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -69,7 +73,7 @@ class Teacher:
         model: the transformer without its language-model head.
         tokenizer: a tokenizer that gives character offsets.
         blocks: the transformer blocks, in order.
-        head: from the last, normed residual stream to logits; only `pipeline.function` runs it.
+        causal: the same with its head; only `logits` runs that.
     """
 
     name: str
@@ -78,7 +82,7 @@ class Teacher:
     tokenizer: PreTrainedTokenizerBase
     blocks: Sequence[nn.Module]
     dtype: str
-    head: nn.Module
+    causal: PreTrainedModel
 
     @property
     def embedding_table(self) -> Tensor:
@@ -91,6 +95,25 @@ class Teacher:
     def device(self) -> torch.device:
         """Where the model takes its input."""
         return self.embedding_table.device
+
+    def logits(self, ids: Tensor, count: int = 1, cache: Cache | None = None) -> Tensor:
+        """Next-token logits of the model's own head, with whatever scales and caps it has.
+
+        Args:
+            ids: ``[batch, tokens]``, without padding.
+            count: of how many of the last positions.
+            cache: keys and values of what stands before ``ids``; the positions of ``ids`` are appended to it.
+
+        Returns:
+            ``[batch, count, vocabulary]`` in float32.
+        """
+        options: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            options["past_key_values"] = cache
+        if "logits_to_keep" in inspect.signature(self.causal.forward).parameters:
+            options["logits_to_keep"] = count
+        logits: Tensor = self.causal(input_ids=ids, **options).logits[:, -count:]
+        return logits.float()
 
 
 def find_teacher(
@@ -164,9 +187,10 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     model.eval().requires_grad_(False)
     if source.dtype in ("bfloat16", "float16"):
         _shorten(model, DTYPES[source.dtype])
-    head: nn.Module = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head: Any = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head.register_forward_pre_hook(lambda own, args: (args[0].to(own.weight), *args[1:]))
     blocks = _find_blocks(model, source)
-    return Teacher(source.name, source.revision, model, tokenizer, blocks, source.dtype, head)
+    return Teacher(source.name, source.revision, model, tokenizer, blocks, source.dtype, causal)
 
 
 def _shorten(model: nn.Module, dtype: torch.dtype) -> None:
@@ -256,7 +280,9 @@ def _advice(name: str, location: str, error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Say once that the hub is out of reach, not at every retry."""
+    """Say once that the hub is out of reach, not at every retry; show bars of libraries on a terminal only."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the hub's too
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)

@@ -26,6 +26,7 @@ class Faulty(ThreadingHTTPServer):
         punctual: whether requests are refused whose date is a quarter of an hour from the store's, as stores do.
         authorization: the header without which each request is refused with 401; None lets all through.
         refused: how many were.
+        absent: whether the answer is an empty 404, as of an ingress whose server is not ready.
     """
 
     daemon_threads = True
@@ -34,7 +35,7 @@ class Faulty(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url, self.target = f"http://127.0.0.1:{self.server_address[1]}", target
         self.every, self.delay, self.after, self.flip = 0, 0.0, None, False
-        self.authorization, self.punctual = None, False
+        self.authorization, self.punctual, self.absent = None, False, False
         self.count = self.uploaded = self.refused = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -54,6 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
         if proxy.after is not None and proxy.uploaded > proxy.after:
             self.close_connection = True
             self.connection.close()
+        elif proxy.absent:
+            self._answer(404, [], b"")
         elif proxy.authorization not in (None, self.headers.get("Authorization")):
             proxy.refused += 1
             self._answer(401, [("Content-Type", "text/html"), ("WWW-Authenticate", "Bearer")], b"<html>\nNo.\n</html>")

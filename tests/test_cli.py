@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED
+from conftest import CATALOGUE, ROOT, SHIPPED
 from mlflow import MlflowClient
 
 from pipeline.vectors import read_vectors
@@ -160,7 +160,7 @@ def test_extract_writes_tracks_and_repeats_itself(workplace, run, tiny_folder):
     assert code == 0, err
 
 
-def test_nothing_but_vectors_is_written_over(workplace, run, tiny_folder, caplog):
+def test_nothing_is_written_over_unasked(workplace, run, tiny_folder, caplog):
     Path("mine.csv").write_text("concept,category\n" + "".join(f"thing{n},things\n" for n in range(3)))
     Path("junk.safetensors").write_bytes(b"precious")
     common = ("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "mine.csv")
@@ -169,8 +169,24 @@ def test_nothing_but_vectors_is_written_over(workplace, run, tiny_folder, caplog
     assert Path("junk.safetensors").read_bytes() == b"precious"
     assert run(*common, "--output", "out.safetensors")[0] == 0
     assert "too few concepts to hold any out" in caplog.text
-    assert run(*common, "--output", "out.safetensors", "--layers", 1)[0] == 0
+    before = Path("out.safetensors").read_bytes()
+    other = (*common, "--output", "out.safetensors", "--layers", 1)
+    refused(run(*other), "--output out.safetensors: holds other vectors (layers 2, asked for 1)", "--overwrite")
+    assert Path("out.safetensors").read_bytes() == before
+    assert run(*other, "--overwrite")[0] == 0
     assert "replaces other vectors" in caplog.text
+    assert read_vectors(Path("out.safetensors")).layers == (1,)
+    assert run(*common, "--output", "out.pt")[0] == 0
+    refused(run(*common, "--output", "out.pt", "--layers", 1), "--output out.pt: holds other vectors", "--overwrite")
+    assert run(*common, "--output", "out.pt", "--layers", 1, "--overwrite")[0] == 0
+
+
+def test_vectors_that_come_with_the_project_are_not_written_over(workplace, run):
+    before = SHIPPED.stat().st_mtime_ns
+    common = ("extract", "--teacher", "smollm2-135m", "--concepts", CATALOGUE, "--num-concepts", 20)
+    for more in ((), ("--overwrite",)):
+        refused(run(*common, "--output", SHIPPED, *more), "comes with the project", "concepts 2,238, asked for 20")
+    assert SHIPPED.stat().st_mtime_ns == before
 
 
 def test_shards_leave_parts_and_the_last_one_merges(workplace, run, tiny_folder):

@@ -11,7 +11,7 @@ from pipeline.errors import InputError
 from pipeline.evaluation import evaluate, evaluation_table
 from pipeline.export import checkpoint
 from pipeline.features import Catalogued
-from pipeline.function import Continuations, kl_recovered, recovered_interval
+from pipeline.function import NextTokenDistributions, kl_recovered, recovered_interval
 from pipeline.options import Cell
 from pipeline.training import train_stack
 
@@ -31,7 +31,7 @@ def students(data, cell, seeds=1):
 def said(data, smollm2):
     rows = data.rows("test")[:24]
     vectors = data.vectors
-    continued = Continuations(smollm2[1], [vectors.concepts[row] for row in rows], vectors.templates[0], 15)
+    continued = NextTokenDistributions(smollm2[1], [vectors.concepts[row] for row in rows], vectors.templates[0], 15)
     return continued, torch.from_numpy(vectors.vectors[rows, 0, vectors.layer_index(15)].astype(np.float32))
 
 
@@ -52,8 +52,7 @@ def test_next_tokens_are_those_of_the_plain_model(said, smollm2, data):
     teacher = smollm2[1]
     ids = continued_ids = said[0].prompts[0]
     with torch.inference_mode():
-        hidden = teacher.model(input_ids=torch.tensor([continued_ids])).last_hidden_state[0, -1]
-        expected = teacher.head(hidden).float().log_softmax(-1)
+        expected = teacher.causal(input_ids=torch.tensor([continued_ids])).logits[0, -1].log_softmax(-1)
     assert ids
     torch.testing.assert_close(said[0].true[0], expected, atol=1e-3, rtol=1e-3)
 
@@ -72,7 +71,7 @@ def test_any_block_of_any_architecture_can_be_replaced(tiny_folder, architecture
     teacher = load_teacher(find_teacher(str(tiny_folder(architecture)), "float32"))
     concepts = ["ice", "slow cooking", "a"]
     for layer in (0, 2, 4):
-        continued = Continuations(teacher, concepts, "Tell me about {concept}", layer)
+        continued = NextTokenDistributions(teacher, concepts, "Tell me about {concept}", layer)
         truth = torch.cat([residuals(teacher, torch.tensor([ids]), [layer])[0, :, -1] for ids in continued.prompts])
         assert continued.kl(truth).max() < 1e-6
         assert continued.kl(truth.flip(0)).max() > 1e-5

@@ -106,6 +106,40 @@ def test_a_server_that_starts_with_those_who_need_it_is_waited_for(workplace):
         client = MlflowClient(uri)
         runs = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
     assert results[0].returncode == 0, results[0].stderr
-    assert "nothing answers there yet" in results[0].stderr
+    assert f"waiting for the tracking server {uri} (nothing answers there): 0 of at most 120 s" in results[0].stderr
+    assert "Retry" not in results[0].stderr  # lines of ours only
+    assert "make ui" not in results[0].stdout  # the run is on a server
+    assert f"{uri}/#/experiments/" in results[0].stdout
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert Path("results").is_dir()
+
+
+def test_an_ingress_that_is_not_ready_is_waited_for_like_a_server_that_is_not_there(locked):
+    proxy, behind = locked
+    proxy.absent = True
+    done = train(proxy.url)
+    assert done.returncode == 2  # at a terminal a wrong address is said at once
+    assert "error code 404" in done.stderr.splitlines()[-1]
+    done = train(proxy.url, TRACKING_PATIENCE_SECONDS="1")
+    assert done.returncode == 1
+    assert "has not answered for 1 s (HTTP 404)" in done.stderr.splitlines()[-1]
+    results = []
+    process = threading.Thread(
+        target=lambda: results.append(train(proxy.url, "--epochs", "400", TRACKING_PATIENCE_SECONDS="120"))
+    )
+    seen = proxy.count
+    process.start()
+    while proxy.count == seen:
+        time.sleep(0.1)
+    proxy.absent = False
+    client = MlflowClient(behind)
+    while not (found := client.get_experiment_by_name(NAME)) or not client.search_runs([found.experiment_id]):
+        time.sleep(0.1)
+    proxy.absent = True  # and again while cells train
+    time.sleep(5)
+    proxy.absent = False
+    process.join()
+    assert results[0].returncode == 0, results[0].stderr
+    assert "(HTTP 404): 0 of at most 120 s" in results[0].stderr
+    runs = client.search_runs([found.experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2

@@ -22,6 +22,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from pipeline.tracking.server import without_password
+
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of the two the one in C takes a tenth of the time
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
 # What a logged student carries: the rooms that turn text into vectors, without torch.
@@ -39,6 +41,14 @@ class Run:
     client: MlflowClient
     id: str
     experiment_id: str
+
+    @property
+    def address(self) -> str:
+        """Where a person finds the run."""
+        uri = without_password(self.client.tracking_uri)
+        if uri.startswith("http"):
+            return f"{uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.id}"
+        return f"run {self.id} at {uri} (see it with: make ui)"
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Log what is not there yet: parameters cannot change, and ``mlflow run`` and other workers log them too."""

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from requests import RequestException
 from sqlalchemy import make_url
 
@@ -23,7 +24,8 @@ from pipeline.storage import write_atomically
 
 EXPERIMENT = "activation-distillation"
 DEFAULT_URI = "sqlite:///mlflow.db"
-POLL_SECONDS = 2.0  # between two looks for a server that is not there yet
+MOST_PAUSE_SECONDS = 10.0  # between two tries
+NOTICE_SECONDS = 15.0  # between two lines that say that it is waited
 PATIENCE = "TRACKING_PATIENCE_SECONDS"
 DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 PASSING = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
@@ -52,40 +54,93 @@ def reach() -> tuple[MlflowClient, str]:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the command says where its run is
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every small file
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `patiently` does the rest
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # the lines of `_retry` say what its warnings do, and how long
     uri = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI)
     mlflow.set_tracking_uri(uri)
-    patience, begin = float(os.environ.get(PATIENCE, "0")), time.monotonic()
+    patience = float(os.environ.get(PATIENCE, "0"))
+
+    def look() -> tuple[MlflowClient, str]:
+        _make_sqlite_file(uri)
+        with _impatient():
+            client = MlflowClient()
+            return client, _experiment(client)
+
+    try:
+        return _retry(look, patience, Exception, f"waiting for the tracking server {without_password(uri)}")
+    except (InputError, WorkError):
+        raise
+    except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
+        raise InputError(_refusal(uri, error)) from error
+
+
+def _retry(
+    work: Callable[[], T], patience: float, passing: type[Exception] | tuple[type[Exception], ...], what: str
+) -> T:
+    """Do work; while the tracking server is out of reach, say so and try again.
+
+    Args:
+        work: may be done again after it has failed half-way.
+        patience: for how many seconds; 0 tries once.
+        passing: the errors after which it is tried again, unless they are a server's refusal.
+        what: the beginning of the line that says so, a first time and every `NOTICE_SECONDS`.
+
+    Raises:
+        WorkError: the server has stayed away.
+    """
+    begin, pause, noticed = time.monotonic(), 0.5, -NOTICE_SECONDS
     while True:
         try:
-            _make_sqlite_file(uri)
-            with _impatient():
-                client = MlflowClient()
-                return client, _experiment(client)
-        except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
-            if not patience or (isinstance(error, MlflowException) and error.error_code not in PASSING):
-                raise InputError(_refusal(uri, error)) from error
-            if time.monotonic() - begin > patience:
-                raise _stayed_away(patience) from error
-            log.warning("MLFLOW_TRACKING_URI %s: nothing answers there yet", _without_password(uri))
-            time.sleep(POLL_SECONDS)
+            return work()
+        except passing as error:
+            if not patience or _is_final(error):
+                raise
+            if (waited := time.monotonic() - begin) > patience:
+                raise _stayed_away(patience, error) from error
+            if waited - noticed >= NOTICE_SECONDS:
+                noticed = waited
+                log.warning("%s (%s): %.0f of at most %.0f s", what, _reason(error), waited, patience)
+            time.sleep(pause)
+            pause = min(2 * pause, MOST_PAUSE_SECONDS)
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the error is an answer of MLflow itself, or of a guard before it, that another try will not change.
+
+    An empty or HTML answer is of something that stands before a server that is not there yet, such as an ingress.
+    """
+    if isinstance(error, (InputError, WorkError)):
+        return True
+    if not isinstance(error, MlflowException):
+        return False
+    no_answer_of_mlflow = not isinstance(error, RestException) and str(error).startswith("API request to endpoint")
+    return error.error_code in DENIED or not (error.error_code in PASSING or no_answer_of_mlflow)
+
+
+def _reason(error: Exception) -> str:
+    """A library's error in a few words."""
+    if found := re.search(r"failed with error code (\d+)", str(error)):
+        return f"HTTP {found[1]}"
+    if re.search(r"NewConnectionError|Connection refused|RemoteDisconnected|NameResolutionError", str(error)):
+        return "nothing answers there"
+    return without_password((str(error).strip().splitlines() or [type(error).__name__])[-1][:120])
 
 
 def _refusal(uri: str, error: Exception) -> str:
     lines = str(error).strip().split("\n") or [""]
     if isinstance(error, MlflowException) and error.error_code in DENIED:
-        return _without_password(
+        return without_password(
             f"MLFLOW_TRACKING_URI {uri}: the server denies access ({lines[0][:200]}); check MLFLOW_TRACKING_USERNAME "
             "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
-    return _without_password(
+    return without_password(
         f"MLFLOW_TRACKING_URI {uri}: no MLflow server or database answers there "
         f"({type(error).__name__}: {lines[-1][:200]}); start it, or unset the variable to track to {DEFAULT_URI}"
     )
 
 
-def _stayed_away(patience: float) -> WorkError:
-    uri = _without_password(mlflow.get_tracking_uri())
-    return WorkError(f"MLFLOW_TRACKING_URI {uri}: has not answered for {patience:.0f} s")
+def _stayed_away(patience: float, error: Exception) -> WorkError:
+    uri = without_password(mlflow.get_tracking_uri())
+    return WorkError(f"MLFLOW_TRACKING_URI {uri}: has not answered for {patience:.0f} s ({_reason(error)})")
 
 
 def _absolute(uri: str) -> str:
@@ -124,26 +179,20 @@ def patiently(work: Callable[[], T]) -> T:
         WorkError: the server stayed away, or artifacts cannot be written.
     """
     patience = float(os.environ.get(PATIENCE, "300"))
-    begin, pause = time.monotonic(), 0.5
-    while True:
-        try:
-            return work()
-        except TrackingError as error:
-            if isinstance(error, MlflowException) and error.error_code in DENIED:  # a token that has expired meanwhile
-                raise WorkError(_refusal(mlflow.get_tracking_uri(), error)) from error
-            if isinstance(error, MlflowException) and error.error_code not in PASSING:
-                raise
-            if time.monotonic() - begin > patience:
-                raise _stayed_away(patience) from error
-            if pause == 0.5:
-                log.warning("tracking is out of reach; trying again for %.0f s, training goes on", patience)
-            time.sleep(pause)
-            pause = min(2 * pause, 10)
-        except OSError as error:  # artifacts on a disk that is full, or that may not be written
-            raise WorkError(f"artifacts of MLflow: {error}") from error
+    try:
+        return _retry(work, patience, TrackingError, "tracking is out of reach, training goes on; trying again")
+    except MlflowException as error:
+        if error.error_code in DENIED:  # a token that has expired meanwhile
+            raise WorkError(_refusal(mlflow.get_tracking_uri(), error)) from error
+        raise
+    except RequestException:
+        raise
+    except OSError as error:  # artifacts on a disk that is full, or that may not be written
+        raise WorkError(f"artifacts of MLflow: {error}") from error
 
 
-def _without_password(text: str) -> str:
+def without_password(text: str) -> str:
+    """A text that holds addresses, without the names and passwords in them."""
     return re.sub(r"//[^/@\s]*@", "//***@", text)
 
 
@@ -161,6 +210,29 @@ def _impatient() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def artifact_folder(location: str) -> Path | None:
+    """The local folder of an artifact location; None where a server or a store has it."""
+    url = urlsplit(location)
+    return Path(unquote(url.path) if url.scheme else location) if url.scheme in ("", "file") else None
+
+
+def _check_artifacts(location: str) -> None:
+    """Check that the folder of a database's artifacts is there: a project folder that was renamed takes it away.
+
+    Raises:
+        InputError: they are not.
+    """
+    folder = artifact_folder(location)
+    uri = mlflow.get_tracking_uri()
+    if folder is None or not uri.startswith("sqlite:///"):
+        return
+    if not folder.parents[1].exists():
+        raise InputError(
+            f"MLFLOW_TRACKING_URI {uri}: its runs keep their artifacts in {folder}, which is gone; give the folder its "
+            "old name again, or begin a new database: remove mlflow.db, or name another with MLFLOW_TRACKING_URI"
+        )
 
 
 def _artifact_location(name: str) -> str | None:
@@ -184,4 +256,5 @@ def _experiment(client: MlflowClient) -> str:
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
+    _check_artifacts(found.artifact_location)
     return str(found.experiment_id)

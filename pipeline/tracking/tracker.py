@@ -18,7 +18,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context import registry as context
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_PROJECT_ENTRY_POINT, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
+from mlflow.utils.mlflow_tags import (
+    MLFLOW_PARENT_RUN_ID,
+    MLFLOW_PROJECT_ENTRY_POINT,
+    MLFLOW_RUN_NAME,
+    MLFLOW_RUN_NOTE,
+    MLFLOW_USER,
+)
 
 from pipeline import hub, storage
 from pipeline.errors import InputError
@@ -220,7 +226,7 @@ class Tracker:
         return str(made.version)
 
     def _create(self, name: str, tags: Mapping[str, str], experiment_id: str) -> Run:
-        own = {**_context(), MLFLOW_RUN_NAME: name, **tags}
+        own = {**_context(self.client), MLFLOW_RUN_NAME: name, **tags}
         run = self.client.create_run(experiment_id, tags=own, run_name=name)
         return Run(self.client, run.info.run_id, experiment_id)
 
@@ -230,9 +236,16 @@ class Tracker:
 
 
 @functools.cache
-def _context() -> dict[str, str]:
-    """MLflow's tags for whatever runs here: user, source, commit. Asked once: finding them takes as long as a run."""
-    return dict(context.resolve_tags())
+def _context(client: MlflowClient) -> dict[str, str]:
+    """MLflow's tags of who runs what here: user, source, commit. Asked once: finding them takes as long as a run.
+
+    Under ``mlflow run`` they are those of the run that it opened: a container knows neither its user nor a repository.
+    """
+    found = dict(context.resolve_tags())
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        opened = client.get_run(run_id).data.tags
+        found |= {key: value for key, value in opened.items() if key == MLFLOW_USER or key.startswith("mlflow.source.")}
+    return found
 
 
 def connect() -> Tracker:
