@@ -6,15 +6,15 @@ import hashlib
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -280,14 +280,16 @@ def _advice(name: str, location: str, error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Say once that the hub is out of reach, not at every retry; show bars of libraries on a terminal only."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the hub's too
+    """Say once that the hub is out of reach, not at every retry; show the bars of libraries on a terminal only."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)
     try:
-        yield
+        if sys.stderr.isatty():
+            yield
+        else:  # logging goes on: its handlers hold the stream itself
+            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # noqa: PTH123
+                yield
     finally:
         hub.setLevel(level)
 

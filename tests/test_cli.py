@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -259,6 +260,22 @@ def test_the_default_output_is_named_after_the_teacher(workplace, run, tiny_fold
     assert path.stem == found.teacher == tiny_folder("gpt2").name
     assert found.vectors.shape == (20, 2, 5, 32)
     assert np.isfinite(found.vectors).all()
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(workplace, run, small_grid, monkeypatch):
+    monkeypatch.setattr("pipeline.display.NOTICE_SECONDS", 0.3)
+    code, out, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--epochs", 300, "--no-report")
+    assert code == 0, err
+    lines = [line for line in err.splitlines() if line.startswith("train: ")]
+    assert len(lines) > 2
+    shape = r"train: \d/4 cells, val cosine 0\.\d+ \(c\d+-h\d+-l2-s0\), 0:00:\d\d so far(, about \d:\d\d:\d\d left)?"
+    assert all(re.fullmatch(shape, line) for line in lines[1:]), lines
+    assert lines[-1].startswith("train: 4/4 cells")
+    assert "make ui" in out  # the database is here
+    assert "\r" not in err
+    code, _, err = run("evaluate", "--vectors", SHIPPED)
+    assert code == 0, err
+    assert "evaluate: 4/4, " in err.splitlines()[-1]
 
 
 def test_a_dry_run_shows_the_cells_and_trains_nothing(workplace, run, small_grid):

@@ -61,7 +61,7 @@ def run_as(account, command, folder, **environment):
     variables = inherited | {
         "HOME": user.pw_dir, "USER": account, "LOGNAME": account, "PATH": "/usr/local/bin:/usr/bin:/bin", **environment,
     }  # fmt: skip
-    switch = ["runuser", "-u", account, "--"] if os.getuid() == 0 else []
+    switch = [shutil.which("runuser"), "-u", account, "--"] if os.getuid() == 0 else []
     return subprocess.run(
         [*switch, "bash", "-c", f"umask 022; {command}"],
         cwd=folder, capture_output=True, text=True, timeout=800, check=False, env=variables,

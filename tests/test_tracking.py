@@ -133,7 +133,9 @@ def test_an_ingress_that_is_not_ready_is_waited_for_like_a_server_that_is_not_th
         time.sleep(0.1)
     proxy.absent = False
     client = MlflowClient(behind)
-    while not (found := client.get_experiment_by_name(NAME)) or not client.search_runs([found.experiment_id]):
+    while process.is_alive() and not (
+        (found := client.get_experiment_by_name(NAME)) and client.search_runs([found.experiment_id])
+    ):
         time.sleep(0.1)
     proxy.absent = True  # and again while cells train
     time.sleep(5)
