@@ -1,5 +1,6 @@
 """The commands of the README and of docs/: each one parses where it runs, and the quick ones run."""
 
+import itertools
 import re
 import shlex
 import shutil
@@ -30,7 +31,7 @@ def fenced(page):
     for block in blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
-                yield " ".join(map(shlex.quote, words)) if "|" not in words and ">" not in words else line
+                yield " ".join(map(shlex.quote, words)) if not {"|", ">", "&&"} & set(words) else line
 
 
 def in_text(page):
@@ -45,12 +46,12 @@ COMMANDS = sorted({command for page in PAGES for find in (fenced, in_text) for c
 
 def parts(command):
     """The words of each command of a pipeline, without redirections and what stands for more."""
-    lexer = shlex.shlex(command, posix=True, punctuation_chars="|>;")
+    lexer = shlex.shlex(command, posix=True, punctuation_chars="|>;&")
     lexer.whitespace_split, lexer.commenters = True, "#"
     words = [word for word in lexer if word not in ("…", "...", "..")]
     found = [[]]
     for word in words:
-        if word in ("|", ";"):
+        if word in ("|", ";", "&&"):
             found.append([])
         else:
             found[-1].append(word)
@@ -79,7 +80,7 @@ def check_mlflow(words):
     if words[0] == "run":
         entries = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
         entry = entries[words[words.index("-e") + 1]]
-        given = [value.split("=")[0] for option, value in zip(words, words[1:], strict=False) if option == "-P"]
+        given = [value.split("=")[0] for option, value in itertools.pairwise(words) if option == "-P"]
         assert set(given) <= set(entry["parameters"])
 
 
@@ -96,7 +97,7 @@ def check_kubectl(words):
     verb = " ".join(words[:3] if words[:2] == ["create", "secret"] and len(words) > 2 else words[:1])
     given = {word.split("=")[0] for word in words if word.startswith("-")}
     assert given <= options_of_kubectl(verb)
-    places = dict(zip(words, words[1:], strict=False))
+    places = dict(itertools.pairwise(words))
     if folder := places.get("-k"):
         subprocess.run(["kubectl", "kustomize", ROOT / folder], check=True, capture_output=True)
     if (file := places.get("-f")) and not file.startswith("-"):
@@ -116,7 +117,7 @@ def check_python(words):
 
 def check_accelerate(words):
     at = words.index("-m")
-    assert set(word for word in words[1:at] if word.startswith("-")) <= {"--num_processes", "--num_machines"}
+    assert {word for word in words[1:at] if word.startswith("-")} <= {"--num_processes", "--num_machines"}
     check_python(words[at:])
 
 
