@@ -85,7 +85,8 @@ class Claims:
         Returns:
             A sweep, a worker of it that lives, and its version.
         """
-        begin, first = time.monotonic(), dict[str, str]()
+        begin = time.monotonic()
+        first: dict[str, str] = {}
         while beats := self._beats_of_other_versions(work_key):
             if not first:
                 hosts = ", ".join({owner.split("/")[0] for owner in beats})
