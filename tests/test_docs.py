@@ -59,13 +59,11 @@ def parts(command):
 
 
 def check_click(command, words):
-    """Parse words as click would, down to the command that they name."""
-    context = click.Context(command, info_name=command.name)
+    """Parse words as click would; a command that is named without any is only looked up."""
     while isinstance(command, click.Group):
-        name, command, words = command.resolve_command(context, words)
-        context = click.Context(command, info_name=name, parent=context)
-    command.make_context(command.name, list(words))
-    return command
+        name, command, words = command.resolve_command(click.Context(command), list(words))
+    if words:
+        command.make_context(name, words)
 
 
 def check_make(words):
@@ -77,7 +75,7 @@ def check_make(words):
 
 def check_mlflow(words):
     check_click(mlflow_cli, words)
-    if words[0] == "run":
+    if words[0] == "run" and "-e" in words:
         entries = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
         entry = entries[words[words.index("-e") + 1]]
         given = [value.split("=")[0] for option, value in itertools.pairwise(words) if option == "-P"]
@@ -152,10 +150,10 @@ QUICK = [command for command in COMMANDS if "--dry-run" in command and command.s
 
 
 @pytest.mark.parametrize("command", QUICK)
-def test_a_quick_command_runs_as_it_is_written(command, workplace):
-    (workplace / "data").symlink_to(ROOT / "data")
-    words = shlex.split(command)
-    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False)
+def test_a_quick_command_runs_as_it_is_written(command):
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

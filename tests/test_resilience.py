@@ -242,7 +242,6 @@ def test_a_worker_of_another_code_version_is_refused_while_others_are_at_work(gr
         assert len(parents) == 1
         assert len(after) == len(before)
         assert first.poll() is None
-        finish(sweep("--epochs", "1", PYTHONPATH=other_code))  # other cells are no one's concern
         first.kill()  # and a dead worker is no reason to refuse
         other = sweep(PYTHONPATH=other_code)
         old = before[0].data.tags["code_version"]
