@@ -90,7 +90,9 @@ class Claims:
         while beats := self._beats_of_other_versions(work_key):
             if not first:
                 hosts = ", ".join({owner.split("/")[0] for owner in beats})
-                log.info("%s: another code version; looking whether it is at work (%.0f s)", hosts, GONE_SECONDS)
+                log.info(
+                    "%s: another version of the code; waiting up to %.0f s for a sign of life", hosts, GONE_SECONDS
+                )
             for owner, (sweep_id, beat) in beats.items():
                 if first.setdefault(owner, beat) != beat:
                     return sweep_id, owner.split("/")[0], beat.partition(" ")[2]

@@ -222,21 +222,21 @@ def run_sweep(
         len(rows) == len(cells) and patiently(lambda: tracker.is_concluded(identity, len(cells)))
     ):  # of many shards that find all done, the first is enough
         return Incomplete(identity, len(cells), len(cells)) if accelerator.is_main_process else None
+    version, work = code_version(), work_key(cells, data.vectors.identity)
+    spool, claims = Spool(output / SPOOL), Claims(tracker, identity, version)
+    check_version = functools.partial(_check_version, claims, work, accelerator, resume and len(rows) < len(cells))
+    check_version()
     price = functools.partial(training_flops, data=data)
     mine = [cell for stack in shares(cells, shard.count, price)[shard.index] for cell in stack]
     todo = [cell for cell in mine if keys[cell] not in rows]
     watcher.start(todo, [cell for cell in cells if keys[cell] in rows])
-    version, work = code_version(), work_key(cells, data.vectors.identity)
-    spool, claims = Spool(output / SPOOL), Claims(tracker, identity, version)
     tags = {"teacher": data.vectors.teacher, "extraction_key": data.vectors.extraction_key, "code_version": version}
     recorder = Recorder(claims, data, spool, keys, dict(tags))
-    check_version = functools.partial(_check_version, claims, work, accelerator, resume and len(rows) < len(cells))
 
     def progress(step: Progress) -> None:
         recorder.progress(step)
         watcher.progress(step)
 
-    check_version()
     with Engine(data, accelerator.device, keys, spool, progress) as engine:
         engine.add(shares(todo, accelerator.num_processes, price)[accelerator.process_index], resume)
         engine.begin()  # while it is being found out who else is there
