@@ -3,7 +3,8 @@
 A worker claims a cell by making its run, or by taking over one that was left, with its own name in the tag ``owner``.
 MLflow has neither locks nor unique names, so a claim is made in three steps: claim, wait until everyone who looked at
 the same time has claimed too, look again. The run with the least id and the owner that stands there then are what all
-see. A worker shows that it lives by a tag on the parent run that changes every few seconds; clocks are never compared.
+see. A worker shows that it lives, and which version of the code it has, by a tag on the parent run that changes every
+few seconds; clocks are never compared.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, patiently, settle
 
@@ -61,19 +61,56 @@ class Claims:
     Args:
         tracker: the tracking server.
         sweep_id: the sweep.
+        version: of the code that this worker runs.
     """
 
-    def __init__(self, tracker: Tracker, sweep_id: str) -> None:
-        self.tracker, self.sweep_id = tracker, sweep_id
+    def __init__(self, tracker: Tracker, sweep_id: str, version: str) -> None:
+        self.tracker, self.sweep_id, self.version = tracker, sweep_id, version
         self.me = worker_name()
         self.parent: Run | None = None
         self._seen: dict[str, tuple[str, float]] = {}  # of each worker the last beat, and when we first saw it
+        self._silent: set[str] = set()  # workers of other versions that died
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def open_parent(self, name: str, tags: Mapping[str, str]) -> Run:
         """The sweep's parent run, the same for all its workers."""
         return patiently(lambda: self.tracker.open_sweep(self.sweep_id, name, tags, self._is_at_work))
+
+    def other_version(self, work_key: str) -> tuple[str, str, str] | None:
+        """Who is at the same work, under whatever sweep id, with another version of the code.
+
+        Only a beat that changes while we look tells: the dead leave one that stands still.
+
+        Returns:
+            A sweep, a worker of it that lives, and its version.
+        """
+        begin = time.monotonic()
+        first: dict[str, str] = {}
+        while beats := self._beats_of_other_versions(work_key):
+            if not first:
+                hosts = ", ".join({owner.split("/")[0] for owner in beats})
+                log.info(
+                    "%s: another version of the code; waiting up to %.0f s for a sign of life", hosts, GONE_SECONDS
+                )
+            for owner, (sweep_id, beat) in beats.items():
+                if first.setdefault(owner, beat) != beat:
+                    return sweep_id, owner.split("/")[0], beat.partition(" ")[2]
+            if time.monotonic() - begin > GONE_SECONDS:
+                self._silent |= set(beats)
+            time.sleep(1)
+        return None
+
+    def _beats_of_other_versions(self, work_key: str) -> dict[str, tuple[str, str]]:
+        """Of each worker of another version that may live, its sweep and its beat."""
+        return {
+            owner: (run.data.tags["sweep_id"], beat)
+            for run in patiently(lambda: self.tracker.under_way(work_key))
+            for owner, beat in _beats(run).items()
+            if beat.partition(" ")[2] not in ("", self.version)
+            and owner not in self._silent
+            and not _is_known_dead(owner)
+        }
 
     def join(self, parent: Run) -> Claims:
         """Work below a parent run: ``with claims.join(parent):``."""
@@ -174,8 +211,7 @@ class Claims:
 
     def _is_at_work(self, parent: MlflowRun) -> bool:
         self._look(parent)
-        owners = [tag.removeprefix("worker.") for tag in parent.data.tags if tag.startswith("worker.")]
-        return any(owner != self.me and self._lives(owner) for owner in owners)
+        return any(owner != self.me and self._lives(owner) for owner in _beats(parent))
 
     def _lives(self, owner: str) -> bool:
         if owner not in self._seen or _is_known_dead(owner):
@@ -185,12 +221,9 @@ class Claims:
     def _look(self, parent: MlflowRun) -> None:
         """Note the beats of all workers."""
         now, before = time.monotonic(), self._seen
-        beats: dict[str, Any] = {
-            tag.removeprefix("worker."): beat for tag, beat in parent.data.tags.items() if tag.startswith("worker.")
-        }
         self._seen = {
             owner: before[owner] if owner in before and before[owner][0] == beat else (beat, now)
-            for owner, beat in beats.items()
+            for owner, beat in _beats(parent).items()
         }
 
     def _beat(self) -> None:
@@ -204,7 +237,13 @@ class Claims:
                 log.debug("heartbeat: %s", reason)
 
     def _show(self, number: int) -> None:
-        self.parent_run.set_tags({f"worker.{self.me}": str(number)})
+        self.parent_run.set_tags({f"worker.{self.me}": f"{number} {self.version}"})
+
+
+def _beats(parent: MlflowRun) -> dict[str, str]:
+    """The last beat of each worker below a parent run: a number, and the worker's version of the code."""
+    tags = parent.data.tags.items()
+    return {tag.removeprefix("worker."): str(beat) for tag, beat in tags if tag.startswith("worker.")}
 
 
 def _id(run: MlflowRun) -> str:

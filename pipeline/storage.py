@@ -54,8 +54,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()  # with the permissions that the user's files have; safetensors gives its own to the owner alone
+        part.touch()
+        mode = part.stat().st_mode  # that the user's files have
         write(part)
+        if part.stat().st_mode != mode:  # safetensors puts a file there that only its owner can read
+            part.chmod(mode)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)

@@ -123,6 +123,14 @@ def cell_key(cell: Cell, vectors_identity: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
+def work_key(cells: Sequence[Cell], vectors_identity: str) -> str:
+    """Identity of a sweep's work whatever the code version: options with their default may be unknown to another."""
+    defaults = {name: field.default for name, field in Cell.__dataclass_fields__.items()}
+    chosen = [{name: value for name, value in asdict(cell).items() if value != defaults[name]} for cell in cells]
+    content = json.dumps([sorted(json.dumps(cell, sort_keys=True) for cell in chosen), vectors_identity])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
 def prepare(cells: Sequence[Cell], data: Catalogued, grid: str | None = None) -> list[Cell]:
     """Check every cell before any work begins, and name the block of those that name none.
 
@@ -200,6 +208,7 @@ def run_sweep(
         What has become of the sweep, from the main process.
 
     Raises:
+        InputError: other workers are at the same cells and data with another version of the code.
         WorkError: MLflow stayed away; what is finished lies in the spool.
     """
     if not cells:
@@ -213,13 +222,16 @@ def run_sweep(
         len(rows) == len(cells) and patiently(lambda: tracker.is_concluded(identity, len(cells)))
     ):  # of many shards that find all done, the first is enough
         return Incomplete(identity, len(cells), len(cells)) if accelerator.is_main_process else None
+    version, work = code_version(), work_key(cells, data.vectors.identity)
+    spool, claims = Spool(output / SPOOL), Claims(tracker, identity, version)
+    check_version = functools.partial(_check_version, claims, work, accelerator, resume and len(rows) < len(cells))
+    check_version()
     price = functools.partial(training_flops, data=data)
     mine = [cell for stack in shares(cells, shard.count, price)[shard.index] for cell in stack]
     todo = [cell for cell in mine if keys[cell] not in rows]
     watcher.start(todo, [cell for cell in cells if keys[cell] in rows])
-    spool, claims = Spool(output / SPOOL), Claims(tracker, identity)
-    tags = {"teacher": data.vectors.teacher, "extraction_key": data.vectors.extraction_key}
-    recorder = Recorder(claims, data, spool, keys, tags | {"code_version": code_version()})
+    tags = {"teacher": data.vectors.teacher, "extraction_key": data.vectors.extraction_key, "code_version": version}
+    recorder = Recorder(claims, data, spool, keys, dict(tags))
 
     def progress(step: Progress) -> None:
         recorder.progress(step)
@@ -228,9 +240,10 @@ def run_sweep(
     with Engine(data, accelerator.device, keys, spool, progress) as engine:
         engine.add(shares(todo, accelerator.num_processes, price)[accelerator.process_index], resume)
         engine.begin()  # while it is being found out who else is there
-        tags |= {"grid": name, "vectors_sha256": data.vectors.sha256}
+        tags |= {"grid": name, "vectors_sha256": data.vectors.sha256, "work_key": work}
         parent = _open_parent(claims, accelerator, name, tags)
         with claims.join(parent), _closing(claims, recorder, engine):
+            check_version()  # again, now that others see us: of workers that begin at once none saw the others before
             if accelerator.is_main_process:
                 patiently(lambda: parent.log_params(params))
                 uses = (f"vectors {data.vectors.teacher}", data.vectors.sha256, vectors_uri, _profile(data), "training")
@@ -290,6 +303,17 @@ def _open_parent(claims: Claims, accelerator: Accelerator, name: str, tags: dict
     found = claims.open_parent(name, tags) if accelerator.is_main_process else None
     run_id = _agreed(found.id if found else "")
     return found or Run(claims.tracker.client, run_id, claims.tracker.experiment_id)
+
+
+def _check_version(claims: Claims, work: str, accelerator: Accelerator, is_needed: bool) -> None:
+    """Refuse to train what others train at this moment with another version of the code."""
+    if found := _agreed(claims.other_version(work) if is_needed and accelerator.is_main_process else None):
+        sweep_id, host, version = found
+        raise InputError(
+            f"sweep {sweep_id}: {host} is at the same cells and data with code version {version}, and this worker has "
+            f"{claims.version}; give all workers one image or checkout (in Kubernetes pin the image's tag), or wait "
+            "until that sweep has ended"
+        )
 
 
 @contextlib.contextmanager

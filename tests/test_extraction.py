@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT, WHOLE
+from conftest import ARCHITECTURES, CATALOGUE, ROOT, WHOLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -324,6 +324,20 @@ def test_shards_and_one_run_give_the_same_vectors(tiny_folder, catalogue, tmp_pa
     assert one.extraction_key == four.extraction_key
     np.testing.assert_allclose(one.vectors, four.vectors, atol=4e-3)
     np.testing.assert_array_equal(one.token_ids, four.token_ids)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027], ids=oct)
+def test_all_files_of_an_extraction_have_the_mode_that_the_user_s_files_have(tiny_folder, workplace, run, umask):
+    options = ("--concepts", CATALOGUE, "--num-concepts", 30, "--output", "out/v.safetensors")
+    before = os.umask(umask)
+    try:
+        code, _, err = run("extract", "--teacher", tiny_folder("gpt2"), *options)
+    finally:
+        os.umask(before)
+    assert code == 0, err
+    modes = {path.name: path.stat().st_mode & 0o777 for path in Path("out").rglob("*") if path.is_file()}
+    assert {"v.safetensors", "v.vocabulary.safetensors"} <= set(modes)
+    assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_a_merge_without_all_parts_says_so(tiny_folder, tmp_path):

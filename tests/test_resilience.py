@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,99 @@ def test_workers_that_start_at_once_agree_on_one_parent_and_train_every_cell_onc
     assert not list(Path().glob("out*/.spool"))
 
 
+@pytest.fixture
+def other_code(tmp_path_factory):
+    """The program as an image of another code version holds it: its PYTHONPATH."""
+    folder = tmp_path_factory.mktemp("other")
+    shutil.copytree(ROOT / "pipeline", folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    with (folder / "pipeline" / "metrics.py").open("a") as file:
+        file.write("# of another version\n")
+    return str(folder)
+
+
+LONG_GRID = "fixed: {epochs: 4000, hidden_dim: 64}\naxes: {layers: [1, 2], concepts: [150, 300]}\n"
+
+
+def check_refusal(worker):
+    """A worker that was refused says in its last line which two versions there are, and what to do."""
+    out, err = worker.communicate(timeout=100)
+    assert worker.returncode == 2, err
+    assert "Traceback" not in out + err
+    [versions] = re.findall(
+        r"code version (\w+), and this worker has (\w+); .*pin the image's tag", err.splitlines()[-1]
+    )
+    assert len(set(versions)) == 2
+    return versions
+
+
+def is_running(run):
+    return run.info.status == "RUNNING"
+
+
+def wait_until(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_worker_of_another_code_version_is_refused_while_others_are_at_work(grid, other_code):
+    Path("grid.yaml").write_text(LONG_GRID)
+    first = other = sweep()
+    try:
+        wait_until(lambda: tracked()[1])
+        _, before = tracked()
+        other = sweep("--shard", "1/2", PYTHONPATH=other_code)
+        assert check_refusal(other)[0] == before[0].data.tags["code_version"]
+        parents, after = tracked()
+        assert len(parents) == 1
+        assert len(after) == len(before)
+        assert first.poll() is None
+        first.kill()  # and a dead worker is no reason to refuse
+        other = sweep(PYTHONPATH=other_code)
+        old = before[0].data.tags["code_version"]
+        wait_until(lambda: [run for run in tracked()[1] if is_running(run) and run.data.tags["code_version"] != old])
+    finally:
+        for worker in (first, other):
+            worker.kill()
+            worker.communicate()
+
+
+@pytest.mark.parametrize("name", [("--sweep-id", "same"), ()], ids=["same id", "own ids"])
+def test_of_two_code_versions_that_start_at_once_no_two_train_the_same(grid, other_code, name):
+    Path("grid.yaml").write_text(LONG_GRID)
+    workers = [sweep(*name, "--output", "own"), sweep(*name, "--output", "others", PYTHONPATH=other_code)]
+    try:
+        wait_until(lambda: any(worker.poll() is not None for worker in workers))
+        for worker in workers:
+            if worker.poll() is not None:
+                check_refusal(worker)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def test_a_worker_elsewhere_whose_beat_stands_still_is_dead_whatever_its_version(workplace, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database())
+    monkeypatch.setattr("pipeline.claims.GONE_SECONDS", 3.0)
+    tracker = connect()
+    old, new = Claims(tracker, "old", "1"), Claims(tracker, "new", "2")
+    parent = old.open_parent("grid", {"work_key": "same work"})
+    tracker.client.set_tag(parent.id, "worker.elsewhere/1/2/3", "7 1")
+    assert new.other_version("other work") is None
+    begin = time.monotonic()
+    assert new.other_version("same work") is None
+    assert time.monotonic() - begin > 3
+    assert new.other_version("same work") is None  # and it is remembered
+    assert time.monotonic() - begin < 6
+    beating = threading.Timer(1.5, tracker.client.set_tag, (parent.id, "worker.elsewhere/1/2/4", "2 1"))
+    tracker.client.set_tag(parent.id, "worker.elsewhere/1/2/4", "1 1")
+    beating.start()
+    assert new.other_version("same work") == ("old", "elsewhere", "1")
+    assert Claims(tracker, "third", "1").other_version("same work") is None
+
+
 def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid, whole):
     for shard, finished in (("1/3", False), ("0/3", False), ("2/3", True)):
         out = finish(sweep("--shard", shard, "--sweep-id", "parts", "--report"))
@@ -315,7 +409,7 @@ def test_a_worker_whose_cell_was_taken_over_leaves_what_the_other_has_of_it(data
     student = checkpoint(cell, trained.parameters, subset, data, trained.metrics)
     own, other = Spool(workplace / "spool"), Spool(workplace / "spool")
     tracker = connect()
-    claims = Claims(tracker, "same")
+    claims = Claims(tracker, "same", "1")
     with claims.join(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, own, {cell: "key"}, {})
         assert recorder.take([cell]) == [cell]

@@ -80,7 +80,7 @@ class Tracker:
             settle(begin)
             parent = self._elect(sweep_id, known, is_at_work)
         run = self._reopen(parent)
-        run.set_tags({"role": "sweep"})
+        run.set_tags({**tags, "role": "sweep"})
         for candidate in self._candidates(sweep_id):
             self.discard(candidate, f"took part in sweep {sweep_id}, whose cells are below run {run.id}")
         unfinished = {old.info.run_id for old in before if old.info.status != "FINISHED"} - {run.id}
@@ -149,6 +149,10 @@ class Tracker:
 
     def _candidates(self, sweep_id: str) -> list[MlflowRun]:
         return self._search(f"tags.sweep_id = '{sweep_id}' and tags.role = 'candidate'")
+
+    def under_way(self, work_key: str) -> list[MlflowRun]:
+        """The RUNNING parent runs of sweeps of the same cells and data, whatever their ids."""
+        return self._search(f"tags.work_key = '{work_key}' and tags.role = 'sweep' and attributes.status = 'RUNNING'")
 
     def find_sweep(self, sweep_id: str) -> MlflowRun | None:
         """The newest parent run of that sweep id."""

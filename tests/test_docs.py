@@ -1,0 +1,177 @@
+"""The commands of the README and of docs/: each one parses where it runs, and the quick ones run."""
+
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from conftest import ROOT
+from mlflow.cli import cli as mlflow_cli
+
+from pipeline.cli import cli
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OUTPUT = re.compile(r"^(results/|mlflow\.db)", re.MULTILINE)  # a block that shows files, not commands
+
+
+def blocks(page):
+    return [text for language, text in CODE.findall(page.read_text()) if not language and not OUTPUT.match(text)]
+
+
+def fenced(page):
+    """The lines of a page's blocks without their comments."""
+    for block in blocks(page):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield " ".join(map(shlex.quote, words)) if not {"|", ">", "&&"} & set(words) else line
+
+
+def in_text(page):
+    """Commands between single backquotes: those of tables and sentences."""
+    text = CODE.sub("", page.read_text())
+    starts = "python -m pipeline [a-z]|kubectl [a-z]|mlflow [a-z]|make [a-z]|accelerate launch"
+    return [command for command in re.findall(r"`([^`]+)`", text.replace("\n", " ")) if re.match(starts, command)]
+
+
+COMMANDS = sorted({command for page in PAGES for find in (fenced, in_text) for command in find(page)})
+
+
+def parts(command):
+    """The words of each command of a pipeline, without redirections and what stands for more."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars="|>;&")
+    lexer.whitespace_split, lexer.commenters = True, "#"
+    words = [word for word in lexer if word not in ("…", "...", "..")]
+    found = [[]]
+    for word in words:
+        if word in ("|", ";", "&&"):
+            found.append([])
+        else:
+            found[-1].append(word)
+    return [part[: part.index(">")] if ">" in part else part for part in found]
+
+
+def check_click(command, words):
+    """Parse words as click would; a command that is named without any is only looked up."""
+    while isinstance(command, click.Group):
+        name, command, words = command.resolve_command(click.Context(command), list(words))
+    if words:
+        command.make_context(name, words)
+
+
+def check_make(words):
+    targets = [word for word in words if "=" not in word]
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert targets
+    assert done.returncode == 0, done.stderr
+
+
+def check_mlflow(words):
+    check_click(mlflow_cli, words)
+    if words[0] == "run" and "-e" in words:
+        entries = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
+        entry = entries[words[words.index("-e") + 1]]
+        given = [value.split("=")[0] for option, value in itertools.pairwise(words) if option == "-P"]
+        assert set(given) <= set(entry["parameters"])
+
+
+@cache
+def options_of_kubectl(verb):
+    told = subprocess.run(["kubectl", *verb.split(), "--help"], capture_output=True, text=True, check=True).stdout
+    everywhere = {"-n", "--namespace", "--context"}
+    return everywhere | set(re.findall(r"^\s+(-\w), --", told, re.MULTILINE)) | set(re.findall(r"(--[\w-]+)=", told))
+
+
+def check_kubectl(words):
+    if shutil.which("kubectl") is None:
+        pytest.skip("needs kubectl")
+    verb = " ".join(words[:3] if words[:2] == ["create", "secret"] and len(words) > 2 else words[:1])
+    given = {word.split("=")[0] for word in words if word.startswith("-")}
+    assert given <= options_of_kubectl(verb)
+    places = dict(itertools.pairwise(words))
+    if folder := places.get("-k"):
+        subprocess.run(["kubectl", "kustomize", ROOT / folder], check=True, capture_output=True)
+    if (file := places.get("-f")) and not file.startswith("-"):
+        assert list(yaml.safe_load_all((ROOT / file).read_text()))
+    if words[:2] == ["create", "secret"] and len(words) > 4:
+        subprocess.run(["kubectl", *words, "--dry-run=client", "--output=yaml"], check=True, capture_output=True)
+
+
+def check_python(words):
+    if words[:2] == ["-m", "pipeline"]:
+        check_click(cli, words[2:])
+    elif words[:1] == ["-m"]:
+        assert (ROOT / Path(*words[1].split("."))).with_suffix(".py").is_file()
+    else:
+        assert (ROOT / words[0]).is_file()
+
+
+def check_accelerate(words):
+    at = words.index("-m")
+    assert {word for word in words[1:at] if word.startswith("-")} <= {"--num_processes", "--num_machines"}
+    check_python(words[at:])
+
+
+CHECKS = {
+    "make": check_make,
+    "mlflow": check_mlflow,
+    "kubectl": check_kubectl,
+    "python": check_python,
+    "accelerate": check_accelerate,
+    "docker": lambda words: words[0] in ("tag", "push") or pytest.fail("unknown"),
+    "curl": lambda words: None,
+    "cat": lambda words: None,
+    "export": lambda words: None,
+    ".": lambda words: None,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_one_that_its_program_takes(command):
+    for part in parts(command):
+        CHECKS[part[0]](part[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_commands_are_shell(page):
+    for block in blocks(page):
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+QUICK = [command for command in COMMANDS if "--dry-run" in command and command.startswith("python ")]
+
+
+@pytest.mark.parametrize("command", QUICK)
+def test_a_quick_command_runs_as_it_is_written(command):
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = CODE.sub("", page.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, anchor = link.partition("#")
+        if target.startswith("http"):
+            continue
+        place = page.parent / target if target else page
+        assert place.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", CODE.sub("", place.read_text()), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], link
+
+
+def test_no_page_or_manifest_names_a_host_that_is_not_an_example():
+    for page in [*PAGES, *(ROOT / "k8s").rglob("*.yaml")]:
+        for host in re.findall(r"(?:https?://|newName: |push |tag \S+ )([\w.-]+\.[a-z]+)[:/]", page.read_text()):
+            assert host.endswith("example.com"), f"{page.name}: {host}"
