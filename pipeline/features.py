@@ -59,6 +59,7 @@ class Subset:
         train, val, test: the sides.
         mean, scale, reading: see above.
         concepts: all of the vectors file, by row.
+        language: of the concepts.
         variants: how often each training concept stands in ``augmented``, one after another.
         augmented: the training side as descent sees it: other targets, dropped tokens; ``train`` where there is none.
     """
@@ -70,6 +71,7 @@ class Subset:
     scale: float
     reading: Reading
     concepts: tuple[str, ...]
+    language: str
     variants: int
     augmented: Side
 
@@ -129,7 +131,7 @@ class Catalogued:
 
     @cached_property
     def _categories_apart(self) -> list[str]:
-        return by_categories(self.vectors.concepts, self.vectors.categories)
+        return by_categories(self.vectors.concepts, self.vectors.categories, self.vectors.language)
 
     def subset(self, cell: Cell) -> Subset:
         """The cell's training concepts, the first so many, and the held-out ones, with its block as target.
@@ -205,6 +207,7 @@ class Catalogued:
             scale=scale,
             reading=reading,
             concepts=self.vectors.concepts,
+            language=self.vectors.language,
             variants=variants,
             augmented=augmented,
         )

@@ -24,7 +24,6 @@ from pipeline.metrics import cosines
 from pipeline.noise import Dropout, mixed, mixing
 from pipeline.objectives import objective_of
 from pipeline.options import Cell
-from pipeline.precision import multiplies_faster
 from pipeline.students import KINDS
 from pipeline.students.dropout import cut, put_back
 
@@ -61,11 +60,11 @@ class Snapshot:
     generators: dict[int, Tensor]
 
 
-def precision_of(cell: Cell, device: torch.device) -> torch.dtype:
-    """The type of the cell's matrix products on a device."""
-    if cell.precision == "auto":
-        return torch.bfloat16 if multiplies_faster(torch.bfloat16, device) else torch.float32
-    return PRECISIONS[cell.precision]
+def precision_of(cell: Cell, automatic: str) -> str:
+    """The type of the cell's matrix products: ``automatic`` where it leaves that open, float64 of closed forms."""
+    if KINDS[cell.student].solve:
+        return "float64"
+    return automatic if cell.precision == "auto" else cell.precision
 
 
 @dataclass
@@ -138,14 +137,15 @@ class Stack:
     Args:
         members: of one `stack_key`.
         device: where they train.
+        automatic: the precision of cells that leave it open.
     """
 
-    def __init__(self, members: list[Member], device: torch.device) -> None:
+    def __init__(self, members: list[Member], device: torch.device, automatic: str) -> None:
         cells = [member.cell for member in members]
         cell = cells[0]
         self.members = members
         self.batch = max(member.batch for member in members)
-        self.dtype = precision_of(cell, device)
+        self.dtype = PRECISIONS[precision_of(cell, automatic)]
         self.apply, self.objective = KINDS[cell.student].apply, objective_of(cell.objective, cell.temperature)
         self.mixup = cell.mixup
         # [S, rows, columns] each

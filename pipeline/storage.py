@@ -142,7 +142,7 @@ def fetch(place: str) -> Path:
     if not is_remote(place):
         return Path(place)
     bucket, key = _split(place)
-    path = Path(tempfile.mkdtemp(dir=_copies().name), Path(key).name or bucket)
+    path = folder_of_copies() / (Path(key).name or bucket)
     names = [name for name in names_below(place) if name]
     for name in names:
         get(f"{place.rstrip('/')}/{name}", path / name)
@@ -295,6 +295,11 @@ def _split(url: str) -> tuple[str, str]:
     if not bucket:
         raise InputError(f"{url}: expected s3://bucket/key")
     return bucket, key
+
+
+def folder_of_copies() -> Path:
+    """A new folder for copies of what stands elsewhere, removed as the process ends."""
+    return Path(tempfile.mkdtemp(dir=_copies().name))
 
 
 @functools.cache

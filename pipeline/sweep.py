@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -25,26 +27,19 @@ from pipeline.features import Catalogued
 from pipeline.grid import pointing
 from pipeline.lanes import LaneError
 from pipeline.objectives import terms
-from pipeline.options import Cell
+from pipeline.options import RESULTS_VERSION, Cell
+from pipeline.precision import hint, of_training
 from pipeline.processes import Worker
 from pipeline.recorder import Recorder, read_row
 from pipeline.results import best_alone, cell_of, results_of
 from pipeline.schedule import shares, stacks_of, training_flops
 from pipeline.spool import Spool
-from pipeline.stack import PRECISIONS, Progress
+from pipeline.stack import PRECISIONS, Progress, precision_of
 from pipeline.storage import write_atomically
 from pipeline.student import Student
 from pipeline.students import KINDS
 from pipeline.students.transformer import HEAD_DIM
 from pipeline.tracking import Run, Tracker, TrackingError, patiently
-
-# Whatever changes a number changes the key of a cell: these files are the code version in it.
-CODE = (
-    "tokenization.py", "reading.py", "features.py", "metrics.py", "objectives.py", "curriculum.py", "noise.py",
-    "stack.py", "training.py", "students/kinds.py", "students/mlp.py", "students/transformer.py", "students/ridge.py",
-    "students/kernel.py",
-)  # fmt: skip
-
 
 WORDS = {
     "student": tuple(KINDS),
@@ -55,6 +50,7 @@ WORDS = {
 SPOOL = ".spool"  # in the output folder
 POLL_SECONDS = 2.0  # between two looks at what other workers do
 ALONE = Worker()
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,19 +104,16 @@ Export = Callable[[Student], Student]
 ALIAS = "best"  # of the registered model's version that a sweep has made last
 
 
-@functools.cache
-def code_version() -> str:
-    """Hash of the code that determines a student."""
-    digest = hashlib.sha256()
-    for name in CODE:
-        digest.update((Path(__file__).parent / name).read_bytes())
-    return digest.hexdigest()[:16]
+def cell_key(cell: Cell, vectors_identity: str, automatic: str) -> str:
+    """Identity of a cell's work: configuration, data, precision and version of the results.
 
-
-def cell_key(cell: Cell, vectors_identity: str) -> str:
-    """Identity of a cell's work: configuration, data and code version."""
-    content = json.dumps([asdict(cell), vectors_identity, code_version()], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    Args:
+        cell: the configuration.
+        vectors_identity: of the data.
+        automatic: the precision of cells that leave it open.
+    """
+    content = [asdict(cell), precision_of(cell, automatic), vectors_identity, RESULTS_VERSION]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def prepare(cells: Sequence[Cell], data: Catalogued, grid: str | None = None) -> list[Cell]:
@@ -200,13 +193,17 @@ def run_sweep(
         What has become of the sweep, from the main process.
 
     Raises:
-        WorkError: MLflow stayed away; what is finished lies in the spool.
+        WorkError: MLflow stayed away, and what is finished lies in the spool; or a worker on another kind of device
+            began the sweep at the same moment.
     """
     if not cells:
         raise InputError(f"grid {name}: no cells")
     watcher = watcher or Watcher()
-    keys = {cell: cell_key(cell, data.vectors.identity) for cell in cells}
-    identity = _identity(name, sweep_id, list(keys.values()), resume)
+    # The sweep is the same whatever kind of device its workers have.
+    asked = [cell_key(cell, data.vectors.identity, "auto") for cell in cells]
+    identity = _identity(name, sweep_id, asked, resume)
+    automatic = _agreed(patiently(lambda: _precision(tracker, identity, accelerator.device)))
+    keys = {cell: cell_key(cell, data.vectors.identity, automatic) for cell in cells}
     finished = tracker.finished_cells() if resume else {}
     rows = {key: read_row(tracker, finished[key]) for key in keys.values() if key in finished}
     if shard.index and _agreed(
@@ -219,17 +216,27 @@ def run_sweep(
     watcher.start(todo, [cell for cell in cells if keys[cell] in rows])
     spool, claims = Spool(output / SPOOL), Claims(tracker, identity)
     tags = {"teacher": data.vectors.teacher, "extraction_key": data.vectors.extraction_key}
-    recorder = Recorder(claims, data, spool, keys, tags | {"code_version": code_version()})
+    recorder = Recorder(claims, data, spool, keys, tags | {"results_version": str(RESULTS_VERSION)})
+    is_open = any(precision_of(cell, "auto") == "auto" for cell in cells)
+    if is_open and todo and (advice := hint("precision: bfloat16", automatic, accelerator.device)):
+        log.info(advice)
 
     def progress(step: Progress) -> None:
         recorder.progress(step)
         watcher.progress(step)
 
-    with Engine(data, accelerator.device, keys, spool, progress) as engine:
+    with Engine(data, accelerator.device, keys, spool, progress, automatic) as engine:
         engine.add(shares(todo, accelerator.num_processes, price)[accelerator.process_index], resume)
         engine.begin()  # while it is being found out who else is there
         tags |= {"grid": name, "vectors_sha256": data.vectors.sha256}
+        tags |= {"precision": automatic, "results_version": str(RESULTS_VERSION)}
         parent = _open_parent(claims, accelerator, name, tags)
+        recorded = _agreed(patiently(lambda: parent.tags.get("precision", automatic)))
+        if is_open and recorded != automatic:
+            raise WorkError(
+                f"sweep {identity}: a worker on another kind of device began it at the same moment, and recorded the "
+                f"precision {recorded}; start this worker again, and it will keep to that"
+            )
         with claims.join(parent), _closing(claims, recorder, engine):
             if accelerator.is_main_process:
                 patiently(lambda: parent.log_params(params))
@@ -256,6 +263,16 @@ def _identity(name: str, sweep_id: str | None, keys: Sequence[str], resume: bool
     if not resume:
         identity += f"-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     return _agreed(identity)
+
+
+def _precision(tracker: Tracker, identity: str, device: torch.device) -> str:
+    """The precision of cells that leave it open: as the sweep's first worker recorded it, or that of the device."""
+    own = of_training(device)
+    parent = tracker.find_sweep(identity)
+    recorded = own if parent is None else str(parent.data.tags.get("precision", own))
+    if recorded != own:
+        log.info("sweep %s: precision %s, as its first worker recorded it", identity, recorded)
+    return recorded
 
 
 def _agreed(here: Value) -> Value:

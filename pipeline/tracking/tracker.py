@@ -262,7 +262,7 @@ def settle(begin: float) -> None:
 
 
 def fetch(uri: str) -> Path:
-    """A local path for what stands at a place.
+    """A local path for what stands at a place. Copies are removed as the process ends.
 
     Args:
         uri: a local path, ``s3://bucket/key``, ``hf://…`` (the Hugging Face hub), ``runs:/<run id>/<artifact>``, or a
@@ -283,7 +283,7 @@ def fetch(uri: str) -> Path:
         return storage.fetch(uri)
     connect()
     try:
-        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="artifact-")))
+        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(storage.folder_of_copies())))
     except (MlflowException, OSError) as error:
         raise InputError(f"{uri}: MLflow has no such artifact ({error})") from error
     return _student_folder(path) if (path / "MLmodel").is_file() else path
