@@ -197,8 +197,8 @@ class Cell:
     )
     precision: str = option(
         "auto",
-        "Matrix products of training: float32, bfloat16, or auto, which is bfloat16 on CUDA and float32 elsewhere; they "
-        "are 0.002 cosine apart at most.",
+        "Matrix products of training: float32, bfloat16, or auto: bfloat16 on CUDA, float32 elsewhere. They are 0.002 "
+        "cosine apart at most.",
     )
 
     @property

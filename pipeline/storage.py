@@ -246,7 +246,7 @@ def output_folder(place: str) -> Iterator[Path]:
         if path.is_file() and not str(name).startswith(".") and before.get(path) != path.stat().st_mtime_ns:
             put(path, f"{place.rstrip('/')}/{name}")
     if not any(folder.glob(".*")):
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 @dataclass(frozen=True)
