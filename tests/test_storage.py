@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SECRET, SHIPPED
+from mlflow import MlflowClient
 
 from pipeline import storage
 from pipeline.errors import WorkError
@@ -160,10 +161,8 @@ def test_copies_of_artifacts_are_gone_when_the_command_ends(workplace, run):
                        "--register", "mine", "--output", "student")  # fmt: skip
     assert code == 0, err
     (workplace / "temporary").mkdir()
-    for place in (
-        "models:/mine@best",
-        f"runs:/{MlflowClient().search_registered_models()[0].latest_versions[0].run_id}",
-    ):
+    registered = MlflowClient().get_model_version_by_alias("mine", "best")
+    for place in ("models:/mine@best", f"runs:/{registered.run_id}"):
         command = [sys.executable, "-m", "pipeline", "predict", "--run", place, "volcano", "--output", "out.npy"]
         variables = {**os.environ, "TMPDIR": str(workplace / "temporary")}
         done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
