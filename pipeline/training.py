@@ -28,7 +28,7 @@ LAST = ("weight", "out.weight", "out.bias", "skip.weight")  # the maps whose sum
 # Cells that agree in these have the same shapes and the same arithmetic.
 SHAPE = (
     "student", "hidden_dim", "layers", "inputs", "skip", "objective", "temperature", "batch_size", "dropout", "noise",
-    "mixup", "precision",
+    "mixup", "precision", "split",
 )  # fmt: skip
 
 
