@@ -306,12 +306,16 @@ def _drop(types: NDArray[np.int64], share: float, draw: np.random.Generator) -> 
 
 
 def _whitened(table: NDArray[Any], fitted: NDArray[Any]) -> Floats:
-    """Token embeddings without the correlations that those of the training concepts have, shrunk."""
+    """Token embeddings without the correlations that those of the training concepts have, shrunk.
+
+    Turned back into the embeddings' own axes: eigenvectors, of which those of equal values may be any, differ from
+    processor to processor.
+    """
     own = fitted.astype(np.float64)
     offset = own.mean(0)
     values, vectors = np.linalg.eigh((own - offset).T @ (own - offset) / len(own))
     scale = np.sqrt(values.clip(min=0) + WHITENING * values.mean())
-    whitened: Floats = ((table.astype(np.float64) - offset) @ vectors / scale).astype(np.float32)
+    whitened: Floats = ((table.astype(np.float64) - offset) @ (vectors / scale @ vectors.T)).astype(np.float32)
     return whitened
 
 

@@ -82,7 +82,8 @@ def test_a_sweep_on_another_processor_has_the_same_keys_and_curves(workplace, sm
             np.testing.assert_allclose(row["curves"][curve], there[key]["curves"][curve], atol=1e-4)
 
 
-def test_workers_of_a_sweep_keep_to_the_precision_that_the_first_one_recorded(workplace, run, small_grid):
+def test_workers_of_a_sweep_keep_to_the_precision_that_the_first_one_recorded(workplace, run, small_grid, caplog):
+    caplog.set_level("INFO")
     arguments = ("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--no-report", "--sweep-id", "mixed")
     code, _, err = run(*arguments, "--shard", "0/2")
     assert code == 0, err
@@ -94,12 +95,14 @@ def test_workers_of_a_sweep_keep_to_the_precision_that_the_first_one_recorded(wo
     for shard in ("1/2", "0/2"):
         code, _, err = run(*arguments, "--shard", shard)
         assert code == 0, err
-        assert "precision bfloat16, as its first worker recorded it" in err
+        assert "precision bfloat16, as its first worker recorded it" in caplog.text
+        caplog.clear()
     [path] = Path("results").glob("*_results_*.json")
     assert {row["dtype"] for row in json.loads(path.read_text())["cells"]} == {"bfloat16"}
 
 
-def test_shards_of_an_extraction_keep_to_the_precision_that_the_first_one_recorded(workplace, run, tiny_folder):
+def test_shards_of_an_extraction_keep_to_the_precision_that_the_first_one_recorded(workplace, run, tiny_folder, caplog):
+    caplog.set_level("INFO")
     folder = str(tiny_folder("gpt2"))
     arguments = ("extract", "--teacher", folder, "--concepts", CATALOGUE, "--num-concepts", 40, "--layers", 2,
                  "--no-vocabulary", "--token-block", 1, "--output", "out.safetensors")  # fmt: skip
@@ -109,7 +112,8 @@ def test_shards_of_an_extraction_keep_to_the_precision_that_the_first_one_record
     for shard in ("0/2", "1/2"):
         code, out, err = run(*arguments, "--shard", shard)
         assert code == 0, err
-        assert "precision bfloat16, as the first worker recorded it" in err
+        assert "precision bfloat16, as the first worker recorded it" in caplog.text
+        caplog.clear()
     found = read_vectors(workplace / "out.safetensors")
     assert (found.dtype, found.extraction_key) == ("bfloat16", request.key)
     code, out, err = run(*arguments, "--shard", "1/2")  # once more, after the others have merged
