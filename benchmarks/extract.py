@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shutil
 import statistics
 import sys
 import tempfile
@@ -161,7 +160,8 @@ def main() -> None:
     prefix = common_prefix(ids, min(map(len, ids)) - 1)
     unshared = sum(len(tokens) - prefix for tokens in ids)
     flops = unshared * flops_per_token(teacher, request.layers)
-    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    home = tempfile.TemporaryDirectory(prefix="bench-")  # removed as the process ends, however it does
+    folder = Path(home.name)
     work: dict[str, Callable[[], Floats | Path]] = {
         "plain Hugging Face loop, float32": lambda: plain_loop(causal, tokenizer, texts, options.layer),
         "TransformerLens, float32": lambda: with_transformer_lens(bridge, tokenizer, texts, options.layer),
@@ -182,7 +182,6 @@ def main() -> None:
             seconds.setdefault(name, []).append(time.perf_counter() - begin)
             print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr)  # noqa: T201
             found[name] = read_vectors(made).vectors[:, 0, 0] if isinstance(made, Path) else made
-    shutil.rmtree(folder)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     loop = "plain Hugging Face loop, float32"
     print(  # noqa: T201

@@ -28,11 +28,9 @@ from tokenizers import Tokenizer
 
 from pipeline import Student
 from pipeline.extraction import read_texts
-from pipeline.precision import multiplies_faster
 from pipeline.student import BULK
 from pipeline.teachers import find_teacher, load_teacher
 
-CPU = torch.device("cpu")
 FRESH = "import sys; from pipeline import Student; Student.load(sys.argv[1]).encode('slow cooking')"
 
 
@@ -65,9 +63,8 @@ def floor(student: Student, phrases: list[str]) -> float:
     rows = [torch.from_numpy(tokens.values if part.pool == "mean" else tokens.values[tokens.offsets[1:] - 1])
             for part in student.reading.parts]  # fmt: skip
     copying = seconds(lambda: [table.index_select(0, own) for table, own in zip(tables, rows, strict=True)])
-    dtype = torch.bfloat16 if multiplies_faster(torch.bfloat16, CPU) else torch.float32
-    maps = [torch.from_numpy(value).to(dtype) for value in student.parameters.values() if min(value.shape) > 1]
-    inputs = [torch.randn(len(phrases), weight.shape[0]).to(dtype) for weight in maps]
+    maps = [torch.from_numpy(value) for value in student.parameters.values() if min(value.shape) > 1]
+    inputs = [torch.randn(len(phrases), weight.shape[0]) for weight in maps]
     multiplying = seconds(lambda: [x @ weight for x, weight in zip(inputs, maps, strict=True)])
     return copying + multiplying
 

@@ -35,6 +35,7 @@ from pipeline.features import Catalogued, Side, Subset
 from pipeline.grid import read_grid
 from pipeline.metrics import cosines
 from pipeline.options import Cell
+from pipeline.precision import of_training
 from pipeline.processes import start
 from pipeline.results import results_of
 from pipeline.schedule import stacks_of, training_flops
@@ -187,7 +188,7 @@ class Benchmark:
 
     def untracked(self, folder: Path) -> float:
         """The same without MLflow: the same lanes and results, baselines included, students and snapshots on disk."""
-        keys = {cell: cell_key(cell, self.data.vectors.identity) for cell in self.cells}
+        keys = {cell: cell_key(cell, self.data.vectors.identity, of_training(CPU)) for cell in self.cells}
         with Engine(self.data, CPU, keys, Spool(folder / "spool")) as engine:
             engine.add(stacks_of(self.cells))
             rows = list(engine.rows())

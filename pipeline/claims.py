@@ -3,7 +3,7 @@
 A worker claims a cell by making its run, or by taking over one that was left, with its own name in the tag ``owner``.
 MLflow has neither locks nor unique names, so a claim is made in three steps: claim, wait until everyone who looked at
 the same time has claimed too, look again. The run with the least id and the owner that stands there then are what all
-see. A worker shows that it lives, and which version of the code it has, by a tag on the parent run that changes every
+see. A worker shows that it lives, and which results version it has, by a tag on the parent run that changes every
 few seconds; clocks are never compared.
 """
 
@@ -78,7 +78,7 @@ class Claims:
         return patiently(lambda: self.tracker.open_sweep(self.sweep_id, name, tags, self._is_at_work))
 
     def other_version(self, work_key: str) -> tuple[str, str, str] | None:
-        """Who is at the same work, under whatever sweep id, with another version of the code.
+        """Who is at the same work, under whatever sweep id, with another results version.
 
         Only a beat that changes while we look tells: the dead leave one that stands still.
 
@@ -90,9 +90,7 @@ class Claims:
         while beats := self._beats_of_other_versions(work_key):
             if not first:
                 hosts = ", ".join({owner.split("/")[0] for owner in beats})
-                log.info(
-                    "%s: another version of the code; waiting up to %.0f s for a sign of life", hosts, GONE_SECONDS
-                )
+                log.info("%s: another results version; waiting up to %.0f s for a sign of life", hosts, GONE_SECONDS)
             for owner, (sweep_id, beat) in beats.items():
                 if first.setdefault(owner, beat) != beat:
                     return sweep_id, owner.split("/")[0], beat.partition(" ")[2]
@@ -241,7 +239,7 @@ class Claims:
 
 
 def _beats(parent: MlflowRun) -> dict[str, str]:
-    """The last beat of each worker below a parent run: a number, and the worker's version of the code."""
+    """The last beat of each worker below a parent run: a number, and the worker's results version."""
     tags = parent.data.tags.items()
     return {tag.removeprefix("worker."): str(beat) for tag, beat in tags if tag.startswith("worker.")}
 

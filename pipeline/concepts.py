@@ -12,7 +12,7 @@ import importlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import snowballstemmer
@@ -76,18 +76,25 @@ class Catalogue:
         return sorted(balanced_order(self.concepts, self.categories)[:count])
 
 
-def read_catalogue(source: str) -> Catalogue:
+def read_catalogue(source: str, language: str | None = None) -> Catalogue:
     """Read a catalogue from a CSV file or from word frequencies.
 
     Args:
         source: place of a CSV file with the columns ``concept,category``, or ``wordfreq:<language>:<n>``.
+        language: of the concepts, whose stemmer keeps related ones together; English, or what the source names.
 
     Raises:
-        InputError: the source is missing, empty, not UTF-8, lacks a column, or names a concept twice.
+        InputError: the source is missing, empty, not UTF-8, lacks a column, or names a concept twice; or a language
+            without a stemmer, or another one than the source names.
     """
-    if source.startswith("wordfreq:"):
-        return _read_wordfreq(source)
-    return _read_csv(fetch(source))
+    if language is not None and language not in STEMMERS:
+        raise choices("language", language, STEMMERS)
+    if not source.startswith("wordfreq:"):
+        return replace(_read_csv(fetch(source)), language=language or "en")
+    found = _read_wordfreq(source)
+    if language not in (None, found.language):
+        raise InputError(f"--language {language}: --concepts {source} are words of {found.language!r}")
+    return found
 
 
 def _read_csv(path: Path) -> Catalogue:
@@ -213,7 +220,7 @@ def split(catalogue: Catalogue) -> list[str]:
     return sides
 
 
-def by_categories(concepts: Sequence[str], categories: Sequence[str]) -> list[str]:
+def by_categories(concepts: Sequence[str], categories: Sequence[str], language: str = "en") -> list[str]:
     """A second split that holds out whole categories, one in five each for validation and test, at least one.
 
     Concepts of another category that share a word stem with a held-out one are left out of training ("none").
@@ -225,7 +232,7 @@ def by_categories(concepts: Sequence[str], categories: Sequence[str]) -> list[st
     side_of = dict.fromkeys(names, "train") | dict.fromkeys(names[:held], "test")
     side_of |= dict.fromkeys(names[held : 2 * held], "val")
     found = [side_of[category] for category in categories]
-    for group in stem_groups(concepts):
+    for group in stem_groups(concepts, language):
         if len(own := {found[row] for row in group}) > 1:
             kept = "test" if "test" in own else "val"
             for row in group:

@@ -24,7 +24,7 @@ def difficulty(cell: Cell, subset: Subset) -> Tensor | None:
     if cell.curriculum == "frequency":
         from wordfreq import zipf_frequency  # only here: it takes a third of a second to load
 
-        frequencies = [zipf_frequency(subset.concepts[row], "en") for row in subset.train.rows]
+        frequencies = [zipf_frequency(subset.concepts[row], subset.language) for row in subset.train.rows]
         return torch.tensor(frequencies).argsort(descending=True, stable=True)
     return leave_one_out(subset).argsort(descending=True, stable=True)
 

@@ -18,7 +18,7 @@ from pipeline.metrics import by_category
 from pipeline.options import Cell
 from pipeline.schedule import flops_of_prediction, parts_of, training_flops, with_little_padding
 from pipeline.spool import Spool
-from pipeline.stack import Progress, Snapshot, precision_of
+from pipeline.stack import Progress, Snapshot
 from pipeline.training import Keeping, Trained, train_stack
 
 Row = dict[str, Any]
@@ -34,6 +34,7 @@ class Engine:
         keys: the key of every cell.
         spool: where finished cells and the states of stopped stacks go; None keeps nothing.
         progress: called, from any thread, after each epoch of each cell.
+        automatic: the precision of cells that leave it open; that of the device's kind by default.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Engine:
         keys: Mapping[Cell, str],
         spool: Spool | None = None,
         progress: Callable[[Progress], None] = lambda step: None,
+        automatic: str | None = None,
     ) -> None:
         self.data, self.device, self.keys, self.spool = data, device, keys, spool
+        self.automatic = automatic
         self.lanes: Lanes[Row] = Lanes(room(device), device, progress)
         self._waiting: deque[list[tuple[list[Cell], Snapshot | None]]] = deque()  # what is claimed together
         self._early: list[tuple[list[Cell], Snapshot | None, Handle]] = []
@@ -66,8 +69,6 @@ class Engine:
             resume: go on from what the spool holds of them.
         """
         cells = [cell for stack in stacks for cell in stack]
-        for cell in cells:
-            precision_of(cell, self.device)  # measures once; processes forked later know it
         found: list[tuple[list[Cell], Snapshot | None]] = []
         if self.spool is not None and resume:
             finished = [cell for cell in cells if self.spool.row(self.keys[cell])]
@@ -163,7 +164,7 @@ class Engine:
 
         keeping = Keeping(snapshot, save, lambda: job.pause() or job.cancelled)
         subsets = [self.data.subset(cell) for cell in stack]
-        for trained in train_stack(stack, subsets, self.device, job.tell, keeping):
+        for trained in train_stack(stack, subsets, self.device, job.tell, keeping, self.automatic):
             yield self._row(trained)
         if self.spool is not None and not keeping.pause():
             self.spool.forget({self.keys[cell] for cell in stack})

@@ -27,7 +27,7 @@ from pipeline.storage import is_remote, writable, write_atomically
 from pipeline.student import Student
 from pipeline.students.baselines import BASELINES
 from pipeline.tables import markdown_table
-from pipeline.teachers import Teacher, find_teacher, load_teacher
+from pipeline.teachers import Teacher, find_teacher, load_teacher, warn_of_other_weights
 from pipeline.tracking import closing, connect
 from pipeline.vocabulary import Bar
 
@@ -102,7 +102,7 @@ def _groups(data: Catalogued, rows: Sequence[int]) -> dict[str, dict[str, list[i
     groups: dict[str, dict[str, list[int]]] = {kind: {} for kind in GROUPS}
     for place, row in enumerate(rows):
         tokens = len(data.types[row])
-        zipf = zipf_frequency(data.vectors.concepts[row], "en")
+        zipf = zipf_frequency(data.vectors.concepts[row], data.vectors.language)
         bucket = int(np.searchsorted(FREQUENCIES, zipf, side="right"))
         edges = ["rare", *(f"Zipf {edge:g} and more" for edge in FREQUENCIES)]
         for kind, value in (
@@ -222,11 +222,11 @@ def run_evaluate(
     data = Catalogued(vectors_for(grid, options.vectors))
     teacher = None
     if options.teacher is not None:
-        source = find_teacher(options.teacher, "auto", accelerator.device)
-        if source.revision != data.vectors.revision:
-            log.warning("%s: not the weights that the vectors are of (%s)", options.teacher, data.vectors.revision)
+        dtype = options.dtype or data.vectors.dtype
+        source = find_teacher(options.teacher, dtype, accelerator.device, options.trust_remote_code)
+        warn_of_other_weights(source, data.vectors.revision)
         log.info("loading %s", source.name)
-        teacher = load_teacher(source, accelerator.device)
+        teacher = load_teacher(source, accelerator.device, options.device_map)
     with bar(sum(len(seeds) for seeds in students.values())) as advance:
         rows = evaluate(students, data, teacher, advance)
     stem = folder / f"{name}_evaluation_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"

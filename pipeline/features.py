@@ -59,6 +59,7 @@ class Subset:
         train, val, test: the sides.
         mean, scale, reading: see above.
         concepts: all of the vectors file, by row.
+        language: of the concepts.
         variants: how often each training concept stands in ``augmented``, one after another.
         augmented: the training side as descent sees it: other targets, dropped tokens; ``train`` where there is none.
     """
@@ -70,6 +71,7 @@ class Subset:
     scale: float
     reading: Reading
     concepts: tuple[str, ...]
+    language: str
     variants: int
     augmented: Side
 
@@ -129,7 +131,7 @@ class Catalogued:
 
     @cached_property
     def _categories_apart(self) -> list[str]:
-        return by_categories(self.vectors.concepts, self.vectors.categories)
+        return by_categories(self.vectors.concepts, self.vectors.categories, self.vectors.language)
 
     def subset(self, cell: Cell) -> Subset:
         """The cell's training concepts, the first so many, and the held-out ones, with its block as target.
@@ -205,6 +207,7 @@ class Catalogued:
             scale=scale,
             reading=reading,
             concepts=self.vectors.concepts,
+            language=self.vectors.language,
             variants=variants,
             augmented=augmented,
         )
@@ -303,12 +306,16 @@ def _drop(types: NDArray[np.int64], share: float, draw: np.random.Generator) -> 
 
 
 def _whitened(table: NDArray[Any], fitted: NDArray[Any]) -> Floats:
-    """Token embeddings without the correlations that those of the training concepts have, shrunk."""
+    """Token embeddings without the correlations that those of the training concepts have, shrunk.
+
+    Turned back into the embeddings' own axes: eigenvectors, of which those of equal values may be any, differ from
+    processor to processor.
+    """
     own = fitted.astype(np.float64)
     offset = own.mean(0)
     values, vectors = np.linalg.eigh((own - offset).T @ (own - offset) / len(own))
     scale = np.sqrt(values.clip(min=0) + WHITENING * values.mean())
-    whitened: Floats = ((table.astype(np.float64) - offset) @ vectors / scale).astype(np.float32)
+    whitened: Floats = ((table.astype(np.float64) - offset) @ (vectors / scale @ vectors.T)).astype(np.float32)
     return whitened
 
 

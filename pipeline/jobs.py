@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -21,8 +21,9 @@ from pipeline.extraction import Cost, automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
 from pipeline.options import ExtractOptions
 from pipeline.plan import Plan, merge
+from pipeline.precision import hint
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
-from pipeline.request import Request, check_output, check_prompts, header_of, is_extracted, make_request
+from pipeline.request import Request, as_merged, check_output, check_prompts, header_of, is_extracted, make_request
 from pipeline.storage import Output, put
 from pipeline.teachers import Source, Teacher, find_teacher, load_teacher
 from pipeline.tracking import Run, closing, connect, patiently
@@ -50,7 +51,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
     """
     shard = parse_shard(options.shard)
     check_prompts(options.template, options.pool)
-    catalogue = read_catalogue(options.concepts)
+    catalogue = read_catalogue(options.concepts, options.language)
     source = find_teacher(options.teacher, options.dtype, accelerator.device, options.trust_remote_code)
     slug = source.name.replace("/", "--")
     output = Output.at(options.output or f"data/vectors/{slug}.safetensors")
@@ -60,6 +61,8 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
     )  # fmt: skip
     if output.path.suffix == ".pt" and (len(request.layers), len(request.templates)) != (1, 1):
         raise InputError(f"--output {output}: a .pt file holds one layer and one template; write .safetensors")
+    if options.dtype == "auto" and shard.count > 1:
+        request = as_merged(output, request)
     held = is_extracted(output, request)
     check_output(output, request, options.concepts, options.overwrite)
     if not accelerator.is_main_process:
@@ -76,6 +79,10 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
             patiently(lambda: run.set_tags(known))
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
         plan, teacher = _share(options, accelerator, source, request, output, shard, bar, run)
+        if plan.dtype != request.dtype:
+            source, request = replace(source, dtype=plan.dtype), replace(request, dtype=plan.dtype)
+            key = {"extraction_key": request.key}
+            patiently(lambda: run.set_tags(key))
         if not options.merge and (missing := len(plan.missing())) and not plan.is_merged:
             output.leave()
             return f"{output}: shard {options.shard} is done; the last shard merges, {missing} parts are left to others"
@@ -113,12 +120,18 @@ def _share(
     me = worker_of(shard, accelerator)
     tokens = options.batch_tokens or automatic_batch_tokens(source.config, accelerator.device)
     d_model = source.config.get_text_config().hidden_size
-    plan = Plan.open(output, request, d_model, me.count, tokens)
+    plan = Plan.open(output, request, d_model, me.count, tokens, dtype_is_open=options.dtype == "auto")
+    if plan.dtype != request.dtype:
+        log.info("precision %s, as the first worker recorded it", plan.dtype)
+        source, request = replace(source, dtype=plan.dtype), replace(request, dtype=plan.dtype)
     accelerator.wait_for_everyone()  # nobody opens the plan of a finished and merged extraction
     todo = [] if options.merge else plan.missing(me)
     if done := len(plan.parts) - len(plan.missing()):
         log.info("%d of %d parts were extracted before", done, len(plan.parts))
     if todo:
+        advice = hint("--dtype bfloat16", plan.dtype, accelerator.device) if options.dtype == "auto" else None
+        if advice and accelerator.is_main_process:
+            log.info(advice)
         log.info("loading %s", source.name)
         teacher = load_teacher(source, accelerator.device, options.device_map)
         templates = len(request.templates)

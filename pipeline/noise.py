@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.options import Cell
 from pipeline.students import KINDS
-from pipeline.students.dropout import Dropped, cutting_pays
+from pipeline.students.dropout import Dropped
 
 
 def mixing(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
@@ -56,11 +56,7 @@ class Dropout:
         self.batch_size, self.features, self.noise = cell.batch_size, features, cell.noise
         self.kept = round(256 * (1 - cell.dropout))  # of 256
         self.units = max(1, round(cell.hidden_dim * self.kept / 256))  # that a site keeps
-        sites = KINDS[cell.student].sites
-        assert sites is not None
-        self.sites = sites(cell.layers) if self.kept < 256 else []
-        self.cuts = cutting_pays(dtype, device)
-        self.shape = len(self.sites), cell.hidden_dim
+        self.shape = KINDS[cell.student].sites * cell.layers, cell.hidden_dim
         self.dtype, self.device = dtype, device
         self.generators = {cell.seed: torch.Generator(device).manual_seed(cell.seed) for cell in cells}
         self.keep(cells)
@@ -112,11 +108,9 @@ class Dropout:
         torch.lt(words.view(torch.uint8)[:, : rows * self.features], self.kept, out=drawn)
         mask = drawn.mul_(256 / self.kept).view(-1, rows, self.features)  # [seeds, B, features]
         units = ranks.topk(self.units, sorted=False).indices  # [seeds, sites, kept]
-        if self.cuts:
-            return Dropped(self._of_members(mask), units=self._of_members(units)[:, :, None].unbind(1))
         masks = torch.zeros(ranks.shape, dtype=self.dtype, device=self.device)
         masks.scatter_(-1, units, ranks.shape[-1] / self.units)
-        return Dropped(self._of_members(mask), masks=self._of_members(masks)[:, :, None].unbind(1))
+        return Dropped(self._of_members(mask), self._of_members(masks)[:, :, None].unbind(1))
 
     def _of_members(self, drawn: Tensor) -> Tensor:
         """From one a seed to one a member, where members have several."""

@@ -78,6 +78,12 @@ def _is_a(value: object, kind: type) -> bool:
     return isinstance(value, kind)
 
 
+# Of every command that loads a teacher.
+DEVICE_MAP = "Spread a big teacher over devices: auto, balanced or sequential.  [default: one device]"
+TRUST = "Run model code that comes with the weights; only if you trust its authors."
+TEACHER_DTYPE = "Precision of the teacher, as for extract.  [default: that of the vectors]"
+
+
 @dataclass(frozen=True)
 class ExtractOptions:
     """Run a teacher over the concepts and keep its activation vectors."""
@@ -91,6 +97,11 @@ class ExtractOptions:
     concepts: str = option(
         "data/concepts.csv",
         "CSV file with the columns concept,category; or wordfreq:en:20000 for the most frequent words of a language.",
+    )
+    language: str | None = option(
+        None,
+        "Language of the concepts (en, de, fr, ...): concepts that share a word stem are held out together.  "
+        "[default: en, or that of wordfreq]",
     )
     num_concepts: int | None = option(
         None, "Extract so many concepts, spread over the categories.  [default: all]", minimum=1
@@ -111,7 +122,7 @@ class ExtractOptions:
     dtype: str = option(
         "auto",
         "Precision of the teacher: float32, bfloat16, float16, int8 (8-bit weights, needs bitsandbytes); auto takes "
-        "bfloat16 for 16-bit weights where the hardware is faster in it.",
+        "bfloat16 on CUDA for weights of 16 bits or fewer, else float32.",
     )
     batch_tokens: int | None = option(
         None, "Tokens of a batch; halved when memory runs out.  [default: found from the device]", minimum=1
@@ -125,15 +136,14 @@ class ExtractOptions:
     vocabulary: bool = option(
         True, "Also write the teacher's whole vocabulary, beside the vectors: with it students answer for any text."
     )
-    device_map: str | None = option(
-        None, "Spread a big teacher over devices: auto, balanced or sequential.  [default: one device]"
-    )
-    trust_remote_code: bool = option(
-        False, "Run model code that comes with the weights; only if you trust its authors."
-    )
+    device_map: str | None = option(None, DEVICE_MAP)
+    trust_remote_code: bool = option(False, TRUST)
 
 
 SHIPPED = "data/vectors/smollm2-135m.safetensors"
+# Raised by hand whenever what is computed of a cell changes; finished cells of another version are not taken over. The
+# golden numbers of the tests notice when it should have been.
+RESULTS_VERSION = 1
 # Options that a cell's name shows where they are not the default.
 SHORT_NAMES = {
     "inputs": "", "skip": "skip", "temperature": "t", "targets": "targets-", "token_dropout": "td", "noise": "n",
@@ -189,7 +199,9 @@ class Cell:
         None, "Stop after so many epochs without a better validation cosine.  [default: never]", minimum=1
     )
     precision: str = option(
-        "auto", "Matrix products of training: float32, bfloat16, or auto, the faster here (0.002 cosine apart at most)."
+        "auto",
+        "Matrix products of training: float32, bfloat16, or auto: bfloat16 on CUDA, float32 elsewhere. They are 0.002 "
+        "cosine apart at most.",
     )
 
     @property
@@ -243,7 +255,9 @@ class SweepOptions:
     register: str | None = option(None, "Register the best student in MLflow under this name, with the alias best.")
     shard: str = option("0/1", "The part i/n of the cells, i from 0; the shard that completes the sweep reports.")
     report: bool = option(True, "Draw tables and plots at the end; the report command draws them later too.")
-    resume: bool = option(True, "Skip cells that are finished already, with the same settings, data and code.")
+    resume: bool = option(
+        True, "Skip cells that are finished already, with the same settings, data and version of the results."
+    )
     dry_run: bool = option(False, "Train nothing; show the cells, how they are dealt out, and about how long it takes.")
 
 
@@ -276,6 +290,9 @@ class EvaluateOptions:
         None,
         "Also put the vectors into this teacher and compare what it says next (kl_recovered): a name as for extract.",
     )
+    dtype: str | None = option(None, TEACHER_DTYPE)
+    device_map: str | None = option(None, DEVICE_MAP)
+    trust_remote_code: bool = option(False, TRUST)
     vectors: str | None = option(
         None, "The vectors file that the students were trained on.  [default: the grid's, or " + SHIPPED + "]"
     )
@@ -301,6 +318,9 @@ class PredictOptions:
     nearest: int | None = option(None, "Also name so many concepts whose true vectors are nearest.", minimum=1)
     compare: bool = option(False, "Also run the teacher, and give the cosine of each vector with the true one.")
     teacher: str | None = option(None, "The teacher to compare with.  [default: the student's own]")
+    dtype: str | None = option(None, TEACHER_DTYPE)
+    device_map: str | None = option(None, DEVICE_MAP)
+    trust_remote_code: bool = option(False, TRUST)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """How a request is cut into parts, and how the parts become a vectors file.
 
 A part is some of the request's rows. Every worker (process or machine) reads its own parts and writes each as it is
-finished, into a folder beside the output that is named by the request's hash. So memory does not grow with the number
-of concepts, and a run that was killed goes on with the parts that are missing. Whoever finds all parts there merges
-them. What is in a part depends on the request and on the folder's plan only, so the file is the same to the last byte,
-however often the work was interrupted.
+finished, into a folder beside the output that is named by a hash of what was asked for. So memory does not grow with
+the number of concepts, and a run that was killed goes on with the parts that are missing. Whoever finds all parts there
+merges them. What is in a part depends on the request and on the folder's plan only, so the file is the same to the last
+byte, however often the work was interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a request is cut into parts; the first worker writes it down and all others keep to it."""
+    """How a request is cut into parts, and its precision; the first worker writes it down and all others keep to it."""
 
     output: Output
     folder: Path
@@ -63,9 +63,18 @@ class Plan:
     rows: int
     part_rows: int
     batch_tokens: int
+    dtype: str
 
     @classmethod
-    def open(cls, output: Output, request: Request, d_model: int, workers: int, batch_tokens: int) -> Plan:
+    def open(
+        cls,
+        output: Output,
+        request: Request,
+        d_model: int,
+        workers: int,
+        batch_tokens: int,
+        dtype_is_open: bool = False,
+    ) -> Plan:
         """Take up the plan that is there, or make one.
 
         Args:
@@ -74,15 +83,18 @@ class Plan:
             d_model: width of the teacher's residual stream.
             workers: how many there are; each should find work.
             batch_tokens: tokens of a batch.
+            dtype_is_open: whether the user left the precision open; then the request's is only the first worker's to
+                decide, and the plan's ``dtype`` holds for all.
         """
         row_bytes = 4 * len(request.templates) * len(request.layers) * d_model
         rows = min(PART_ROWS, PART_BYTES // row_bytes, math.ceil(len(request.concepts) / workers))
-        content = json.dumps({"part_rows": max(1, rows), "batch_tokens": batch_tokens})
-        parts = f".parts-{request.key[:12]}"
+        content = json.dumps({"part_rows": max(1, rows), "batch_tokens": batch_tokens, "dtype": request.dtype})
+        asked = replace(request, dtype="auto") if dtype_is_open else request
+        parts = f".parts-{asked.key[:12]}"
         folder = output.path.with_name(output.path.name + parts)
         url = None if output.url is None else output.url + parts
         stands = create(f"{url or folder}/{PLAN}", content)
-        return cls(output, folder, url, len(request.concepts), **json.loads(stands))
+        return cls(output, folder, url, len(request.concepts), **{"dtype": request.dtype} | json.loads(stands))
 
     @cached_property
     def parts(self) -> list[Part]:

@@ -1,36 +1,44 @@
-"""Which precision is fast here."""
+"""The precision of matrix products where none is asked for: fixed rules, so that no clock decides a number.
+
+They depend on the weights and on the kind of device alone, so the same command gives the same numbers and the same keys
+on every machine of a kind. What its first worker took is recorded with an extraction and with a sweep, and the workers
+that come later keep to it, whatever they run on.
+"""
 
 from __future__ import annotations
 
-import functools
-import time
-
 import torch
 
-CLEARLY = 4.0  # so many times as long
 
+def of_teacher(stored: object, device: torch.device) -> str:
+    """The precision of a teacher: bfloat16 on CUDA for weights of 16 bits or fewer, else float32.
 
-@functools.cache
-def multiplies_faster(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether matrix products in a short type take well under the time that float32 takes here, measured.
+    Such weights lose nothing in bfloat16 arithmetic but the rounding of activations; others lose more.
 
-    On one thread: where other programs are at work, several would wait for each other, and say little of the products.
+    Args:
+        stored: the type that the weights are stored in, as far as it is known.
+        device: where the teacher computes.
     """
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    is_short = isinstance(stored, torch.dtype) and stored.itemsize <= 2
+    return "bfloat16" if is_short and device.type == "cuda" else "float32"
 
-    kinds = (torch.float32, dtype)
-    pairs = [(torch.ones(256, 512, dtype=kind), torch.ones(512, 512, dtype=kind)) for kind in kinds]
-    times: list[list[float]] = [[], []]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for turn in range(9):  # by turns, so that what else runs here slows both
-        for (a, b), own in zip(pairs, times, strict=True):
-            begin = time.perf_counter()
-            a @ b
-            own.append(time.perf_counter() - begin)
-        long, short = (min(own) for own in times)
-        if turn >= 2 and short > CLEARLY * long:  # no support at all: each product takes long
-            break
-    torch.set_num_threads(threads)
-    return short < 0.8 * long
+
+def of_training(device: torch.device) -> str:
+    """The precision of training: bfloat16 on CUDA, float32 elsewhere."""
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def hint(option: str, taken: str, device: torch.device) -> str | None:
+    """Advice for processors that have instructions for bfloat16 where float32 was taken; None for others.
+
+    Args:
+        option: how bfloat16 is asked for.
+        taken: the precision in use.
+        device: where it is used.
+    """
+    if device.type != "cpu" or taken != "float32":
+        return None
+    known = torch.cpu.get_capabilities()
+    if not (known.get("amx_bf16") or known.get("avx512_bf16")):
+        return None
+    return f"hint: this processor has instructions for bfloat16; {option} may be faster, with slightly other numbers"

@@ -122,11 +122,13 @@ def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str
     """What gives the centred cosines with the teacher's own vectors; the teacher is loaded here."""
     from pipeline.extraction import read_texts
     from pipeline.processes import start
-    from pipeline.teachers import find_teacher, load_teacher
+    from pipeline.teachers import find_teacher, load_teacher, warn_of_other_weights
 
     device = start().device
-    name = options.teacher or student.config["teacher"]
-    teacher = load_teacher(find_teacher(name, student.config["dtype"], device), device)
+    name, dtype = options.teacher or student.config["teacher"], options.dtype or student.config["dtype"]
+    source = find_teacher(name, dtype, device, options.trust_remote_code)
+    warn_of_other_weights(source, student.config["revision"])
+    teacher = load_teacher(source, device, options.device_map)
 
     def compare(texts: list[str], vectors: Floats) -> Floats:
         place = student.config

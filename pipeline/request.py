@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from pipeline.teachers import Source, parse_layers
 from pipeline.vectors import FORMAT, parse_header, read_header, read_unverified_header
 
 POOLS = ("last", "mean")
+# What the key says of the computation: raised by hand (activation-vectors-3.1, ...) whenever an extraction gives other
+# vectors for the same request. `FORMAT` tells only whether a file can be read.
+EXTRACTION_VERSION = "activation-vectors-3"
 MOST_HEADER_BYTES = 1 << 30
 COMPARED = ("teacher", "revision", "concepts", "layers", "templates", "pool", "dtype", "token_block")
 MOST_LISTED = 8
@@ -44,11 +47,15 @@ class Request:
     dtype: str
     depth: int
     token_block: int | None = None
+    language: str = "en"
 
     @cached_property
     def key(self) -> str:
         """Hash of the request; the teacher counts by its weights and not by its name."""
-        content = {name: value for name, value in asdict(self).items() if name != "teacher"} | {"format": FORMAT}
+        content = {name: value for name, value in asdict(self).items() if name != "teacher"}
+        content["format"] = EXTRACTION_VERSION
+        if self.language == "en":  # keys of before there were others
+            del content["language"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -58,6 +65,8 @@ class Request:
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             for name, value in asdict(self).items()
         }
+        if self.language == "en":
+            del values["language"]
         return values | {"format": FORMAT, "extraction_key": self.key}
 
 
@@ -102,6 +111,7 @@ def make_request(
         dtype=source.dtype,
         depth=source.depth,
         token_block=token_block,
+        language=catalogue.language,
     )
 
 
@@ -145,6 +155,13 @@ def is_extracted(output: Output, request: Request) -> bool:
         return output.url is not None or bool(read_header(output.path))
     except InputError:
         return False
+
+
+def as_merged(output: Output, request: Request) -> Request:
+    """The request in the precision that other shards took, where they have merged already; else as it is."""
+    header = header_of(output) or {}
+    merged = replace(request, dtype=header.get("dtype", request.dtype))
+    return merged if header.get("extraction_key") == merged.key else request
 
 
 def check_output(output: Output, request: Request, concepts: str, overwrite: bool) -> None:

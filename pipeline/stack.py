@@ -24,9 +24,7 @@ from pipeline.metrics import cosines
 from pipeline.noise import Dropout, mixed, mixing
 from pipeline.objectives import objective_of
 from pipeline.options import Cell
-from pipeline.precision import multiplies_faster
 from pipeline.students import KINDS
-from pipeline.students.dropout import cut, put_back
 
 PER_DOUBLING = 8  # evaluations while the epochs double, where they are log-spaced
 WARM_UP = 0.05  # share of a member's steps
@@ -61,11 +59,11 @@ class Snapshot:
     generators: dict[int, Tensor]
 
 
-def precision_of(cell: Cell, device: torch.device) -> torch.dtype:
-    """The type of the cell's matrix products on a device."""
-    if cell.precision == "auto":
-        return torch.bfloat16 if multiplies_faster(torch.bfloat16, device) else torch.float32
-    return PRECISIONS[cell.precision]
+def precision_of(cell: Cell, automatic: str) -> str:
+    """The type of the cell's matrix products: ``automatic`` where it leaves that open, float64 of closed forms."""
+    if KINDS[cell.student].solve:
+        return "float64"
+    return automatic if cell.precision == "auto" else cell.precision
 
 
 @dataclass
@@ -138,14 +136,15 @@ class Stack:
     Args:
         members: of one `stack_key`.
         device: where they train.
+        automatic: the precision of cells that leave it open.
     """
 
-    def __init__(self, members: list[Member], device: torch.device) -> None:
+    def __init__(self, members: list[Member], device: torch.device, automatic: str) -> None:
         cells = [member.cell for member in members]
         cell = cells[0]
         self.members = members
         self.batch = max(member.batch for member in members)
-        self.dtype = precision_of(cell, device)
+        self.dtype = PRECISIONS[precision_of(cell, automatic)]
         self.apply, self.objective = KINDS[cell.student].apply, objective_of(cell.objective, cell.temperature)
         self.mixup = cell.mixup
         # [S, rows, columns] each
@@ -182,12 +181,8 @@ class Stack:
             name: (value.to(self.dtype) if shorten else value.detach()).requires_grad_()
             for name, value in self.parameters.items()
         }
-        # Parameters that each step cuts.
-        sites = enumerate(self.dropout.sites if self.dropout.cuts else [])
-        self.site_of = {name: site for site, names in sites for name in names}
-        self.short = [name for name in self.parameters if shorten and name not in self.site_of]
-        # Where gradients go that are of few bits or of a part.
-        self.gradients = {name: torch.empty_like(self.parameters[name]) for name in [*self.short, *self.site_of]}
+        # Where gradients of few bits go.
+        self.gradients = [torch.empty_like(value) for value in self.parameters.values()] if shorten else []
         self.views = [
             tuple([value[row] for value in tensors.values()] for tensors in (self.parameters, *self.moments))
             for row in range(len(self.members))
@@ -211,23 +206,17 @@ class Stack:
             values.index_select(0, self.order[step]).view(*weights.shape, -1) for values in (self.inputs, self.targets)
         )
         dropped = self.dropout.draw(self.batch)
-        units = () if dropped is None else dropped.units
         inputs = self.dropout.noisy(inputs)
         if self.mixup:
             inputs, targets = (mixed(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets))
-        leaves = dict(self.leaves)
-        for name, site in self.site_of.items():
-            leaves[name] = cut(leaves[name].detach(), units[site]).requires_grad_()
-        answer = self.apply(leaves, inputs, dropped)  # [S, B, D]
+        answer = self.apply(self.leaves, inputs, dropped)  # [S, B, D]
         loss = self.objective(answer.float(), targets, weights)  # [S]
         # Members share no parameter, so their losses may be summed.
-        gradients = dict(zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True))
+        gradients = list(torch.autograd.grad(loss.sum(), list(self.leaves.values())))
         self.data["losses"] += loss.detach()
-        if self.short:
-            torch._foreach_copy_([self.gradients[name] for name in self.short], [gradients[n] for n in self.short])
-        for name, site in self.site_of.items():
-            put_back(gradients[name], units[site], self.gradients[name])
-        self._update(list((gradients | self.gradients).values()), step)
+        if self.gradients:
+            torch._foreach_copy_(self.gradients, gradients)
+        self._update(self.gradients or gradients, step)
         self._shorten()
 
     def _update(self, gradients: Sequence[Tensor], step: int) -> None:

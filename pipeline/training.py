@@ -18,6 +18,7 @@ from pipeline.features import Side, Subset
 from pipeline.metrics import cosines, faithfulness
 from pipeline.objectives import keeps_length
 from pipeline.options import Cell
+from pipeline.precision import of_training
 from pipeline.stack import Member, Progress, Snapshot, Stack, start
 from pipeline.students import KINDS
 
@@ -27,7 +28,7 @@ LAST = ("weight", "out.weight", "out.bias", "skip.weight")  # the maps whose sum
 # Cells that agree in these have the same shapes and the same arithmetic.
 SHAPE = (
     "student", "hidden_dim", "layers", "inputs", "skip", "objective", "temperature", "batch_size", "dropout", "noise",
-    "mixup", "precision",
+    "mixup", "precision", "split",
 )  # fmt: skip
 
 
@@ -92,6 +93,7 @@ def train_stack(
     device: torch.device,
     progress: Callable[[Progress], None] = lambda step: None,
     keeping: Keeping | None = None,
+    automatic: str | None = None,
 ) -> Iterator[Trained]:
     """Train cells of one `stack_key` and yield each as it finishes; when asked to stop, yield no more.
 
@@ -101,10 +103,14 @@ def train_stack(
         device: where they train.
         progress: called after each member's epoch.
         keeping: how to stop and go on.
+        automatic: the precision of cells that leave it open; that of the device's kind by default.
     """
     pairs, keeping = list(zip(cells, subsets, strict=True)), keeping or Keeping()
-    solve = _solve if KINDS[cells[0].student].solve else _descend
-    for trained, subset in solve(pairs, device, progress, keeping):
+    if KINDS[cells[0].student].solve:
+        finished = _solve(pairs, progress, keeping)
+    else:
+        finished = _descend(pairs, device, progress, keeping, automatic or of_training(device))
+    for trained, subset in finished:
         _finish(trained, subset)
         yield trained
 
@@ -136,9 +142,7 @@ def _finish(trained: Trained, subset: Subset) -> None:
 Pairs = list[tuple[Cell, Subset]]
 
 
-def _solve(
-    pairs: Pairs, _device: torch.device, progress: Callable[[Progress], None], keeping: Keeping
-) -> Iterator[tuple[Trained, Subset]]:
+def _solve(pairs: Pairs, progress: Callable[[Progress], None], keeping: Keeping) -> Iterator[tuple[Trained, Subset]]:
     for cell, subset in pairs:
         if keeping.pause():
             return
@@ -155,11 +159,11 @@ def _solve(
 
 
 def _descend(
-    pairs: Pairs, device: torch.device, progress: Callable[[Progress], None], keeping: Keeping
+    pairs: Pairs, device: torch.device, progress: Callable[[Progress], None], keeping: Keeping, automatic: str
 ) -> Iterator[tuple[Trained, Subset]]:
     """Gradient descent on a stack; yields members as they finish."""
     # The longest first: who finishes is mostly at the end, and the rest of the stack stays in place.
-    stack = Stack(sorted((start(*pair) for pair in pairs), key=lambda member: -member.steps), device)
+    stack = Stack(sorted((start(*pair) for pair in pairs), key=lambda member: -member.steps), device, automatic)
     step = _go_on(stack, keeping.start, progress) if keeping.start else 0
     last = saved = time.perf_counter()
     wait = SAVE_SECONDS

@@ -61,6 +61,7 @@ class Vectors:
         pool: "last" (last token of the prompt) or "mean" (over the concept's tokens).
         dtype: the precision that the teacher computed in.
         extraction_key: hash of all that decides the vectors: weights, concepts, templates, layers, pool and dtype.
+        language: of the concepts, whose stems the splits keep on one side.
     """
 
     vectors: NDArray[np.floating[Any]]
@@ -81,6 +82,7 @@ class Vectors:
     pool: str
     dtype: str
     extraction_key: str
+    language: str = "en"
 
     @property
     def d_model(self) -> int:
@@ -102,6 +104,8 @@ class Vectors:
         """The file's header, without its own checksum."""
         header = {name: json.dumps(getattr(self, name), ensure_ascii=False) for name in LISTS}
         header |= {name: getattr(self, name) for name in STRINGS}
+        if self.language != "en":  # files of before there were others say nothing
+            header["language"] = self.language
         return header | {"format": FORMAT, "sha256": self.sha256}
 
     @cached_property
@@ -241,7 +245,7 @@ def _read_safetensors(path: Path) -> Vectors:
     if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
         raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
     values: dict[str, Any] = {**tensors, **{name: _untangled(json.loads(header[name])) for name in LISTS}}
-    found = Vectors(**values, **{name: header[name] for name in STRINGS})
+    found = Vectors(**values, **{name: header[name] for name in STRINGS}, language=header.get("language", "en"))
     if found.sha256 != header["sha256"]:
         raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")
     rows = len(found.concepts)

@@ -1,5 +1,6 @@
 """Real parts for the tests: the shipped vectors, the embedded teacher, and tiny random models of real architectures."""
 
+import atexit
 import functools
 import os
 import random
@@ -158,7 +159,9 @@ def tiny_folder(catalogue, tmp_path_factory):
 @functools.cache
 def _template():
     """An empty tracking database: MLflow takes seconds to make one."""
-    path = Path(tempfile.mkdtemp()) / "mlflow.db"
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 

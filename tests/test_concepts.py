@@ -5,9 +5,21 @@ from collections import Counter
 
 import inflect
 import pytest
+from conftest import CATALOGUE
 
-from pipeline.concepts import Catalogue, balanced_order, counts, read_catalogue, split, stem_groups, stems
+from pipeline.concepts import (
+    Catalogue,
+    balanced_order,
+    by_categories,
+    counts,
+    read_catalogue,
+    split,
+    stem_groups,
+    stems,
+)
 from pipeline.errors import InputError
+from pipeline.features import Catalogued
+from pipeline.vectors import read_vectors
 
 CATEGORIES = {
     "Objects", "Actions", "Properties", "Abstract", "Emotions", "Science", "Technology", "Relationships", "Places",
@@ -126,3 +138,40 @@ def test_a_wrong_file_is_named_with_its_line(tmp_path, content, complaint):
 def test_a_source_that_does_not_exist_is_refused(source):
     with pytest.raises(InputError):
         read_catalogue(source)
+
+
+def test_stems_are_those_of_the_language_that_is_named(workplace, run, tiny_folder):
+    words = read_catalogue("wordfreq:de:1500").concepts
+    rows = [f"{word},{'abcde'[place % 5]}\n" for place, word in enumerate(words)]
+    (workplace / "german.csv").write_text("concept,category\n" + "".join(rows))
+    found = {}
+    for language in ((), ("--language", "de")):
+        code, _, err = run("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "german.csv", "--layers", 2,
+                           "--no-vocabulary", "--output", f"{len(language)}.safetensors", *language)  # fmt: skip
+        assert code == 0, err
+        found[language] = read_vectors(workplace / f"{len(language)}.safetensors")
+    english, german = found.values()
+    assert (english.language, german.language) == ("en", "de")
+    assert german.extraction_key != english.extraction_key
+    assert leaks(english.concepts, english.splits)
+    assert not leaks(german.concepts, german.splits)
+    held = by_categories(german.concepts, german.categories, "de")
+    assert not leaks(german.concepts, held)
+    assert Catalogued(german)._categories_apart == held
+
+
+def leaks(concepts, sides):
+    """German stems on two sides of a split."""
+    of_stem = {}
+    for concept, side in zip(concepts, sides, strict=True):
+        for stem in stems(concept, "de"):
+            of_stem.setdefault(stem, set()).add(side)
+    return [stem for stem, own in of_stem.items() if len(own - {"none"}) > 1]
+
+
+def test_a_language_is_one_that_has_a_stemmer_and_that_of_its_words():
+    with pytest.raises(InputError, match="unknown language 'xx'; available: da, de"):
+        read_catalogue(str(CATALOGUE), "xx")
+    with pytest.raises(InputError, match=r"--language de: .* are words of 'en'"):
+        read_catalogue("wordfreq:en:20", "de")
+    assert read_catalogue("wordfreq:de:20", "de").language == read_catalogue("wordfreq:de:20").language == "de"

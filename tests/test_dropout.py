@@ -1,4 +1,4 @@
-"""What dropout leaves out is not multiplied, and nothing else changes: the same as masks on all of it."""
+"""Dropout is that of a mask in each block, drawn once a step and seed."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pipeline.noise import Dropout
 from pipeline.options import Cell
 from pipeline.students import mlp, transformer
-from pipeline.students.dropout import Dropped, cut, put_back
+from pipeline.students.dropout import Dropped
 
 MEMBERS, BATCH, FEATURES, OUTPUTS, HIDDEN, LAYERS = 3, 5, 80, 6, 32, 2
 CPU = torch.device("cpu")
@@ -25,7 +25,8 @@ def masked_mlp(parameters, inputs, mask, masks):
 def masked_transformer(parameters, inputs, mask, masks):
     """What its sites give is linear in their weights, so that a mask may as well stand there."""
     masked = dict(parameters)
-    for site, (name,) in enumerate(transformer.sites(LAYERS)):
+    names = [f"block{block}.{way}.weight" for block in range(LAYERS) for way in ("merge", "down")]
+    for site, name in enumerate(names):
         masked[name] = parameters[name] * masks[:, site, None]
     return transformer.apply(masked, inputs * mask)
 
@@ -51,51 +52,29 @@ def test_answers_and_gradients_are_those_of_masks(student, masked, start, shared
         for name, value in shapes.items()
     }
     inputs = torch.randn(MEMBERS, BATCH, FEATURES, generator=source, dtype=torch.float64)
-    sites, seeds, kept = student.sites(LAYERS), 1 if shared else MEMBERS, 20
+    sites, seeds, kept = student.SITES * LAYERS, 1 if shared else MEMBERS, 20
     mask = (torch.rand(seeds, BATCH, FEATURES, generator=source) < 0.6).double() / 0.6
-    drawn = torch.rand(seeds, len(sites), HIDDEN, generator=source).topk(kept).indices
-    masks = torch.zeros(seeds, len(sites), HIDDEN, dtype=torch.float64).scatter_(-1, drawn, HIDDEN / kept)
-    units = drawn[:, :, None].unbind(1)
-    site_of = {name: site for site, names in enumerate(sites) for name in names}
-    part = {
-        name: cut(value.detach(), units[site_of[name]]).requires_grad_() if name in site_of else value
-        for name, value in parameters.items()
-    }
+    drawn = torch.rand(seeds, sites, HIDDEN, generator=source).topk(kept).indices
+    masks = torch.zeros(seeds, sites, HIDDEN, dtype=torch.float64).scatter_(-1, drawn, HIDDEN / kept)
 
-    whole_answer = masked(parameters, inputs, mask, masks)
-    answer = student.apply(part, inputs, Dropped(mask, units=units))
-    torch.testing.assert_close(answer, whole_answer)
-    whole = Dropped(mask, masks=masks[:, :, None].unbind(1))  # as where the weights are not cut
-    torch.testing.assert_close(student.apply(parameters, inputs, whole), whole_answer)
-
-    expected = torch.autograd.grad(whole_answer.pow(3).sum(), list(parameters.values()))
-    found = dict(zip(part, torch.autograd.grad(answer.pow(3).sum(), list(part.values())), strict=True))
-    for (name, value), gradient in zip(parameters.items(), expected, strict=True):
-        own = found[name]
-        if name in site_of:
-            own = put_back(own, units[site_of[name]], torch.full_like(value, 7.0))
-        torch.testing.assert_close(own, gradient, msg=name)
+    expected = masked(parameters, inputs, mask, masks)
+    answer = student.apply(parameters, inputs, Dropped(mask, masks[:, :, None].unbind(1)))
+    torch.testing.assert_close(answer, expected)
+    gradients = [torch.autograd.grad(one.pow(3).sum(), list(parameters.values())) for one in (answer, expected)]
+    for name, own, other in zip(parameters, *gradients, strict=True):
+        torch.testing.assert_close(own, other, msg=name)
 
 
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-def test_every_unit_is_kept_as_often_and_members_of_one_seed_share_the_draw(monkeypatch, capability):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+def test_every_unit_is_kept_as_often_and_members_of_one_seed_share_the_draw():
     cells = [Cell(hidden_dim=40, layers=2, dropout=0.4, batch_size=8, seed=seed) for seed in (0, 0, 1)]
     dropout = Dropout(cells, 10, torch.float32, CPU)
     counts, share = torch.zeros(3, 2, 40), torch.zeros(())
     for _ in range(400):
         drawn = dropout.draw(8)
-        assert bool(drawn.units) == (capability == "AVX2") != bool(drawn.masks)
-        if drawn.units:
-            units = torch.cat(drawn.units, 1)
-            assert units.shape == (3, 2, 24)
-            kept = torch.zeros(3, 2, 40).scatter_(-1, units, 1.0)
-        else:
-            kept = torch.cat(drawn.masks, 1) * 24 / 40
-            torch.testing.assert_close(kept, kept.round())
-            kept = kept.round()
+        kept = torch.cat(drawn.units, 1) * 24 / 40
+        torch.testing.assert_close(kept, kept.round())
         assert torch.equal(kept[0], kept[1])
-        counts += kept
+        counts += kept.round()
         share += (drawn.inputs > 0).float().mean() / 400
     assert counts.sum(-1).unique().tolist() == [400 * 24]  # no unit twice
     assert 0.48 < counts.min() / 400 < counts.max() / 400 < 0.72

@@ -412,16 +412,3 @@ def test_a_teacher_that_does_not_exist_is_refused_with_advice(name, complaint):
 def test_an_empty_folder_is_no_teacher(tmp_path):
     with pytest.raises(InputError, match="not a saved model"):
         find_teacher(str(tmp_path))
-
-
-def test_weights_of_16_bits_are_read_in_the_faster_precision(tiny_folder, tmp_path):
-    source, model = load(tiny_folder("llama"))
-    assert source.dtype == "float32"
-    model.model.to(torch.bfloat16).save_pretrained(tmp_path)
-    model.tokenizer.save_pretrained(tmp_path)
-    model.model.to(torch.float32)
-    flags = Path("/proc/cpuinfo").read_text().split()
-    fast = {"bfloat16"} if "amx_bf16" in flags else {"float32"}
-    if "bf16" in flags or ("avx512_bf16" in flags and "amx_bf16" not in flags):  # a matter of the model
-        fast = {"float32", "bfloat16"}
-    assert find_teacher(str(tmp_path)).dtype in fast

@@ -196,11 +196,11 @@ def test_workers_that_start_at_once_agree_on_one_parent_and_train_every_cell_onc
 
 @pytest.fixture
 def other_code(tmp_path_factory):
-    """The program as an image of another code version holds it: its PYTHONPATH."""
+    """The program as an image of another results version holds it: its PYTHONPATH."""
     folder = tmp_path_factory.mktemp("other")
     shutil.copytree(ROOT / "pipeline", folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    with (folder / "pipeline" / "metrics.py").open("a") as file:
-        file.write("# of another version\n")
+    path = folder / "pipeline" / "options.py"
+    path.write_text(re.sub(r"^RESULTS_VERSION = .*$", "RESULTS_VERSION = 1000", path.read_text(), flags=re.MULTILINE))
     return str(folder)
 
 
@@ -213,7 +213,7 @@ def check_refusal(worker):
     assert worker.returncode == 2, err
     assert "Traceback" not in out + err
     [versions] = re.findall(
-        r"code version (\w+), and this worker has (\w+); .*pin the image's tag", err.splitlines()[-1]
+        r"results version (\w+), and this worker has (\w+); .*pin the image's tag", err.splitlines()[-1]
     )
     assert len(set(versions)) == 2
     return versions
@@ -230,22 +230,22 @@ def wait_until(condition, seconds=90):
         time.sleep(0.2)
 
 
-def test_a_worker_of_another_code_version_is_refused_while_others_are_at_work(grid, other_code):
+def test_a_worker_of_another_results_version_is_refused_while_others_are_at_work(grid, other_code):
     Path("grid.yaml").write_text(LONG_GRID)
     first = other = sweep()
     try:
         wait_until(lambda: tracked()[1])
         _, before = tracked()
         other = sweep("--shard", "1/2", PYTHONPATH=other_code)
-        assert check_refusal(other)[0] == before[0].data.tags["code_version"]
+        assert check_refusal(other)[0] == before[0].data.tags["results_version"]
         parents, after = tracked()
         assert len(parents) == 1
         assert len(after) == len(before)
         assert first.poll() is None
         first.kill()  # and a dead worker is no reason to refuse
         other = sweep(PYTHONPATH=other_code)
-        old = before[0].data.tags["code_version"]
-        wait_until(lambda: [run for run in tracked()[1] if is_running(run) and run.data.tags["code_version"] != old])
+        old = before[0].data.tags["results_version"]
+        wait_until(lambda: [run for run in tracked()[1] if is_running(run) and run.data.tags["results_version"] != old])
     finally:
         for worker in (first, other):
             worker.kill()
@@ -253,7 +253,7 @@ def test_a_worker_of_another_code_version_is_refused_while_others_are_at_work(gr
 
 
 @pytest.mark.parametrize("name", [("--sweep-id", "same"), ()], ids=["same id", "own ids"])
-def test_of_two_code_versions_that_start_at_once_no_two_train_the_same(grid, other_code, name):
+def test_of_two_results_versions_that_start_at_once_no_two_train_the_same(grid, other_code, name):
     Path("grid.yaml").write_text(LONG_GRID)
     workers = [sweep(*name, "--output", "own"), sweep(*name, "--output", "others", PYTHONPATH=other_code)]
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SECRET, SHIPPED
+from mlflow import MlflowClient
 
 from pipeline import storage
 from pipeline.errors import WorkError
@@ -153,3 +154,17 @@ def test_a_sweep_reads_and_writes_s3(s3, workplace, run, small_grid):
     assert student.encode(["volcano"]).shape == (1, 576)
     [results] = [name for name in names if name.endswith(".json") and "/" not in name]
     assert run("report", "--results", f"s3://bucket/results/{results}", "--vectors", SHIPPED)[0] == 0
+
+
+def test_copies_of_artifacts_are_gone_when_the_command_ends(workplace, run):
+    code, _, err = run("train", "--vectors", SHIPPED, "--concepts", 30, "--student", "ridge", "--no-report",
+                       "--register", "mine", "--output", "student")  # fmt: skip
+    assert code == 0, err
+    (workplace / "temporary").mkdir()
+    registered = MlflowClient().get_model_version_by_alias("mine", "best")
+    for place in ("models:/mine@best", f"runs:/{registered.run_id}"):
+        command = [sys.executable, "-m", "pipeline", "predict", "--run", place, "volcano", "--output", "out.npy"]
+        variables = {**os.environ, "TMPDIR": str(workplace / "temporary")}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert list((workplace / "temporary").iterdir()) == []

@@ -203,18 +203,38 @@ def test_one_text_many_texts_and_threads_give_the_same(student):
     assert student.encode([]).shape == (0, 576)
 
 
+ALIKE = 1e-6  # of a vector's length: the rounding of float32
+
+
+def assert_same(found, expected):
+    errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert errors.max() < ALIKE
+
+
 @pytest.mark.parametrize("options", [{}, {"student": "ridge"}, {"hidden_dim": 192}, {"hidden_dim": 800}], ids=str)
 def test_very_many_texts_get_the_vectors_of_few(data, vocabulary, options):
     alone = export(trained(replace(SHORT, epochs=1, **options), data)[1], data, vocabulary)
     assert alone.reading.is_folded == (options.get("hidden_dim") != 800)
     assert ("block0.left" in alone.parameters) == ("hidden_dim" in options)  # a low rank does for the wide ones
     few = [f"{first} {second}" for first in data.vectors.concepts[:60] for second in ("river", "x²", "two\nlines")]
-    many = alone.encode(few * 120) - alone.mean
-    assert len(many) > BULK
+    assert len(few * 120) > BULK
+    for unit in (False, True):
+        many = alone.encode(few * 120, normalize_embeddings=unit)
+        assert_same(many[-len(few) :], np.stack([alone.encode(text, normalize_embeddings=unit) for text in few]))
     assert "_bulk" in vars(alone)
-    expected = alone.encode(few) - alone.mean
-    np.testing.assert_allclose(np.linalg.norm(many[-len(few) :] - expected, axis=1), 0,
-                               atol=0.02 * np.linalg.norm(expected, axis=1).mean())  # fmt: skip
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).map(str.strip).filter(bool)
+MIXED = st.lists(st.one_of(WORDS, st.sampled_from(["river", "slow cooking", "Ⅷ", "x²", "two\nlines"])), min_size=1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(MIXED, MIXED, MIXED, st.integers(1, 400), st.integers(1, 40), st.booleans())
+def test_a_vector_does_not_depend_on_what_else_is_in_the_call(student, texts, before, after, times, batch_size, many):
+    alone = np.stack([student.encode(text) for text in texts])
+    others = after * (BULK // len(after) + 1 if many else times)
+    among = student.encode([*before, *texts, *others], batch_size=batch_size if not many else 1024)
+    assert_same(among[len(before) : len(before) + len(texts)], alone)
 
 
 def test_it_works_as_a_step_of_scikit_learn(student, vectors):

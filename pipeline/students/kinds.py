@@ -31,7 +31,7 @@ class Kind:
         flops: floating-point operations of one prediction, the teacher's blocks apart.
         solve: the closed form, or None.
         start: parameters before the first step, without the member axis, or None.
-        sites: where hidden units are dropped, by the number of layers: the parameters whose columns make them.
+        sites: places of a layer where hidden units are dropped.
     """
 
     apply: Callable[..., Tensor]
@@ -40,7 +40,7 @@ class Kind:
     flops: Callable[[Cell, Catalogued], float]
     solve: Callable[[Subset], ridge.Fit] | None = None
     start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None
-    sites: Callable[[int], list[tuple[str, ...]]] | None = None
+    sites: int = 0
 
     def canonical(self, cell: Cell) -> Cell:
         """The cell with all that the student does not read at the defaults, so that equal work is one cell."""
@@ -113,7 +113,7 @@ KINDS = {
         _mlp_weights,
         _mlp_flops,
         start=_start_mlp,
-        sites=mlp.sites,
+        sites=mlp.SITES,
     ),
     "transformer": Kind(
         transformer.apply,
@@ -121,7 +121,7 @@ KINDS = {
         _transformer_weights,
         _transformer_flops,
         start=_start_transformer,
-        sites=transformer.sites,
+        sites=transformer.SITES,
     ),
     "ridge": _closed(ridge.apply, ridge.fit, (), _linear_weights),
     "kernel": _closed(kernel.apply, kernel.fit, (), _kernel_weights),

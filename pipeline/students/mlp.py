@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.students.dropout import Dropped, add
 
+SITES = 1  # of a block, where hidden units are dropped
 Parameters = dict[str, Tensor]
 
 
@@ -43,17 +44,12 @@ def init(inputs: int, outputs: int, hidden_dim: int, layers: int, generator: tor
     return parameters | {"out.weight": linear(hidden_dim, outputs), "out.bias": torch.zeros(1, outputs)}
 
 
-def sites(layers: int) -> list[tuple[str, ...]]:
-    """Where hidden units are dropped: the parameters whose columns make them, one place a block."""
-    return [(f"block{block}.weight", f"block{block}.bias") for block in range(layers)]
-
-
 def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None) -> Tensor:
     """Predict.
 
     Args:
         parameters: each ``[S, rows, columns]``; without ``in.weight`` the inputs have gone through it already, without
-            ``in.bias`` that is in them too; those of `sites` may be cut to the units that ``dropped`` keeps.
+            ``in.bias`` that is in them too.
         inputs: ``[S, B, features]``.
         dropped: what takes part in this step of training.
 

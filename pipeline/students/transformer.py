@@ -18,6 +18,7 @@ from pipeline.students.dropout import Dropped, add
 from pipeline.students.mlp import Parameters
 
 HEAD_DIM = 32
+SITES = 2  # of a block, where hidden units are dropped
 
 
 def init(tokens: int, width: int, outputs: int, hidden_dim: int, layers: int, generator: torch.Generator) -> Parameters:
@@ -47,16 +48,11 @@ def init(tokens: int, width: int, outputs: int, hidden_dim: int, layers: int, ge
     return parameters | {"out.weight": linear(hidden_dim, outputs), "out.bias": torch.zeros(1, outputs)}
 
 
-def sites(layers: int) -> list[tuple[str, ...]]:
-    """Where hidden units are dropped: the parameters whose columns make them, two places a block."""
-    return [(f"block{block}.{way}.weight",) for block in range(layers) for way in ("merge", "down")]
-
-
 def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None) -> Tensor:
     """Predict.
 
     Args:
-        parameters: each ``[S, rows, columns]``; those of `sites` may be cut to the units that ``dropped`` keeps.
+        parameters: each ``[S, rows, columns]``.
         inputs: ``[S, B, T * width]``, the tokens' embeddings end to end; zeros stand where there is no token.
         dropped: what takes part in this step of training.
 

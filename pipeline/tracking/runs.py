@@ -59,6 +59,11 @@ class Run:
 
         _whoever_is_faster(log_missing)
 
+    @property
+    def tags(self) -> dict[str, str]:
+        """The tags as they stand now."""
+        return dict(self.client.get_run(self.id).data.tags)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set all tags in one request."""
         self.log(tags=tags)

@@ -80,7 +80,8 @@ class Tracker:
             settle(begin)
             parent = self._elect(sweep_id, known, is_at_work)
         run = self._reopen(parent)
-        run.set_tags({**tags, "role": "sweep"})
+        # What its first worker recorded stays.
+        run.set_tags({key: value for key, value in tags.items() if key not in parent.data.tags} | {"role": "sweep"})
         for candidate in self._candidates(sweep_id):
             self.discard(candidate, f"took part in sweep {sweep_id}, whose cells are below run {run.id}")
         unfinished = {old.info.run_id for old in before if old.info.status != "FINISHED"} - {run.id}
@@ -279,7 +280,7 @@ def settle(begin: float) -> None:
 
 
 def fetch(uri: str) -> Path:
-    """A local path for what stands at a place.
+    """A local path for what stands at a place. Copies are removed as the process ends.
 
     Args:
         uri: a local path, ``s3://bucket/key``, ``hf://…`` (the Hugging Face hub), ``runs:/<run id>/<artifact>``, or a
@@ -300,7 +301,7 @@ def fetch(uri: str) -> Path:
         return storage.fetch(uri)
     connect()
     try:
-        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=tempfile.mkdtemp(prefix="artifact-")))
+        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(storage.folder_of_copies())))
     except (MlflowException, OSError) as error:
         raise InputError(f"{uri}: MLflow has no such artifact ({error})") from error
     return _student_folder(path) if (path / "MLmodel").is_file() else path
