@@ -59,7 +59,7 @@ def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextMana
 
 
 @contextmanager
-def sweep() -> Iterator[Watcher]:
+def sweep(name_of: Callable[[Cell], str]) -> Iterator[Watcher]:
     """One display for a whole sweep: cells done, the current and the best validation cosine, time left."""
     with _bar(TextColumn("{task.fields[cells]}"), TextColumn("{task.fields[best]}")) as bar:
         task = bar.add_task("train", total=None, cells="", best="")
@@ -78,7 +78,7 @@ def sweep() -> Iterator[Watcher]:
         def progress(step: Epoch) -> None:
             if step.val_cosine > state["best"]:
                 state["best"] = step.val_cosine
-                bar.update(task, best=f"val cosine {step.val_cosine:.3f} ({step.cell.name})")
+                bar.update(task, best=f"val cosine {step.val_cosine:.3f} ({name_of(step.cell)})")
             bar.advance(task, (step.epoch - reached.get(step.cell, 0)) * step.cell.concepts)
             reached[step.cell] = step.epoch
 
