@@ -27,6 +27,7 @@ from pipeline.sweep import Watcher
 from pipeline.training import epochs
 
 console = Console(stderr=True, highlight=False)
+WIDTH = 100  # columns of a table in a file or a pipe
 
 
 class _Rate(ProgressColumn):
@@ -102,4 +103,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         shown.add_column(title, justify="left" if name in ("student", "cell") else "right")
     for row in rows:
         shown.add_row(*row, style="dim" if row[0].startswith("(") else "")
-    Console(highlight=False).print(shown)
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = max(out.width, WIDTH)
+    out.print(shown)

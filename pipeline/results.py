@@ -118,10 +118,10 @@ def best_exportable(results: dict[str, Any], baselines: bool = True) -> Choice:
         rival = best_of(others)
         kind = "trained student" if KINDS[rival["student"]].solve is None else "student of another kind"
         reason += f"; the best {kind}, {_described(rival)}, has {rival['val_cosine']:.3f}"
-    for row in (best_of([*results["cells"], *results["baselines"]]),) if baselines else ():
-        if row["val_cosine"] > best["val_cosine"]:
-            why = "runs blocks of the teacher" if row["student"] in KINDS else "is no student"
-            reason += f"; {_described(row)} has {row['val_cosine']:.3f}, but {why}"
+    highest = best_of([*results["cells"], *(results["baselines"] if baselines else [])])
+    if highest["val_cosine"] > best["val_cosine"]:
+        why = "runs blocks of the teacher" if highest["student"] in KINDS else "is no student"
+        reason += f"; {_described(highest)} has {highest['val_cosine']:.3f}, but {why}"
     return Choice(best, reason)
 
 
