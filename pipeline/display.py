@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.identity import section_of
 from pipeline.options import Cell
 from pipeline.stack import Progress as Epoch
 from pipeline.sweep import Watcher
@@ -28,6 +29,7 @@ from pipeline.training import epochs
 
 console = Console(stderr=True, highlight=False)
 WIDTH = 100  # columns of a table in a file or a pipe
+BEYOND = 2.0  # no cosine is better: there is no best across blocks or splits
 
 
 class _Rate(ProgressColumn):
@@ -68,7 +70,8 @@ def sweep(name_of: Callable[[Cell], str]) -> Iterator[Watcher]:
         reached: dict[Cell, int] = {}  # of each cell the last epoch
 
         def start(todo: Sequence[Cell], done: Sequence[Cell]) -> None:
-            state.update(cells=0, todo=len(todo))
+            several = len({section_of(vars(cell)) for cell in (*todo, *done)}) > 1
+            state.update(cells=0, todo=len(todo), best=BEYOND if several else -2.0)
             if done:
                 console.print(
                     f"{len(done)} of {len(todo) + len(done)} cells were finished before (--no-resume repeats them)"

@@ -233,7 +233,7 @@ class Tables(HTMLParser):
 
     def handle_data(self, data):
         if self._tag in ("h1", "h2"):
-            self._path["h1 h2".split().index(self._tag)] = data
+            self._path[self._tag == "h2"] = data
         elif self._tag in ("td", "th"):
             self.rows[tuple(self._path)][-1][-1] += data
 
@@ -332,6 +332,9 @@ def test_a_grid_over_layers_compares_within_a_block_only(workplace, run, data):
     code, _, err = run("predict", "volcano", "--run", f"runs:/{parent.info.run_id}")
     assert code == 2
     assert "several logged students" in err
+    code, _, err = run("predict", "volcano")
+    assert code == 2
+    assert all(f"results/{folder}" in err for folder in folders)
     code, again, err = run("report", "--sweep-id", "blocks", "--vectors", SHIPPED, "--output", "again")
     assert code == 0, err
     assert terminal_tables(again) == shown
