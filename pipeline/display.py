@@ -25,10 +25,10 @@ from pipeline.identity import section_of
 from pipeline.options import Cell
 from pipeline.stack import Progress as Epoch
 from pipeline.sweep import Watcher
+from pipeline.tables import WIDTH, title
 from pipeline.training import epochs
 
 console = Console(stderr=True, highlight=False)
-WIDTH = 100  # columns of a table in a file or a pipe
 BEYOND = 2.0  # no cosine is better: there is no best across blocks or splits
 
 
@@ -102,11 +102,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; rows whose first value is in parentheses are baselines and stand dimmed."""
     shown = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
-        title = {"hidden_dim": "hidden", "parameters": "params"}.get(name, name.replace("_", " "))
-        shown.add_column(title, justify="left" if name in ("student", "cell") else "right")
+        shown.add_column(title(name), justify="left" if name in ("student", "cell") else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row, style="dim" if row[0].startswith("(") else "")
     out = Console(highlight=False)
-    if not out.is_terminal:
+    if not out.is_terminal:  # in a file or a pipe
         out.width = max(out.width, WIDTH)
     out.print(shown)

@@ -72,8 +72,17 @@ def section_names(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], tu
 
 
 def varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fields of a cell in which rows differ, in the order of the fields; a row need not have them all."""
-    return [name for name in FIELDS if len({row[name] for row in rows if name in row}) > 1]
+    """The fields of a cell in which rows differ, in the order of the fields; a row need not have them all.
+
+    Students of other kinds do not differ in what one of them does not read: there it stands at its default.
+    """
+
+    def differ(name: str) -> bool:
+        own = [row for row in rows if name in row]
+        told = {row[name] for row in own if applies(row, name)}
+        return len(told) > 1 or len({(row["student"], row[name]) for row in own}) > len({row["student"] for row in own})
+
+    return [name for name in FIELDS if differ(name)]
 
 
 def applies(row: Mapping[str, Any], option: str) -> bool:

@@ -23,36 +23,46 @@ FORMATS = {
     "train_seconds": "{:.1f}",
 }
 SHORT = ("parameters", "val_cosine", "test_cosine", "test_r2")
-MOST_COLUMNS = 7  # of options beside the numbers: more do not fit a terminal, where a cell's name stands for them
+WIDTH = 100  # characters of a line in a terminal
+GAP = 2  # characters between two columns
+SHORT_TITLES = {"hidden_dim": "hidden", "parameters": "params", "learning_rate": "lr"}
 
 
 def table_rows(
-    results: dict[str, Any], metrics: Sequence[str] = tuple(FORMATS), most: int | None = None
+    results: dict[str, Any], metrics: Sequence[str] = tuple(FORMATS), named: bool = False
 ) -> tuple[list[str], list[list[str]]]:
     """The table as text: the student, the options in which rows differ, and numbers.
 
     Args:
         results: of one section.
         metrics: the numbers.
-        most: options that may have a column each; where more differ, one column names the cells.
+        named: name the cells in one column instead of several for the student and its options.
 
     Returns:
         The head, then the baselines (in parentheses) and the cells by concepts and test cosine.
     """
     rows = sorted(results["cells"] + results["baselines"], key=lambda row: (row["concepts"], row["test_cosine"]))
     options = _options(rows)
-    if most is not None and len(options) > most:
-        head, told = ["cell"], [[_name(row)] for row in rows]
-    else:
-        head = ["student", *options]
-        told = [[_student(row), *(_option(row, name) for name in options)] for row in rows]
+    head = ["cell"] if named else ["student", *options]
+    told = [[_name(row)] if named else [_student(row), *(_option(row, name) for name in options)] for row in rows]
     numbers = [[FORMATS[name].format(row[name]) if name in row else "" for name in metrics] for row in rows]
     return [*head, *metrics], [[*first, *rest] for first, rest in zip(told, numbers, strict=True)]
 
 
 def brief_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table as it fits a terminal of 100 columns."""
-    return table_rows(results, SHORT, MOST_COLUMNS)
+    """The table as it fits a terminal: with fewer numbers, and names of cells where too many options differ."""
+    for metrics in (SHORT, SHORT[:-1]):
+        head, rows = table_rows(results, metrics)
+        words = [max(map(len, title(name).split("\n"))) for name in head]
+        widths = [max(column) for column in zip(words, *([len(text) for text in row] for row in rows), strict=True)]
+        if sum(widths) + GAP * (len(widths) - 1) <= WIDTH:
+            return head, rows
+    return table_rows(results, SHORT, named=True)
+
+
+def title(column: str) -> str:
+    """A column's title in a terminal, a word a line."""
+    return SHORT_TITLES.get(column, column).replace("_", "\n")
 
 
 def _name(row: Row) -> str:
