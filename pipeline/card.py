@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.options import SIZED
+
 TAGS = ("activation-distillation", "interpretability", "activation-vectors")
 
 
@@ -38,7 +40,9 @@ def student_card(config: Mapping[str, Any], training_concepts: int) -> str:
         ("of that lost to 8 bits and low rank", f"{metrics['test_cosine_lost_to_size']:.4f}"),
         *((f"test {title}", f"{metrics[name]:.3f}") for title, name in METRICS.items() if name in metrics),
     ]  # fmt: skip
-    shape = f", {cell['hidden_dim']} wide, {cell['layers']} deep" if config["student"] in ("mlp", "transformer") else ""
+    descends = config["student"] in SIZED
+    shape = f", {cell['hidden_dim']} wide, {cell['layers']} deep" if descends else ""
+    way = f"objective {cell['objective']}, seed {cell['seed']}" if descends else "in closed form"
     return (
         _front_matter(head)
         + f"""
@@ -59,7 +63,7 @@ vectors = student.encode(["volcano", "slow cooking"])  # [2, d_model], not centr
 | teacher | {config["teacher"]}, weights `{config["revision"]}` |
 | block and template | {config["layer"]}, `{config["template"]}` |
 | student | {config["student"]}{shape}, reads {cell["inputs"]} |
-| trained on | {training_concepts:,} concepts, objective {cell["objective"]}, seed {cell["seed"]} |
+| trained on | {training_concepts:,} concepts, {way} |
 | vectors | sha256 `{config["vectors_sha256"]}` |
 
 ## How faithful it is

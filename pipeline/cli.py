@@ -182,14 +182,14 @@ def _sweep(
     tracker, accelerator = connect(), start()
     bar = display.counting("vocabulary", "tokens")
 
-    def report(results: dict[str, Any], stem: str, student: Student) -> list[Path]:
+    def report(results: dict[str, Any], stem: str, students: list[Student]) -> list[Path]:
         if not options.report:
             return []
         from pipeline.report import write_report  # only by the worker that reports: plots take seconds to load
 
-        return write_report(results, stem, output, student, data.vectors)
+        return write_report(results, stem, output, students, data.vectors)
 
-    with display.sweep() as watcher:
+    with display.sweep(lambda cell: data.as_named(cell).name) as watcher:
         done = run_sweep(
             name,
             cells,
@@ -205,6 +205,7 @@ def _sweep(
             shard=part,
             report=report,
             export=lambda trained: standing_alone(trained, data, str(options.vectors), accelerator.device, bar),
+            baselines=isinstance(options, SweepOptions),  # train leaves the student that was asked for
             register=options.register,
             watcher=watcher,
         )
@@ -220,14 +221,26 @@ def _sweep(
             )
         )
         return
-    from pipeline.tables import SHORT, table_rows, verdict
-
-    display.table(*table_rows(done.results, SHORT))
-    click.echo(f"{verdict(done.results)}\n")
+    _show(done.results)
     for title, path in zip(["results", "report"] + [""] * len(done.files), [done.path, *done.files], strict=False):
         click.echo(f"{title:10}{path}")
-    click.echo(f"student   {done.student_folder} ({done.student.described})")
+    for left in done.left:
+        click.echo(f"student   {left.folder} ({left.student.described})")
+        click.echo(f"          {left.reason}")
     click.echo(f"MLflow    {done.run.address}")
+
+
+def _show(results: dict[str, Any]) -> None:
+    """Print the table and the verdict of each section."""
+    from pipeline import display
+    from pipeline.results import sections
+    from pipeline.tables import brief_rows, verdict
+
+    for section in sections(results):
+        if section.title:
+            click.echo(f"\n{section.title}:")
+        display.table(*brief_rows(section.results))
+        click.echo(f"{verdict(section.results)}\n")
 
 
 @cli.command()
@@ -237,23 +250,19 @@ def report(options: ReportOptions) -> None:
 
     Example: python -m pipeline report --results results/scaling_results_20260101T000000Z.json
     """
-    from pipeline import display
     from pipeline.features import Catalogued
-    from pipeline.report import write_predictions, write_report
+    from pipeline.report import predict_sections, write_report
     from pipeline.results import load_sweep, vectors_for
-    from pipeline.tables import SHORT, table_rows, verdict
 
-    stem, results, student = load_sweep(options.results, options.sweep_id)
+    stem, results, students = load_sweep(options.results, options.sweep_id)
     vectors = vectors_for(results["grid"], options.vectors)
     with output_folder(options.output) as output:
         if options.predict is not None:
-            path, lines = write_predictions(results, options.predict, Catalogued(vectors), output)
-            for line in (*lines, path):
+            for line in predict_sections(results, options.predict, Catalogued(vectors), output):
                 click.echo(line)
             return
-        written = write_report(results, stem, output, student, vectors)
-    display.table(*table_rows(results, SHORT))
-    click.echo(verdict(results))
+        written = write_report(results, stem, output, students, vectors)
+    _show(results)
     for path in written:
         click.echo(path)
 

@@ -25,14 +25,17 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.identity import section_of
 from pipeline.options import Cell
 from pipeline.stack import Progress as Epoch
 from pipeline.sweep import Watcher
+from pipeline.tables import WIDTH, title
 from pipeline.training import epochs
 
 NOTICE_SECONDS = 15.0  # between two lines where there is no terminal
 
 console = Console(stderr=True, highlight=False)
+BEYOND = 2.0  # no cosine is better: there is no best across blocks or splits
 
 
 class _Rate(ProgressColumn):
@@ -97,7 +100,7 @@ def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextMana
 
 
 @contextmanager
-def sweep() -> Iterator[Watcher]:
+def sweep(name_of: Callable[[Cell], str]) -> Iterator[Watcher]:
     """One display for a whole sweep: cells done, the current and the best validation cosine, time left."""
     with _bar(TextColumn("{task.fields[cells]}"), TextColumn("{task.fields[best]}")) as bar:
         task = bar.add_task("train", total=None, cells="", best="")
@@ -105,7 +108,8 @@ def sweep() -> Iterator[Watcher]:
         reached: dict[Cell, int] = {}  # of each cell the last epoch
 
         def start(todo: Sequence[Cell], done: Sequence[Cell]) -> None:
-            state.update(cells=0, todo=len(todo))
+            several = len({section_of(vars(cell)) for cell in (*todo, *done)}) > 1
+            state.update(cells=0, todo=len(todo), best=BEYOND if several else -2.0)
             if done:
                 console.print(
                     f"{len(done)} of {len(todo) + len(done)} cells were finished before (--no-resume repeats them)"
@@ -116,7 +120,7 @@ def sweep() -> Iterator[Watcher]:
         def progress(step: Epoch) -> None:
             if step.val_cosine > state["best"]:
                 state["best"] = step.val_cosine
-                bar.update(task, best=f"val cosine {step.val_cosine:.3f} ({step.cell.name})")
+                bar.update(task, best=f"val cosine {step.val_cosine:.3f} ({name_of(step.cell)})")
             bar.advance(task, (step.epoch - reached.get(step.cell, 0)) * step.cell.concepts)
             reached[step.cell] = step.epoch
 
@@ -136,8 +140,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; rows whose first value is in parentheses are baselines and stand dimmed."""
     shown = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
-        title = {"hidden_dim": "hidden", "parameters": "params"}.get(name, name.replace("_", " "))
-        shown.add_column(title, justify="left" if name in ("student", "cell") else "right")
+        shown.add_column(title(name), justify="left" if name in ("student", "cell") else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row, style="dim" if row[0].startswith("(") else "")
-    Console(highlight=False).print(shown)
+    out = Console(highlight=False)
+    if not out.is_terminal:  # in a file or a pipe
+        out.width = max(out.width, WIDTH)
+    out.print(shown)

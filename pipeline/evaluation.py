@@ -20,9 +20,10 @@ from wordfreq import zipf_frequency
 from pipeline.errors import InputError
 from pipeline.features import Catalogued
 from pipeline.function import NextTokenDistributions, kl_recovered, recovered_interval
+from pipeline.identity import baseline_of, configuration, section_names, section_of
 from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_error
 from pipeline.options import Cell, EvaluateOptions
-from pipeline.results import baseline_of, newest_results, read_results, vectors_for
+from pipeline.results import newest_results, read_results, vectors_for
 from pipeline.storage import is_remote, writable, write_atomically
 from pipeline.student import Student
 from pipeline.students.baselines import BASELINES
@@ -63,8 +64,10 @@ def evaluate(
     done: set[tuple[Any, ...]] = set()
     distributions: dict[tuple[Any, ...], NextTokenDistributions] = {}  # by block and split
     continued: dict[tuple[Any, ...], tuple[NextTokenDistributions, NDArray[np.float64]]] = {}
+    cells = {name: _cell(seeds[0], data) for name, seeds in students.items()}
+    apart = section_names(map(vars, cells.values()))
     for name, seeds in students.items():
-        cell = _cell(seeds[0], data)
+        cell = cells[name]
         subset = data.subset(cell)
         truth, mean = subset.test.targets, subset.mean
         concepts = [data.vectors.concepts[row] for row in subset.test.rows]
@@ -76,10 +79,11 @@ def evaluate(
             said = distributions[place[1:]]
             continued[place] = said, said.kl(mean.expand(len(concepts), -1))
         groups = _groups(data, subset.test.rows)
-        rival = baseline_of(vars(cell))
+        rival, section = baseline_of(cell), apart[section_of(vars(cell))][0]
         for baseline, answer in BASELINES.items():
-            read = f", {rival.inputs}" if baseline == "nearest" else ""
-            named = f"({baseline}, {cell.concepts} concepts{read})"
+            known = [rival.inputs, *([] if rival.targets == "first" else [f"targets {rival.targets}"])]
+            told = [f"{cell.concepts} concepts", *(known if baseline == "nearest" else []), section]
+            named = f"({', '.join([baseline, *filter(None, told)])})"
             if (named, *place) not in done:
                 done.add((named, *place))
                 answers = answer(data.subset(rival), subset.test)[None]
@@ -218,8 +222,9 @@ def run_evaluate(
         InputError: no such run, students of other vectors, or an unknown teacher.
     """
     folder = writable(Path(options.output) / "evaluation.json").parent
-    name, grid, students = _find_students(options.run)
+    name, grid, found = _find_students(options.run)
     data = Catalogued(vectors_for(grid, options.vectors))
+    students = _by_configuration(found, data)
     teacher = None
     if options.teacher is not None:
         dtype = options.dtype or data.vectors.dtype
@@ -240,25 +245,35 @@ def run_evaluate(
         run.log_params(asdict(options))
         for path in written:
             run.log_artifact(path)
-        best = max((row for row in rows if "val_cosine" in row), key=lambda row: row["val_cosine"])
-        run.set_tags({"best_student": best["student"]})
-        run.log_metrics({key: value for key, value in best.items() if isinstance(value, float)})
+        own = [row for row in rows if "val_cosine" in row]
+        for key, (_, suffix) in section_names(own).items():
+            best = max((row for row in own if section_of(row) == key), key=lambda row: row["val_cosine"])
+            run.set_tags({f"best_student{suffix}": best["student"]})
+            run.log_metrics({f"{key}{suffix}": value for key, value in best.items() if isinstance(value, float)})
     return *evaluation_table(rows, brief=True), written
 
 
-def _find_students(run: str | None) -> tuple[str, str, dict[str, list[Student]]]:
-    """A name, the grid, and the students by their name without the seed."""
+def _find_students(run: str | None) -> tuple[str, str, list[Student]]:
+    """A name, the grid, and the students."""
     if run is not None and (is_remote(run) or Path(run).is_dir()):
-        student = Student.load(run)
-        return Path(run).name, "", {Cell(**student.config["cell"]).name: [student]}
+        return Path(run).name, "", [Student.load(run)]
     tracker = connect()
     if run is None:
         results = read_results(newest_results(Path("results")))
-        found = [(row["name"], row["run_id"]) for row in results["cells"]]
+        found = [row["run_id"] for row in results["cells"]]
         name = grid = results["grid"]
     else:
         name, grid, found = tracker.students_below(run.removeprefix("runs:/").split("/")[0])
-    students: dict[str, list[Student]] = {}
-    for cell, run_id in found:
-        students.setdefault(cell.rpartition("-s")[0], []).append(tracker.student_of(run_id))
-    return name, grid, students
+    return name, grid, [tracker.student_of(run_id) for run_id in found]
+
+
+def _by_configuration(students: Sequence[Student], data: Catalogued) -> dict[str, list[Student]]:
+    """The seeds of each configuration: by the name of the cell, or of what several seeds share."""
+    groups: dict[Cell, list[Student]] = {}
+    for student in students:
+        groups.setdefault(configuration(_cell(student, data)), []).append(student)
+    named = {}
+    for shared, own in groups.items():
+        cell = data.as_named(shared if len(own) > 1 else _cell(own[0], data))
+        named[cell.configuration_name if len(own) > 1 else cell.name] = own
+    return named

@@ -144,6 +144,10 @@ class Catalogued:
             self._subsets[cell_key] = self._cut(cell)
         return self._subsets[cell_key]
 
+    def as_named(self, cell: Cell) -> Cell:
+        """The cell as its name is told: the file's middle block is the default, which names leave out."""
+        return replace(cell, layer=None) if cell.layer == self.vectors.middle_layer else cell
+
     def features(self, cell: Cell) -> int:
         """How many features the cell's student reads."""
         return sum(self._width(name) for name in reading_of(cell).split("+"))

@@ -121,7 +121,7 @@ class _Grid:
             if isinstance(found, dict) and step not in found:
                 return False
             found = found[step]
-        return repr(found) == repr(value)
+        return found == value and isinstance(found, bool) == isinstance(value, bool)  # 1 is no true
 
     def check_keys(self, known: tuple[str, ...], *place: str | int) -> None:
         """Check the keys of the mapping at a place."""

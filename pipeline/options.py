@@ -144,12 +144,14 @@ SHIPPED = "data/vectors/smollm2-135m.safetensors"
 # Raised by hand whenever what is computed of a cell changes; finished cells of another version are not taken over. The
 # golden numbers of the tests notice when it should have been.
 RESULTS_VERSION = 1
-# Options that a cell's name shows where they are not the default.
+# How a cell's name writes an option that is not the default; other options stand there in full.
 SHORT_NAMES = {
-    "inputs": "", "skip": "skip", "temperature": "t", "targets": "targets-", "token_dropout": "td", "noise": "n",
-    "mixup": "mix", "curriculum": "by-", "pace": "p", "split": "split-", "learning_rate": "lr", "weight_decay": "wd",
-    "dropout": "d",
+    "concepts": "c", "hidden_dim": "h", "layers": "l", "seed": "s", "student": "", "objective": "", "inputs": "",
+    "skip": "skip", "temperature": "t", "targets": "targets-", "token_dropout": "td", "noise": "n", "mixup": "mix",
+    "curriculum": "by-", "pace": "p", "split": "split-", "learning_rate": "lr", "weight_decay": "wd", "dropout": "d",
+    "epochs": "e", "batch_size": "b", "evaluations": "evaluations-", "precision": "precision-",
 }  # fmt: skip
+SIZED = ("mlp", "transformer")  # students whose name always tells their width and depth
 
 
 @dataclass(frozen=True)
@@ -204,18 +206,36 @@ class Cell:
         "cosine apart at most.",
     )
 
+    def __post_init__(self) -> None:
+        """Make whole numbers floats where floats are meant, so that 0 and 0.0 are one cell with one name and key."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type == "float" and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, item.name, float(value))
+
+    @property
+    def configuration_name(self) -> str:
+        """Short name of what all seeds share, such as ``c700-h256-l2``: each field that is not the default shows."""
+        kind = f"truncated{self.blocks}" if self.student == "truncated" else self.student
+        always = {"concepts", *(("hidden_dim", "layers") if self.student in SIZED else ())}
+        parts = [_name_part("concepts", self.concepts)]
+        for option, item in Cell.__dataclass_fields__.items():
+            value = getattr(self, option)
+            if option in ("concepts", "seed") or (option == "blocks" and self.student == "truncated"):
+                continue
+            if option in always or value != item.default:
+                parts.append(_name_part(option, kind if option == "student" else value))
+        return "-".join(parts)
+
     @property
     def name(self) -> str:
-        """Short name of the cell's run, such as ``c700-h256-l2-s0``; what is not an mlp under cosine says so."""
-        size = f"-h{self.hidden_dim}-l{self.layers}" if self.student in ("mlp", "transformer") else ""
-        kind = {"mlp": "", "truncated": f"-truncated{self.blocks}"}.get(self.student, f"-{self.student}")
-        goal = "" if self.objective == "cosine" else f"-{self.objective.replace('*', '')}"
-        rest = "".join(
-            f"-{short}{value if value is not True else ''}"
-            for option, short in SHORT_NAMES.items()
-            if (value := getattr(self, option)) != Cell.__dataclass_fields__[option].default
-        )
-        return f"c{self.concepts}{size}{kind}{goal}{rest}-s{self.seed}"
+        """Short name of the cell's run, such as ``c700-h256-l2-s0``: two cells that differ have two names."""
+        return f"{self.configuration_name}-{_name_part('seed', self.seed)}"
+
+
+def _name_part(option: str, value: object) -> str:
+    text = "" if value is True else "off" if value is False else str(value).replace("*", "")
+    return SHORT_NAMES.get(option, option.replace("_", "-")) + text
 
 
 @dataclass(frozen=True)

@@ -17,26 +17,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from pipeline.options import SHORT_NAMES, Cell
+from pipeline.identity import Row, baseline_labeller, labeller
 from pipeline.scaling import Law
 from pipeline.transition import detect
 
-Row = dict[str, Any]
 COLOURS = plt.get_cmap("viridis")
 COLUMNS = 4  # of panels beside each other
 BASELINE_STYLES = {"ridge": ("black", "--"), "nearest": ("dimgrey", ":"), "mean": ("darkgrey", "-.")}
-
-
-def label(row: Row) -> str:
-    """What a cell is, apart from its concepts and its seed."""
-    name = f"{row['student']} {row['blocks']}" if row["student"] == "truncated" else row["student"]
-    if row["student"] in ("mlp", "transformer"):
-        name += f" {row['hidden_dim']} wide, {row['layers']} deep"
-    defaults = Cell()
-    own = [
-        f"{option}={row[option]}" for option in ("objective", *SHORT_NAMES) if row[option] != getattr(defaults, option)
-    ]
-    return f"{name} ({', '.join(own)})" if own else name
 
 
 def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -46,7 +33,7 @@ def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
     return groups
 
 
-def _colours(cells: list[Row]) -> dict[str, Any]:
+def _colours(cells: list[Row], label: Callable[[Row], str]) -> dict[str, Any]:
     """A colour for each kind of student, the same for those that differ in depth only; shades where width is all."""
     kinds = _groups(cells, lambda row: label({**row, "layers": 0}))
     of_one = len({label({**row, "layers": 0, "hidden_dim": 0}) for row in cells}) == 1
@@ -90,8 +77,9 @@ def ranking(rows: list[tuple[str, float, float, float]], concepts: int) -> Figur
 def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
     """Test cosine against the number of training concepts, a line a kind of student; seeds as a band."""
     figure, axes = plt.subplots(figsize=(8, 5.2), layout="constrained")
+    label = labeller(cells)
     kinds = _groups(cells, label)
-    colours = _colours(cells)
+    colours = _colours(cells, label)
     for name, rows in kinds.items():
         points = {n: [row["test_cosine"] for row in same] for n, same in _groups(rows, lambda r: r["concepts"]).items()}
         numbers = sorted(points)
@@ -99,12 +87,15 @@ def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
         axes.plot(numbers, means, label=name, color=colours[name], **_style(rows[0], cells))
         low, high = ([float(edge(points[n])) for n in numbers] for edge in (np.min, np.max))
         axes.fill_between(numbers, low, high, color=colours[name], alpha=0.2, linewidth=0)
-    usual = min(row["inputs"] for row in baselines)
-    for name, rows in _groups([row for row in baselines if row["inputs"] == usual], lambda row: row["student"]).items():
+    of_kind: dict[str, int] = {}
+    for name, rows in _groups(baselines, baseline_labeller(baselines)).items():
         rows = sorted(rows, key=lambda row: row["concepts"])
-        colour, style = BASELINE_STYLES[name]
+        kind = rows[0]["student"]
+        colour, style = BASELINE_STYLES[kind]
+        marker = "sov^Dp*X"[of_kind.setdefault(kind, 0) % 8]
+        of_kind[kind] += 1
         x, y = [row["concepts"] for row in rows], [row["test_cosine"] for row in rows]
-        axes.plot(x, y, style, marker="s", markersize=4, color=colour, label=f"{name} (baseline)")
+        axes.plot(x, y, style, marker=marker, markersize=4, color=colour, label=f"{name} (baseline)")
     axes.set_xscale("log")
     numbers = sorted({row["concepts"] for row in cells})
     axes.set_xticks(numbers, [str(n) for n in numbers])
@@ -128,6 +119,7 @@ def _many_seeds(cells: list[Row]) -> bool:
 
 def heat_map(cells: list[Row]) -> Figure:
     """Mean test cosine of every kind of student (rows) and number of training concepts (columns)."""
+    label = labeller(cells)
     kinds, numbers = list(_groups(cells, label)), sorted({row["concepts"] for row in cells})
     grid = np.full((len(kinds), len(numbers)), np.nan)
     for (kind, n), rows in _groups(cells, lambda row: (label(row), row["concepts"])).items():
@@ -155,7 +147,8 @@ def curves(cells: list[Row]) -> Figure:
     numbers = sorted({row["concepts"] for row in cells})
     drawn = {numbers[int(place)] for place in np.linspace(0, len(numbers) - 1, COLUMNS)} if numbers else set()
     columns = _groups([row for row in cells if row["concepts"] in drawn], lambda row: row["concepts"])
-    colours = _colours(cells)
+    label = labeller(cells)
+    colours = _colours(cells, label)
     figure, panels = plt.subplots(
         2, max(1, len(columns)), figsize=(max(9.0, 3.4 * len(columns)), 6.8), sharex=True, sharey="row",
         squeeze=False, layout="constrained",
@@ -281,7 +274,7 @@ def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
         return float(row["parameters"] + early * weights / max(1, blocks))
 
     most = max(row["concepts"] for row in cells)
-    kinds = _groups([row for row in cells if row["concepts"] == most], label)
+    kinds = _groups([row for row in cells if row["concepts"] == most], labeller(cells))
     figure, panels = plt.subplots(1, 2, figsize=(12, 6.5), sharey=True, layout="constrained")
     cosine = {name: float(np.mean([row["test_cosine"] for row in rows])) for name, rows in kinds.items()}
     ranked = sorted(kinds, key=lambda name: -cosine[name])
@@ -354,14 +347,15 @@ def transitions(cells: list[Row]) -> Figure:
 
     A tick on the loss marks where a run has memorised its concepts, a star where a late transition ends.
     """
-    columns = _groups(cells, lambda row: row["concepts"])
-    decays = sorted({row["weight_decay"] for row in cells})
+    columns, label = _groups(cells, lambda row: row["concepts"]), labeller(cells)
+    kinds = list(dict.fromkeys(map(label, cells)))
+    colours = {name: COLOURS(0.9 * place / max(1, len(kinds) - 1)) for place, name in enumerate(kinds)}
     figure, panels = plt.subplots(
         1, len(columns), figsize=(max(6.0, 4.2 * len(columns)), 5.0), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, (number, rows) in zip(panels[0], sorted(columns.items()), strict=True):
         for row in rows:
-            colour = COLOURS(0.9 * decays.index(row["weight_decay"]) / max(1, len(decays) - 1))
+            colour = colours[label(row)]
             epochs, loss, score = (row["curves"][key] for key in ("epoch", "train_loss", "val_cosine"))
             panel.plot(epochs, score, color=colour)
             panel.plot(epochs, loss, color=colour, linestyle=":")
@@ -373,9 +367,8 @@ def transitions(cells: list[Row]) -> Figure:
         panel.set(xscale="log", xlabel="epoch", title=f"{number} training concepts")
         panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("validation cosine, training loss")
-    shades = [COLOURS(0.9 * place / max(1, len(decays) - 1)) for place in range(len(decays))]
-    handles = [Line2D([], [], color=shade) for shade in shades]
-    names = [f"weight decay {decay:g}" for decay in decays]
+    handles = [Line2D([], [], color=colour) for colour in colours.values()]
+    names = list(colours)
     for style, name in (
         ({}, "validation cosine"),
         ({"linestyle": ":"}, "training loss"),

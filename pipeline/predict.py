@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -115,6 +116,12 @@ def _newest_student() -> str:
     found = sorted(Path("results").glob("*_student"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise InputError("no student in results/; train one with sweep or train, or name one with --run")
+    sweep = re.match(r".*_results_[0-9TZ]+", found[-1].name)
+    same = [str(path) for path in found if sweep and path.name.startswith(sweep[0])]
+    if len(same) > 1:
+        raise InputError(
+            f"--run: the newest sweep left a student for each block or split; name one of {', '.join(same)}"
+        )
     return str(found[-1])
 
 

@@ -19,7 +19,9 @@ from pipeline import plots, scaling, transition
 from pipeline.errors import InputError
 from pipeline.features import Catalogued
 from pipeline.grid import read_grid
+from pipeline.identity import Row, baseline_labeller, cell_of, labeller
 from pipeline.metrics import interval
+from pipeline.results import Section, sections
 from pipeline.schedule import number_of_parameters, teacher_flops, teacher_parameters
 from pipeline.storage import write_atomically
 from pipeline.student import Student
@@ -27,7 +29,6 @@ from pipeline.sweep import prepare
 from pipeline.tables import NOTE, configurations, markdown_table, mean_of, summary, table_rows, test_cosines, verdict
 from pipeline.vectors import Vectors
 
-Row = dict[str, Any]
 SHOWN = 8  # best and worst concepts
 TITLES = {
     "transition": "Long training",
@@ -42,23 +43,30 @@ TITLES = {
 }
 
 
-def markdown(results: dict[str, Any], findings: Sequence[str] = ()) -> str:
-    """The tables and the findings as a Markdown page."""
-    lines = [
-        f"# Sweep {results['grid']}: {results['teacher']}, block {results['layer']}",
-        "",
-        verdict(results),
-        "",
-        *(line for finding in findings for line in (finding, "")),
-        f"{NOTE} Cosines are centred on the mean training vector, except `_raw`.",
-        "",
-    ]
-    return "\n".join([*lines, markdown_table(*summary(results)), markdown_table(*table_rows(results))])
+def _title(results: dict[str, Any]) -> str:
+    block = "" if results["layer"] is None else f", block {results['layer']}"
+    return f"Sweep {results['grid']}: {results['teacher']}{block}"
 
 
-def neighbours(student: Student, vectors: Vectors, layer: int) -> list[list[str]]:
+def markdown(results: dict[str, Any], parts: Sequence[tuple[Section, Sequence[str]]]) -> str:
+    """The tables and the findings of each section as a Markdown page."""
+    lines = [f"# {_title(results)}", ""]
+    for section, findings in parts:
+        if section.title:
+            lines += [f"## {_heading(section)}", ""]
+        lines += [verdict(section.results), "", *(line for finding in findings for line in (finding, ""))]
+        lines += [f"{NOTE} Cosines are centred on the mean training vector, except `_raw`.", ""]
+        lines += [markdown_table(*summary(section.results)), markdown_table(*table_rows(section.results))]
+    return "\n".join(lines)
+
+
+def _heading(section: Section) -> str:
+    return section.title[:1].upper() + section.title[1:]
+
+
+def _neighbours(student: Student, data: Catalogued, layer: int) -> list[list[str]]:
     """The test concepts that the student answers best and worst, with the true vectors nearest to its answers."""
-    rows = _test_rows(student, vectors)
+    rows, vectors = _test_rows(student, data), data.vectors
     names = [vectors.concepts[row] for row in rows]
     mean = student.mean
     truth = vectors.vectors[rows, 0, vectors.layer_index(layer)].astype(np.float32) - mean
@@ -74,8 +82,8 @@ def neighbours(student: Student, vectors: Vectors, layer: int) -> list[list[str]
     ]
 
 
-def _test_rows(student: Student, vectors: Vectors) -> list[int]:
-    return Catalogued(vectors).rows("test", student.config["cell"]["split"])
+def _test_rows(student: Student, data: Catalogued) -> list[int]:
+    return data.rows("test", student.config["cell"]["split"])
 
 
 def _law(results: dict[str, Any]) -> tuple[list[str], dict[str, Figure]]:
@@ -108,11 +116,40 @@ def _receipts(results: dict[str, Any], output: Path) -> list[str]:
     return told
 
 
-def write_predictions(results: dict[str, Any], most: int, data: Catalogued, output: Path) -> tuple[Path, list[str]]:
-    """Write what a law fitted on small cells expects of the larger cells of the grid, before these are looked at.
+def predict_sections(results: dict[str, Any], most: int, data: Catalogued, output: Path) -> list[str]:
+    """Write what laws fitted on small cells expect of the larger cells, for each section that has cells for a law.
 
     Args:
         results: the content of a results file, with or without the larger cells.
+        most: concepts of the largest cell that a fit sees.
+        data: the vectors.
+        output: folder.
+
+    Returns:
+        The prediction of each cell as a line, and the files.
+
+    Raises:
+        InputError: too few cells for a fit, or no larger ones, in every section.
+    """
+    lines: list[str] = []
+    wrong: list[InputError] = []
+    for section in sections(results):
+        try:
+            path, told = write_predictions(section, most, data, output)
+        except InputError as error:
+            wrong.append(error)
+            continue
+        lines += [*told, str(path)]
+    if not lines:
+        raise wrong[0]
+    return lines
+
+
+def write_predictions(section: Section, most: int, data: Catalogued, output: Path) -> tuple[Path, list[str]]:
+    """Write what a law fitted on small cells expects of the larger cells of the grid, before these are looked at.
+
+    Args:
+        section: of a sweep, with or without the larger cells.
         most: concepts of the largest cell that the fit sees.
         data: the vectors.
         output: folder.
@@ -123,27 +160,28 @@ def write_predictions(results: dict[str, Any], most: int, data: Catalogued, outp
     Raises:
         InputError: too few cells for a fit, or no larger ones.
     """
+    results = section.results
     cells = scaling.largest_family([row for row in results["cells"] if row["concepts"] <= most])
     if not cells:
         raise InputError(f"--predict {most}: too few cells with at most so many concepts for a scaling law")
     shared = scaling.shared_by(cells[0])
-    known = {row["name"]: row for row in results["cells"]}
+    known = {cell_of(row): row for row in results["cells"]}
     with contextlib.suppress(InputError):  # a grid that is not ours by name; then only what was trained is known
         seeds = len({row["seed"] for row in cells})
         for cell in prepare(read_grid(results["grid"], cells[0]["epochs"], seeds)[1], data):
-            row = vars(cell) | {"name": cell.name, "parameters": number_of_parameters(cell, data)}
-            known.setdefault(cell.name, row)
+            row = vars(cell) | {"name": data.as_named(cell).name, "parameters": number_of_parameters(cell, data)}
+            known.setdefault(cell, row)
     receipt = scaling.predict(cells, [row for row in known.values() if scaling.shared_by(row) == shared], most)
     if not receipt["cells"]:
         raise InputError(f"--predict {most}: the grid {results['grid']} has no larger cells")
-    trained = {row["name"] for row in results["cells"]}
+    trained = {cell_of(row) for row in results["cells"]}
     receipt |= {
         "grid": results["grid"],
         "vectors_sha256": results["vectors_sha256"],
         "time": f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}",
-        "before_training": not any(cell["name"] in trained for cell in receipt["cells"]),
+        "before_training": not any(cell_of(cell) in trained for cell in receipt["cells"]),
     }
-    path = output / f"{results['grid']}_predictions_{receipt['time']}.json"
+    path = output / f"{results['grid']}_predictions{section.suffix}_{receipt['time']}.json"
     write_atomically(path, lambda part: part.write_text(json.dumps(receipt, indent=1), encoding="utf-8"))
     lines = [
         f"{cell['name']}: {cell['cosine']:.3f} ({cell['interval'][0]:.3f} to {cell['interval'][1]:.3f})"
@@ -152,15 +190,17 @@ def write_predictions(results: dict[str, Any], most: int, data: Catalogued, outp
     return path, lines
 
 
-def write_report(results: dict[str, Any], stem: str, output: Path, student: Student, vectors: Vectors) -> list[Path]:
+def write_report(
+    results: dict[str, Any], stem: str, output: Path, students: Sequence[Student], vectors: Vectors
+) -> list[Path]:
     """Write the page, the table and the pictures as ``<output>/<stem>_<what>``.
 
     Args:
         results: the content of a results file.
         stem: beginning of every file name.
         output: folder.
-        student: the best student.
-        vectors: the file that it was trained on.
+        students: of each section's best cell.
+        vectors: the file that they were trained on.
 
     Returns:
         The files written, the page first.
@@ -170,29 +210,46 @@ def write_report(results: dict[str, Any], stem: str, output: Path, student: Stud
     """
     if vectors.sha256 != results["vectors_sha256"]:
         raise InputError("the vectors file is not the one that the sweep was trained on; name that with --vectors")
-    findings, law = _law(results)
-    findings += _receipts(results, output)
-    figures = _figures(results, student, vectors) | law
-    if long := [row for row in results["cells"] if row["evaluations"] == "log"]:
-        findings.append(transition.describe(long))
-        figures = {"transition": plots.transitions(long)} | figures
-    written, pictures = [], []
-    for name, figure in figures.items():
-        path = output / f"{stem}_{name}.png"
-        write_atomically(path, lambda part, figure=figure: figure.savefig(part, dpi=130, format="png"))  # type: ignore[misc]
-        plt.close(figure)
-        written.append(path)
-        pictures.append({"title": TITLES[name], "data": base64.b64encode(path.read_bytes()).decode()})
+    data = Catalogued(vectors)
+    written, parts, shown = [], [], []
+    for section, student in zip(sections(results), students, strict=True):
+        findings, figures = _findings(section.results, student, data, output)
+        pictures = []
+        for name, figure in figures.items():
+            path = output / f"{stem}{section.suffix}_{name}.png"
+            write_atomically(path, lambda part, figure=figure: figure.savefig(part, dpi=130, format="png"))  # type: ignore[misc]
+            plt.close(figure)
+            written.append(path)
+            pictures.append({"title": TITLES[name], "data": base64.b64encode(path.read_bytes()).decode()})
+        parts.append((section, findings))
+        shown.append(_shown(section, findings, pictures, _neighbours(student, data, section.results["layer"])))
     table = output / f"{stem}_table.md"
-    write_atomically(table, lambda part: part.write_text(markdown(results, findings), encoding="utf-8"))
+    write_atomically(table, lambda part: part.write_text(markdown(results, parts), encoding="utf-8"))
     page = output / f"{stem}_report.html"
-    text = _page(results, findings, pictures, neighbours(student, vectors, results["best"]["layer"]))
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    text = Environment(autoescape=True).from_string(template).render(title=_title(results), sections=shown)
     write_atomically(page, lambda part: part.write_text(text, encoding="utf-8"))
     return [page, table, *written]
 
 
-def _page(results: dict[str, Any], findings: list[str], pictures: list[dict[str, str]], best: list[list[str]]) -> str:
-    """One HTML page with everything in it."""
+def _findings(
+    results: dict[str, Any], student: Student, data: Catalogued, output: Path
+) -> tuple[list[str], dict[str, Figure]]:
+    """Sentences and pictures of one section, whose best cell's student is given."""
+    findings, law = _law(results)
+    findings += _receipts(results, output)
+    figures = _figures(results, student, data) | law
+    if long := [row for row in results["cells"] if row["evaluations"] == "log"]:
+        findings.append(transition.describe(long))
+        figures = {"transition": plots.transitions(long)} | figures
+    return findings, figures
+
+
+def _shown(
+    section: Section, findings: list[str], pictures: list[dict[str, str]], neighbours: list[list[str]]
+) -> dict[str, Any]:
+    """A section as the page shows it."""
+    results = section.results
 
     def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> dict[str, Any]:
         return {"title": title, "head": head, "rows": rows, "note": note}
@@ -202,23 +259,18 @@ def _page(results: dict[str, Any], findings: list[str], pictures: list[dict[str,
         table(
             "Best and worst test concepts",
             ["concept", "category", "cosine", "true vectors nearest to the answer"],
-            best,
+            neighbours,
             f"As {results['best']['name']} answers them.",
         ),
         table("Cells", *table_rows(results), "Cosines are centred on the mean training vector, except raw ones."),
     ]
-    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    return (
-        Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            title=f"Sweep {results['grid']}: {results['teacher']}, block {results['layer']}",
-            verdict=verdict(results),
-            findings=findings,
-            pictures=pictures,
-            tables=tables,
-        )
-    )
+    return {
+        "title": _heading(section),
+        "verdict": verdict(results),
+        "findings": findings,
+        "pictures": pictures,
+        "tables": tables,
+    }
 
 
 def _overview(results: dict[str, Any]) -> dict[str, Figure]:
@@ -226,8 +278,10 @@ def _overview(results: dict[str, Any]) -> dict[str, Figure]:
     cells = results["cells"]
     if len({row["concepts"] for row in cells}) > 1:
         return {"scaling": plots.scaling(cells, results["baselines"]), "heatmap": plots.heat_map(cells)}
+    name_of, baseline_name_of = labeller(cells), baseline_labeller(results["baselines"])
     ranked = []
-    for name, own in configurations(results):
+    for own in configurations(results):
+        name = name_of(own[0]) if "name" in own[0] else f"({baseline_name_of(own[0])})"
         ranked.append((name, mean_of(own, "test_cosine"), *interval(test_cosines(own))))
     return {"ranking": plots.ranking(ranked, cells[0]["concepts"])}
 
@@ -240,13 +294,12 @@ def _best_of_kinds(cells: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def _figures(results: dict[str, Any], student: Student, vectors: Vectors) -> dict[str, Figure]:
-    best, cells = results["best"], results["cells"]
-    rows = _test_rows(student, vectors)
+def _figures(results: dict[str, Any], student: Student, data: Catalogued) -> dict[str, Figure]:
+    best, cells, vectors = results["best"], results["cells"], data.vectors
+    rows = _test_rows(student, data)
     truth = vectors.vectors[rows, 0, vectors.layer_index(best["layer"])].astype(np.float32)
     predicted = student.encode([vectors.concepts[row] for row in rows])
     mean, block = student.mean, best["layer"]
-    data = Catalogued(vectors)
     teacher = (block, teacher_parameters(block, data), teacher_flops(block, data))
     overview = _overview(results)
     return overview | {

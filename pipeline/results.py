@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,69 +13,146 @@ import torch
 from pipeline import scaling
 from pipeline.engine import rounded
 from pipeline.errors import InputError
-from pipeline.export import needs_teacher
+from pipeline.export import checkpoint, needs_teacher
 from pipeline.features import Catalogued
 from pipeline.grid import vectors_of
+from pipeline.identity import FIELDS, SECTION, SHARED, TITLES, Row, baseline_of, cell_of, section_names, section_of
 from pipeline.metrics import cosines, faithfulness
 from pipeline.options import SHIPPED, Cell
 from pipeline.student import Student
+from pipeline.students import KINDS
 from pipeline.students.baselines import BASELINES
 from pipeline.tracking import connect, fetch
-from pipeline.training import train_stack
+from pipeline.training import Trained, train_stack
 from pipeline.vectors import Vectors, read_vectors
 
-Row = dict[str, Any]
-RIVAL = ("concepts", "layer", "inputs", "split")  # what a cell shares with its baselines
-NEEDED = {*Cell.__dataclass_fields__, "name", "test_cosines", "curves"}  # of each cell, to tell about a sweep
+NEEDED = {*FIELDS, "name", "test_cosines", "curves"}  # of each cell, to tell about a sweep
+NEEDED_OF_BASELINES = {"student", "concepts", "layer", "split", "test_cosines"}
+OF_SECTION = (*SECTION, "best", "fit")  # what the file says of each section
 
 
-def results_of(name: str, data: Catalogued, rows: list[dict[str, Any]], identity: str) -> dict[str, Any]:
-    """The content of the results file, with the baselines; the best cell has the highest validation cosine."""
-    rivals = dict.fromkeys(baseline_of(row) for row in rows)
-    best = max(rows, key=lambda row: row["val_cosine"])
-    return {
+@dataclass(frozen=True)
+class Section:
+    """The cells of a sweep that may be compared: of one block and one split.
+
+    Attributes:
+        title: what sets it apart from the other sections, in words; empty where there is no other.
+        suffix: the same in names of files, metrics and tags, such as ``_layer6``.
+        results: the content of the results file with these cells and their baselines only, ``best`` and ``fit`` theirs.
+    """
+
+    title: str
+    suffix: str
+    results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The student that a section leaves.
+
+    Attributes:
+        row: the row of a cell (it has a ``run_id``) or of a baseline.
+        reason: what it is and what it was chosen over, in words.
+    """
+
+    row: Row
+    reason: str
+
+
+def results_of(name: str, data: Catalogued, rows: list[Row], identity: str) -> dict[str, Any]:
+    """The content of the results file, with the baselines.
+
+    The best cell of a section has the highest validation cosine. Where there are several sections, each has its own
+    best and fit in ``sections``, and ``best`` and ``fit`` of the whole are None: other blocks or splits are not ranked.
+    """
+    rivals = dict.fromkeys(baseline_of(cell_of(row)) for row in rows)
+    floor = [row for cell in rivals for row in baseline_rows(cell, data)]
+    results = {
         "grid": name,
         "sweep_id": identity,
         "teacher": data.vectors.teacher,
-        "layer": best["layer"],
         "vectors_sha256": data.vectors.sha256,
         "cells": rows,
-        "baselines": [row for cell in rivals for row in baseline_rows(cell, data)],
-        "best": best,
-        "fit": scaling_fit(rows),
+        # One row of the constant mean for all that differ in inputs or targets only: it knows neither.
+        "baselines": list({(row["student"], *map(row.get, SHARED)): row for row in floor}.values()),
+    }
+    parts = [section.results for section in sections(results)]
+    layers, only = {part["layer"] for part in parts}, parts[0] if len(parts) == 1 else {}
+    return results | {
+        "layer": parts[0]["layer"] if len(layers) == 1 else None,
+        "best": only.get("best"),
+        "fit": only.get("fit"),
+        "sections": [{key: part[key] for key in OF_SECTION} for part in parts],
     }
 
 
-def best_alone(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The best cell whose student needs no teacher; the best of all where every one does."""
-    alone = [row for row in rows if not needs_teacher(cell_of(row))]
-    return max(alone or rows, key=lambda row: row["val_cosine"])
+def sections(results: dict[str, Any]) -> list[Section]:
+    """The content of a results file, one section for each block and split, in their order."""
+    made = []
+    for key, (title, suffix) in section_names(results["cells"]).items():
+        told = dict(zip(SECTION, key, strict=True))
+        cells, baselines = ([row for row in results[rows] if section_of(row) == key] for rows in ("cells", "baselines"))
+        own = told | {"cells": cells, "baselines": baselines, "best": best_of(cells), "fit": scaling_fit(cells)}
+        made.append(Section(title, suffix, results | own))
+    return made
 
 
-def cell_of(row: Mapping[str, Any]) -> Cell:
-    """The cell of a row."""
-    return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
+def best_of(rows: Sequence[Row]) -> Row:
+    """The row with the highest validation cosine."""
+    return max(rows, key=lambda row: row["val_cosine"])
 
 
-def scaling_fit(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def best_exportable(results: dict[str, Any], baselines: bool = True) -> Choice:
+    """The best of a section on validation that stands alone, whatever its kind; the best cell where none does.
+
+    Args:
+        results: of one section.
+        baselines: choose among the baselines too.
+    """
+    fitted = [row for row in results["baselines"] if row["student"] in KINDS] if baselines else []
+    alone = [row for row in results["cells"] if not needs_teacher(cell_of(row))]
+    alone += [row for row in fitted if not needs_teacher(baseline_cell(row))]
+    best = best_of(alone or results["cells"])
+    reason = f"{_described(best)}, validation cosine {best['val_cosine']:.3f}"
+    if others := [row for row in alone if row["student"] != best["student"]]:
+        rival = best_of(others)
+        kind = "trained student" if KINDS[rival["student"]].solve is None else "student of another kind"
+        reason += f"; the best {kind}, {_described(rival)}, has {rival['val_cosine']:.3f}"
+    highest = best_of([*results["cells"], *(results["baselines"] if baselines else [])])
+    if highest["val_cosine"] > best["val_cosine"]:
+        why = "runs blocks of the teacher" if highest["student"] in KINDS else "is no student"
+        reason += f"; {_described(highest)} has {highest['val_cosine']:.3f}, but {why}"
+    return Choice(best, reason)
+
+
+def _described(row: Row) -> str:
+    kind = TITLES.get(row["student"], row["student"])
+    return f"{kind} {row['name']}" if "name" in row else f"{kind} on {row['concepts']} concepts"
+
+
+def scaling_fit(rows: Sequence[Row]) -> dict[str, Any] | None:
     """The constants of the scaling law of the largest family of cells that descend, with intervals."""
     cells = scaling.largest_family(rows)
     return scaling.law_of(cells).values if cells else None
 
 
-def baseline_of(row: Mapping[str, Any]) -> Cell:
-    """The ridge regression on the same concepts, block and inputs as a cell's row: what it should beat."""
-    read = row["inputs"] if row["student"] in ("mlp", "ridge", "kernel") else Cell().inputs
-    return Cell(student="ridge", concepts=row["concepts"], layer=row["layer"], inputs=read, split=row["split"])
+def baseline_cell(row: Row) -> Cell:
+    """The cell of a baseline that is a student."""
+    return Cell(student=row["student"], **{name: row[name] for name in SHARED})
 
 
-def baseline_rows(cell: Cell, data: Catalogued) -> list[dict[str, Any]]:
-    """The floor for one training subset: the constant mean, the nearest training concept, and ridge regression."""
-    subset = data.subset(cell)
-    [fitted] = train_stack([cell], [subset], torch.device("cpu"))
-    rows = []
+def baseline_rows(cell: Cell, data: Catalogued) -> list[Row]:
+    """The floor for one training subset: the constant mean, the nearest training concept, and ridge regression.
+
+    Args:
+        cell: the ridge regression.
+        data: the vectors.
+    """
+    subset, fitted = data.subset(cell), _fitted(cell, data)
+    rows: list[Row] = []
     for student in (*BASELINES, "ridge"):
-        row: dict[str, Any] = {"student": student, **{name: getattr(cell, name) for name in RIVAL}}
+        known = SHARED if student != "mean" else ("concepts", *SECTION)  # all that the mean depends on
+        row: Row = {"student": student, **{name: getattr(cell, name) for name in known}}
         if student == "ridge":
             own = {"parameters": fitted.number_of_parameters, "test_cosines": rounded(fitted.test_cosines)}
             rows.append(row | own | fitted.metrics)
@@ -86,6 +163,18 @@ def baseline_rows(cell: Cell, data: Catalogued) -> list[dict[str, Any]]:
             row |= {f"{side_name}_{metric}": value for metric, value in measured.items()}
         rows.append(row | {"test_cosines": rounded(cosines(answer, side.targets).tolist())})
     return rows
+
+
+def baseline_student(row: Row, data: Catalogued) -> Student:
+    """The student that a baseline is, for the concepts of the vectors file."""
+    cell = baseline_cell(row)
+    fitted = _fitted(cell, data)
+    return checkpoint(cell, fitted.parameters, data.subset(cell), data, fitted.metrics)
+
+
+def _fitted(cell: Cell, data: Catalogued) -> Trained:
+    [fitted] = train_stack([cell], [data.subset(cell)], torch.device("cpu"))
+    return fitted
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -107,7 +196,8 @@ def _checked(text: str, place: object) -> dict[str, Any]:
         raise InputError(f"results file {place}: cannot be read ({error})") from error
     if not isinstance(results, dict) or not {"grid", "cells", "baselines", "best"} <= set(results):
         raise InputError(f"results file {place}: not the results of a sweep")
-    if not all(set(row) >= NEEDED for row in results["cells"]):
+    known = all(set(row) >= NEEDED for row in results["cells"])
+    if not known or not all(set(row) >= NEEDED_OF_BASELINES for row in results["baselines"]):
         raise InputError(
             f"results file {place}: of an older version, without some of what is told; run its sweep again"
         )
@@ -137,16 +227,16 @@ def vectors_for(grid: str, named: str | None) -> Vectors:
 
 def load_sweep(
     results: str | None, sweep_id: str | None, folder: Path = Path("results")
-) -> tuple[str, dict[str, Any], Student]:
+) -> tuple[str, dict[str, Any], list[Student]]:
     """A sweep from its results file, from MLflow, or the newest in a folder.
 
     Args:
         results: path of a results file.
-        sweep_id: a sweep in MLflow; its results file and its best student are downloaded.
+        sweep_id: a sweep in MLflow; its results file and its best students are downloaded.
         folder: where to look when neither is given.
 
     Returns:
-        The beginning of the report's file names, the results, and the best student.
+        The beginning of the report's file names, the results, and the student of each section's best cell.
 
     Raises:
         InputError: there is no such sweep, or its student is gone.
@@ -157,9 +247,15 @@ def load_sweep(
             raise InputError(f"--sweep-id {sweep_id}: MLflow knows no such sweep")
         stem, text = tracker.newest_artifact(run.info.run_id, "_results_")
         found = _checked(text, stem)
-        return stem, found, tracker.student_of(found["best"]["run_id"])
+        return stem, found, [tracker.student_of(part.results["best"]["run_id"]) for part in sections(found)]
     path = fetch(results) if results else newest_results(folder)
-    found, beside = read_results(path), path.with_name(f"{path.stem}_student")
-    if beside.is_dir() and (student := Student.load(beside)).config["cell"] == asdict(cell_of(found["best"])):
-        return path.stem, found, student
-    return path.stem, found, connect().student_of(found["best"]["run_id"])
+    found = read_results(path)
+    return path.stem, found, [_student_beside(path, part) for part in sections(found)]
+
+
+def _student_beside(path: Path, section: Section) -> Student:
+    """The student of a section's best cell: from the folder beside the results file, if that is it, or from MLflow."""
+    best, beside = section.results["best"], path.with_name(f"{path.stem}{section.suffix}_student")
+    if beside.is_dir() and (student := Student.load(beside)).config["cell"] == asdict(cell_of(best)):
+        return student
+    return connect().student_of(best["run_id"])

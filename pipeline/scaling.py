@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import InputError
+from pipeline.identity import FIELDS, Row, cell_of
 from pipeline.options import Cell
 
 HUBER = 0.01  # log residuals beyond this (1 % of the error) count linearly
@@ -37,7 +38,6 @@ MOST_STEPS = 400
 TOLERANCE = 1e-9  # a step that lowers the loss by a smaller share is idle
 IDLE_STEPS = 12  # so many one after another end the descent
 Array = NDArray[np.float64]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,9 @@ def _descend(
     return reached, put(values).copy()
 
 
-def families(cells: Sequence[Row]) -> dict[str, list[Row]]:
+def families(cells: Sequence[Row]) -> dict[Cell, list[Row]]:
     """Cells that differ in concepts, size and seed only, where they are enough for a law; by what they share."""
-    found: dict[str, list[Row]] = {}
+    found: dict[Cell, list[Row]] = {}
     for cell in cells:
         found.setdefault(shared_by(cell), []).append(cell)
     return {shared: own for shared, own in found.items() if len({c["concepts"] for c in own}) >= 3 and len(own) > 5}
@@ -272,9 +272,9 @@ def largest_family(rows: Sequence[Row]) -> list[Row]:
     return max(families([row for row in rows if len(row["curves"]["epoch"]) > 1]).values(), key=len, default=[])
 
 
-def shared_by(cell: Row) -> str:
-    """What a cell shares with its family, as text."""
-    return " ".join(f"{name}={cell[name]}" for name in Cell.__dataclass_fields__ if name not in VARY)
+def shared_by(cell: Row) -> Cell:
+    """What a cell shares with its family: the cell with all of `VARY` at the defaults."""
+    return Cell(**{name: cell[name] for name in FIELDS if name not in VARY})
 
 
 def law_of(cells: Sequence[Row]) -> Law:
@@ -288,12 +288,12 @@ def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str,
 
     Args:
         cells: finished cells of one family.
-        larger: cells of the same family with ``name``, ``concepts`` and ``parameters``, trained or not.
+        larger: cells of the same family with ``name`` and ``parameters``, trained or not.
         most: the limit; no cell beyond it is looked at.
     """
     law = law_of([cell for cell in cells if cell["concepts"] <= most])
     expected = [
-        {name: cell[name] for name in ("name", "concepts", "parameters")}
+        {name: cell[name] for name in ("name", "parameters", *FIELDS)}
         | {
             "cosine": law.cosine(cell["concepts"], cell["parameters"]),
             "interval": list(law.interval(cell["concepts"], cell["parameters"])),
@@ -306,8 +306,9 @@ def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str,
 
 def check(receipt: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | None:
     """How a receipt's intervals fared: coverage, and the largest and the mean error; None before there is any cell."""
-    measured = {cell["name"]: cell["test_cosine"] for cell in cells}
-    pairs = [(cell, measured[cell["name"]]) for cell in receipt["cells"] if cell["name"] in measured]
+    measured = {cell_of(cell): cell["test_cosine"] for cell in cells}
+    known = [cell for cell in receipt["cells"] if set(cell) >= set(FIELDS)]  # older receipts have names only
+    pairs = [(cell, measured[cell_of(cell)]) for cell in known if cell_of(cell) in measured]
     if not pairs:
         return None
     errors = [abs(cell["cosine"] - truth) for cell, truth in pairs]

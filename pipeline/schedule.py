@@ -162,6 +162,7 @@ def plan_rows(cells: Sequence[Cell], data: Catalogued, workers: int) -> tuple[li
             stack_number += 1
             for cell in stack:
                 size, work = number_of_parameters(cell, data), training_flops(cell, data) / 1e9
-                values = [cell.name, cell.objective, cell.epochs, f"{size:,}", f"{work:,.1f}", stack_number, worker]
+                name = data.as_named(cell).name
+                values = [name, cell.objective, cell.epochs, f"{size:,}", f"{work:,.1f}", stack_number, worker]
                 rows.append([str(value) for value in values])
     return header, rows

@@ -31,7 +31,7 @@ from pipeline.options import RESULTS_VERSION, Cell
 from pipeline.precision import hint, of_training
 from pipeline.processes import Worker
 from pipeline.recorder import Recorder, read_row
-from pipeline.results import best_alone, cell_of, results_of
+from pipeline.results import baseline_student, best_exportable, results_of, sections
 from pipeline.schedule import shares, stacks_of, training_flops
 from pipeline.spool import Spool
 from pipeline.stack import PRECISIONS, Progress, precision_of
@@ -70,17 +70,30 @@ class Sweep:
         results: the content of the results file.
         path: the results file.
         files: what the report wrote.
-        student_folder: the best student that stands alone, or the best one where none does.
-        student: the same, from this process.
+        left: the student that each section leaves.
         run: the parent run.
     """
 
     results: dict[str, Any]
     path: Path
     files: list[Path]
-    student_folder: Path
-    student: Student
+    left: list[Left]
     run: Run
+
+
+@dataclass(frozen=True)
+class Left:
+    """A student that a sweep leaves: the best of a section on validation that stands alone.
+
+    Attributes:
+        folder: where it is.
+        student: the same, from this process.
+        reason: what it is and what it was chosen over, in words.
+    """
+
+    folder: Path
+    student: Student
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ class Incomplete:
 
 
 Value = TypeVar("Value")
-Report = Callable[[dict[str, Any], str, Student], list[Path]]
+Report = Callable[[dict[str, Any], str, list[Student]], list[Path]]
 Export = Callable[[Student], Student]
 ALIAS = "best"  # of the registered model's version that a sweep has made last
 
@@ -143,7 +156,7 @@ def prepare(cells: Sequence[Cell], data: Catalogued, grid: str | None = None) ->
             _check(ready[-1], data)
         except InputError as error:
             raise (error if grid is None else pointing(error, cell, grid)) from None
-    return ready
+    return list(dict.fromkeys(ready))  # a grid may ask for the middle block by its number and by default
 
 
 def _check(cell: Cell, data: Catalogued) -> None:
@@ -170,8 +183,9 @@ def run_sweep(
     sweep_id: str | None = None,
     resume: bool = True,
     shard: Worker = ALONE,
-    report: Report = lambda results, stem, student: [],
+    report: Report = lambda results, stem, students: [],
     export: Export | None = None,
+    baselines: bool = True,
     register: str | None = None,
     watcher: Watcher | None = None,
 ) -> Sweep | Incomplete | None:
@@ -188,12 +202,14 @@ def run_sweep(
         params: the command's options, for the parent run.
         vectors_uri: where the vectors came from, for the record.
         output: folder of the results file.
-        student_folder: folder for the best student; beside the results file by default.
+        student_folder: folder for the student that is left; beside the results file by default.
         sweep_id: a sweep to go on with; by default one that follows from the cells and the data.
         resume: take finished cells over instead of training them again.
         shard: the part of the cells that this command trains.
-        report: writes tables and pictures from the results, the beginning of the file names, and the best student.
-        export: makes a student for any text of a cell's; it is logged below the parent run.
+        report: writes tables and pictures from the results, the beginning of the file names, and the student of each
+            section's best cell.
+        export: makes a student for any text of a trained one; it is logged below the parent run.
+        baselines: leave a baseline where it is the best on validation.
         register: the registered model whose newest version that student becomes.
         watcher: callbacks for a display.
 
@@ -263,7 +279,8 @@ def run_sweep(
                     parent.leave()
                 return Incomplete(identity, len(rows), len(cells))
             results = results_of(name, data, [rows[keys[cell]] for cell in cells], identity)
-            sweep = _conclude(results, parent, tracker, output, student_folder, report, export, register)
+            leave = functools.partial(_leave, data=data, tracker=tracker, export=export, baselines=baselines)
+            sweep = _conclude(results, parent, tracker, output, student_folder, report, leave, register)
             parent.end("FINISHED")
             spool.clear(keys.values())
             return sweep
@@ -356,39 +373,69 @@ def _conclude(
     output: Path,
     student_folder: Path | None,
     report: Report,
-    export: Export | None,
+    leave: Callable[[dict[str, Any], Path], tuple[Left, bool]],
     register: str | None,
 ) -> Sweep:
-    """Write the results file, the best student and the report, here and in MLflow.
+    """Write the results file, the report and the students that are left, here and in MLflow.
 
     All names follow from the results, so workers that end together write the same files.
     """
-    best = results["best"]
     path = output / f"{results['grid']}_results_{max(row['finished'] for row in results['cells'])}.json"
     write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
+    parts = sections(results)
+    best = [part.results["best"] for part in parts]
+    files = report(results, path.stem, patiently(lambda: [tracker.student_of(row["run_id"]) for row in best]))
     folder = student_folder or path.with_name(f"{path.stem}_student")
-    trained = patiently(lambda: tracker.student_of(best["run_id"]))
-    files = report(results, path.stem, trained)
-    alone = best_alone(results["cells"])
-    if alone["run_id"] != best["run_id"]:
-        trained = patiently(lambda: tracker.student_of(alone["run_id"]))
-    student = trained if export is None or needs_teacher(cell_of(alone)) else export(trained)
-    student.save(folder)
+    made = [leave(part.results, folder.with_name(_inserted(folder.name, part.suffix))) for part in parts]
 
     def log() -> None:
-        if student is not trained:
-            model_id = parent.log_student(folder, tracker.client.get_run(parent.id))
-            if register is not None:
-                version = tracker.register(register, model_id, ALIAS)
-                parent.set_tags({"registered_model": f"{register} version {version}"})
+        tags: dict[str, str] = {}
+        metrics: dict[str, float] = {"cells": len(results["cells"])}
+        for part, row, (left, is_new) in zip(parts, best, made, strict=True):
+            if is_new:
+                there = tracker.client.get_run(parent.id)
+                model_id = parent.log_student(left.folder, there, f"student{part.suffix}")
+                if register is not None:
+                    version = tracker.register(f"{register}{part.suffix}", model_id, ALIAS)
+                    tags[f"registered_model{part.suffix}"] = f"{register}{part.suffix} version {version}"
+            metrics |= {f"best_{name}{part.suffix}": row[name] for name in ("val_cosine", "test_cosine")}
+            told = {"best_run_id": row["run_id"], "best_cell": row["name"], "best_layer": str(row["layer"])}
+            tags |= {f"{name}{part.suffix}": value for name, value in (told | {"student": left.reason}).items()}
         for file in (path, *files):
             parent.log_artifact(file)
-        best_values = {f"best_{name}": best[name] for name in ("val_cosine", "test_cosine")}
-        parent.log_metrics({"cells": len(results["cells"])} | best_values)
-        parent.set_tags({"best_run_id": best["run_id"], "best_cell": best["name"]})
+        parent.log_metrics(metrics)
+        parent.set_tags(tags)
 
     patiently(log)
-    return Sweep(results, path, files, folder, student, parent)
+    return Sweep(results, path, files, [left for left, _ in made], parent)
+
+
+def _inserted(name: str, suffix: str) -> str:
+    """The name of a section's student folder: names that end in ``_student`` go on doing so."""
+    stem = name.removesuffix("_student")
+    return f"{stem}{suffix}{name[len(stem) :]}"
+
+
+def _leave(
+    results: dict[str, Any], folder: Path, data: Catalogued, tracker: Tracker, export: Export | None, baselines: bool
+) -> tuple[Left, bool]:
+    """Write the student that a section leaves; and whether no cell's run has it as it is.
+
+    Args:
+        results: of the section.
+        folder: where to.
+        data: the vectors.
+        tracker: where the cells' students are.
+        export: as in `run_sweep`.
+        baselines: as in `run_sweep`.
+    """
+    choice = best_exportable(results, baselines)
+    run_id = choice.row.get("run_id")
+    trained = baseline_student(choice.row, data) if run_id is None else patiently(lambda: tracker.student_of(run_id))
+    can_stand_alone = not needs_teacher(Cell(**trained.config["cell"]))
+    student = export(trained) if export is not None and can_stand_alone else trained
+    student.save(folder)
+    return Left(folder, student, choice.reason), run_id is None or student is not trained
 
 
 def _profile(data: Catalogued) -> str:

@@ -55,15 +55,15 @@ def detect(epochs: Sequence[int], train_loss: Sequence[float], val_cosine: Seque
 
 def describe(cells: Sequence[dict[str, Any]]) -> str:
     """One sentence on a grid's long runs."""
-    found = {
-        row["name"]: detect(*(row["curves"][key] for key in ("epoch", "train_loss", "val_cosine"))) for row in cells
-    }
-    late = {name: one for name, one in found.items() if one.late}
-    memorised = sum(one.memorised is not None for one in found.values())
+    found = [
+        (row["name"], detect(*(row["curves"][key] for key in ("epoch", "train_loss", "val_cosine")))) for row in cells
+    ]
+    late = [(name, one) for name, one in found if one.late]
+    memorised = sum(one.memorised is not None for _, one in found)
     if late:
-        listed = ", ".join(f"{name} at epoch {one.steepest} (+{one.rise:.3f})" for name, one in late.items())
+        listed = ", ".join(f"{name} at epoch {one.steepest} (+{one.rise:.3f})" for name, one in late)
         return f"Phase transition in {len(late)} of {len(found)} runs: {listed}."
-    steepest = max(found.items(), key=lambda item: item[1].rise)
+    steepest = max(found, key=lambda item: item[1].rise)
     return (
         f"No phase transition in {len(found)} runs: {memorised} memorise their training concepts, and none generalises "
         f"late. The steepest rise of validation within a doubling of the epochs after that is "

@@ -283,7 +283,7 @@ def test_a_dry_run_shows_the_cells_and_trains_nothing(workplace, run, small_grid
     code, out, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--dry-run")
     assert code == 0, err
     assert "small: 4 cells, about" in out
-    for name in ("c20-h8-l2-s0", "c40-h16-l2-s0"):
+    for name in ("c20-h8-l2-e3-b16-s0", "c40-h16-l2-e3-b16-s0"):
         assert name in out
     assert sorted(workplace.iterdir()) == before
 

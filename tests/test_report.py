@@ -77,7 +77,7 @@ def results(shift, noise=0.02):
     draw = np.random.default_rng(0)
     hard = draw.normal(0.5, 0.2, 200)  # some concepts are hard for everybody
     student = [hard + shift + draw.normal(0, noise, 200) for _ in range(3)]
-    floor = {"concepts": 100, "layer": 15, "inputs": "activations", "split": "concepts"}
+    floor = {"concepts": 100, "layer": 15, "inputs": "activations", "targets": "first", "split": "concepts"}
     baselines = [
         floor | {"student": name, "test_cosines": list(own)} | dict.fromkeys(("val_cosine", "test_cosine"), own.mean())
         for name, own in (("mean", 0 * hard), ("nearest", hard - 0.3), ("ridge", hard))
@@ -98,7 +98,7 @@ def test_results_of_an_older_version_are_said_to_be_so(workplace, run):
 
 def test_intervals_are_over_concepts_and_seeds():
     head, table = summary(results(0.0))
-    [line] = [row for row in table if row[0] == "c100-mlp"]
+    [line] = [row for row in table if row[0] == "mlp"]
     low, high = (float(part) for part in line[head.index("95 % interval")].split(" to "))
     assert high - low == pytest.approx(2 * 1.96 * 0.2 / np.sqrt(200), rel=0.2)
     [ridge] = [row for row in table if row[0].startswith("(ridge")]

@@ -60,7 +60,7 @@ def results(folder="results"):
 def test_a_sweep_leaves_one_parent_and_a_finished_child_a_cell(swept, vectors):
     [parent], children = runs("FINISHED")
     assert sorted(run.info.run_name for run in children) == [
-        "c20-h16-l2-s0", "c20-h8-l2-s0", "c40-h16-l2-s0", "c40-h8-l2-s0",
+        "c20-h16-l2-e3-b16-s0", "c20-h8-l2-e3-b16-s0", "c40-h16-l2-e3-b16-s0", "c40-h8-l2-e3-b16-s0",
     ]  # fmt: skip
     client = MlflowClient()
     for child in children:
@@ -153,8 +153,8 @@ def test_a_report_can_be_drawn_again_from_the_file_and_from_mlflow(swept, run):
     assert code == 0, err
     table = next(Path("remote").glob("*_table.md")).read_text()
     assert table == next(Path("results").glob("*_table.md")).read_text()
-    assert table.count("| mlp |") == 4
-    assert table.count("| (ridge) |") == 2
+    assert table.count("| mlp |") == 2 * 4  # of configurations and of cells
+    assert table.count("| (ridge) |") == 2 * 2
     assert run("report", "--sweep-id", "no-such", "--vectors", SHIPPED)[0] == 2
 
 
@@ -163,7 +163,7 @@ def test_train_is_a_sweep_of_one_cell(workplace, run):
     code, _, err = run(*arguments)
     assert code == 0, err
     _, [child] = runs("FINISHED")
-    assert child.info.run_name == "c30-h8-l2-s0"
+    assert child.info.run_name == "c30-h8-l2-e2-s0"
     assert Student.load("mine").config["metrics"]["test_cosine"] == pytest.approx(
         child.data.metrics["test_cosine"], abs=1e-3
     )

@@ -116,16 +116,17 @@ class Run:
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", use)])]
         _whoever_is_faster(lambda: self.client.log_inputs(self.id, inputs))
 
-    def log_student(self, folder: Path, there: MlflowRun) -> str:
+    def log_student(self, folder: Path, there: MlflowRun, name: str = "student") -> str:
         """Log a student folder as an MLflow model that carries its code and needs no pickle; returns its id.
 
-        What `mlflow.pyfunc.log_model` does, with the parts that all students share made once. A model that an earlier
-        try has begun is used again: ``there`` is the run as it stands.
+        What `mlflow.pyfunc.log_model` does, with the parts that all students share made once. A model of that name that
+        an earlier try has begun is used again: ``there`` is the run as it stands.
         """
-        if there.outputs and there.outputs.model_outputs:
-            model = self.client.get_logged_model(there.outputs.model_outputs[0].model_id)
-        else:
-            model = self.client.create_logged_model(self.experiment_id, "student", self.id)
+        outputs = there.outputs.model_outputs if there.outputs else []
+        begun = [self.client.get_logged_model(output.model_id) for output in outputs]
+        model = next((model for model in begun if model.name == name), None)
+        if model is None:
+            model = self.client.create_logged_model(self.experiment_id, name, self.id)
             self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
         store = self._store(model.artifact_location)
         store.log_artifacts(_frame().name)

@@ -162,7 +162,9 @@ class Tracker:
     def is_concluded(self, sweep_id: str, cells: int) -> bool:
         """Whether results and report of a sweep of so many cells stand in its parent run."""
         parent = self.find_sweep(sweep_id)
-        return parent is not None and "best_run_id" in parent.data.tags and parent.data.metrics.get("cells") == cells
+        if parent is None or parent.data.metrics.get("cells") != cells:
+            return False
+        return any(tag.startswith("best_run_id") for tag in parent.data.tags)  # one for each block and split
 
     def finished_cells(self) -> dict[str, MlflowRun]:
         """All finished cells of the experiment by their ``cell_key``."""
@@ -191,8 +193,8 @@ class Tracker:
             raise InputError(f"run {run_id} has no results file; the sweep did not finish")
         return Path(names[-1]).stem, self.artifact(run_id, names[-1])
 
-    def students_below(self, run_id: str) -> tuple[str, str, list[tuple[str, str]]]:
-        """Of a cell's run or a sweep's: its name, its grid, and the name and run of each finished cell.
+    def students_below(self, run_id: str) -> tuple[str, str, list[str]]:
+        """Of a cell's run or a sweep's: its name, its grid, and the run of each finished cell.
 
         Raises:
             InputError: there is no such run.
@@ -203,9 +205,9 @@ class Tracker:
             raise InputError(f"--run {run_id}: neither a student folder nor a run of MLflow") from error
         name = run.info.run_name or run_id
         if run.data.tags.get("role") != "sweep":
-            return name, "", [(name, run_id)]
+            return name, "", [run_id]
         below = self._search(f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run_id}' and attributes.status = 'FINISHED'")
-        return name, run.data.tags["grid"], [(own.info.run_name or "", own.info.run_id) for own in below]
+        return name, run.data.tags["grid"], [own.info.run_id for own in below]
 
     def student_of(self, run_id: str) -> Student:
         """The student that a run logged."""
@@ -213,6 +215,10 @@ class Tracker:
         models = outputs.model_outputs if outputs else []
         if not models:
             raise InputError(f"run {run_id} has no logged student")
+        if len(models) > 1:  # a sweep of several blocks or splits
+            named = {self.client.get_logged_model(model.model_id).name: model.model_id for model in models}
+            listed = ", ".join(f"models:/{model_id} ({name})" for name, model_id in named.items())
+            raise InputError(f"run {run_id} has several logged students; name one of {listed}")
         with tempfile.TemporaryDirectory() as folder:
             path = mlflow.artifacts.download_artifacts(f"models:/{models[0].model_id}", dst_path=folder)
             return Student.load(_student_folder(Path(path)))
