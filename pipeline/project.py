@@ -23,29 +23,57 @@ UNMOUNTABLE = r"[^\w@%+=,./~-]"
 class ProjectExperiment:
     """MLflow's default experiment for ``mlflow run`` of this project; a plugin of ``default_experiment_provider``."""
 
+    def __init__(self) -> None:
+        """Check, as MLflow is loaded and before anything is written, whether the project can run."""
+        from pipeline.errors import InputError
+
+        if not self.in_context():
+            return
+        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
+        try:
+            if _is_in_container():
+                check_container(_folder())
+        except InputError as error:
+            sys.exit(f"error: {error}")
+
     def in_context(self) -> bool:
         """Whether the command is ``mlflow run`` of a folder with this project."""
         is_run = "mlflow" in sys.argv[0] and sys.argv[1:2] == ["run"]
         return is_run and any(_project(folder) is not None for folder in sys.argv[2:])
 
     def get_experiment_id(self) -> str:
-        """The experiment; leaves with one line of advice where the run could not begin."""
+        """The experiment, where the user names none; leaves with one line of advice where the run could not begin."""
         from pipeline.errors import InputError
         from pipeline.tracking.server import artifact_folder, reach
 
-        folder = next(Path(folder) for folder in sys.argv[2:] if _project(folder) is not None)
-        in_container = not {"-b", "--backend", "--backend=host"} & set(sys.argv)
         try:
-            if in_container:
-                check_container(folder)  # before the database is made
             client, experiment_id = reach()
             artifacts = artifact_folder(client.get_experiment(experiment_id).artifact_location)
-            if in_container and artifacts is not None:
-                _check_visible(artifacts, folder, "the experiment's artifacts")
+            if _is_in_container() and artifacts is not None:
+                _check_visible(artifacts, _folder(), "the experiment's artifacts")
                 os.environ[ARTIFACTS] = str(artifacts)
         except InputError as error:
             sys.exit(f"error: {error}")
         return experiment_id
+
+
+def tracking_uri() -> str:
+    """The tracking server of the environment, or ``mlflow.db`` here; of an SQLite database the whole path.
+
+    MLflow takes a relative path for one below the root.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    path = uri.removeprefix("sqlite:///")
+    return uri if path in (uri, "") or path.startswith(":") else f"sqlite:///{Path(path).resolve()}"
+
+
+def _is_in_container() -> bool:
+    return not {"-b", "--backend", "--backend=host"} & set(sys.argv)
+
+
+def _folder() -> Path:
+    """The folder of the project that the command runs."""
+    return next(Path(folder) for folder in sys.argv[2:] if _project(folder) is not None)
 
 
 def _project(folder: str) -> str | None:
@@ -66,14 +94,14 @@ def check_container(folder: Path) -> None:
     from pipeline.errors import InputError
 
     image, home = _project(str(folder)), folder.resolve()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    uri = tracking_uri()
     is_local = uri.startswith("sqlite:")
     # MLflow quotes nothing where it mounts a database and its artifacts; Docker takes no colon in any path.
     if found := re.search(UNMOUNTABLE if is_local else ":", str(home)):
         advice = "rename the folder, use a tracking server" if is_local and found[0] != ":" else "rename the folder"
         raise InputError(f"{home}: MLflow cannot mount a folder with {found[0]!r} in its path; {advice}, {HOST}")
     if is_local:
-        _check_visible(Path(uri.removeprefix("sqlite:///")).resolve(), home, f"MLFLOW_TRACKING_URI {uri}")
+        _check_visible(Path(uri.removeprefix("sqlite:///")), home, f"MLFLOW_TRACKING_URI {uri}")
     if shutil.which("docker") is None:
         raise InputError(f"docker: not found; install it, {HOST}")
     engine = subprocess.run(["docker", "info"], capture_output=True, text=True, check=False)

@@ -114,9 +114,9 @@ def test_the_image_holds_the_program_and_nothing_else(image):
     assert "org.opencontainers.image.licenses" in told
 
 
-def found_runs(uri):
+def found_runs(uri, experiment=IMAGE):
     client = MlflowClient(uri)
-    return client, client.search_runs([client.get_experiment_by_name(IMAGE).experiment_id])
+    return client, client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
 
 
 def foreign_files(folder, account):
@@ -150,11 +150,14 @@ def test_a_user_who_is_not_root_runs_every_entry_point_and_owns_all_that_is_left
         ("report",),
     ):
         options = " ".join(f"-P {parameter}" for parameter in parameters)
-        done = run_as(account, f". .venv/bin/activate && mlflow run . -e {entry} {options}", clone)
+        command = f". .venv/bin/activate && MLFLOW_EXPERIMENT_NAME=mine mlflow run . -e {entry} {options}"
+        done = run_as(account, command, clone)
         assert done.returncode == 0, done.stderr
     assert (clone / "few.safetensors").is_file()
     assert (clone / "my-student" / "model.safetensors").is_file()
-    assert {run.info.status for run in found_runs(f"sqlite:///{clone}/mlflow.db")[1]} == {"FINISHED"}
+    others = found_runs(f"sqlite:///{clone}/mlflow.db", "mine")[1]
+    assert {run.data.tags["role"] for run in others} >= {"extract", "sweep", "cell"}
+    assert {run.info.status for run in others} == {"FINISHED"}
     assert foreign_files(clone, account) == ""
     assert not Path("/mlflow.db").exists()  # where MLflow looks for a relative database
 

@@ -20,10 +20,10 @@ from requests import RequestException
 from sqlalchemy import make_url
 
 from pipeline.errors import InputError, WorkError
+from pipeline.project import tracking_uri
 from pipeline.storage import write_atomically
 
 EXPERIMENT = "activation-distillation"
-DEFAULT_URI = "sqlite:///mlflow.db"
 MOST_PAUSE_SECONDS = 10.0  # between two tries
 NOTICE_SECONDS = 15.0  # between two lines that say that it is waited
 PATIENCE = "TRACKING_PATIENCE_SECONDS"
@@ -55,7 +55,7 @@ def reach() -> tuple[MlflowClient, str]:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every small file
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `patiently` does the rest
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # the lines of `_retry` say what its warnings do, and how long
-    uri = _absolute(os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI)
+    uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
     patience = float(os.environ.get(PATIENCE, "0"))
 
@@ -134,19 +134,13 @@ def _refusal(uri: str, error: Exception) -> str:
         )
     return without_password(
         f"MLFLOW_TRACKING_URI {uri}: no MLflow server or database answers there "
-        f"({type(error).__name__}: {lines[-1][:200]}); start it, or unset the variable to track to {DEFAULT_URI}"
+        f"({type(error).__name__}: {lines[-1][:200]}); start it, or unset the variable to track to mlflow.db"
     )
 
 
 def _stayed_away(patience: float, error: Exception) -> WorkError:
     uri = without_password(mlflow.get_tracking_uri())
     return WorkError(f"MLFLOW_TRACKING_URI {uri}: has not answered for {patience:.0f} s ({_reason(error)})")
-
-
-def _absolute(uri: str) -> str:
-    """The address of an SQLite database by its whole path: MLflow takes a relative one for one below the root."""
-    path = uri.removeprefix("sqlite:///")
-    return uri if path in (uri, "") or path.startswith(":") else f"sqlite:///{Path(path).resolve()}"
 
 
 def _make_sqlite_file(uri: str) -> None:
