@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
-import click
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -84,7 +83,8 @@ def _print_line(task: Task, columns: Sequence[ProgressColumn]) -> None:
     parts.append(f"{timedelta(seconds=int(task.elapsed or 0))} so far")
     if not task.finished and task.time_remaining is not None:
         parts.append(f"about {timedelta(seconds=int(task.time_remaining))} left")
-    click.echo(f"{task.description}: {', '.join(part for part in parts if part)}", err=True)
+    line = f"{task.description}: {', '.join(part for part in parts if part)}"
+    console.print(line, soft_wrap=True, markup=False)
 
 
 def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextManager[Callable[[float], None]]]:

@@ -25,10 +25,11 @@ class ProjectExperiment:
 
     def __init__(self) -> None:
         """Check, as MLflow is loaded and before anything is written, whether the project can run."""
-        from pipeline.errors import InputError
-
         if not self.in_context():
             return
+        from pipeline.errors import InputError
+        from pipeline.storage import tracking_uri
+
         os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
         try:
             if _is_in_container():
@@ -57,16 +58,6 @@ class ProjectExperiment:
         return experiment_id
 
 
-def tracking_uri() -> str:
-    """The tracking server of the environment, or ``mlflow.db`` here; of an SQLite database the whole path.
-
-    MLflow takes a relative path for one below the root.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    path = uri.removeprefix("sqlite:///")
-    return uri if path in (uri, "") or path.startswith(":") else f"sqlite:///{Path(path).resolve()}"
-
-
 def _is_in_container() -> bool:
     return not {"-b", "--backend", "--backend=host"} & set(sys.argv)
 
@@ -92,6 +83,7 @@ def check_container(folder: Path) -> None:
         InputError: a path that cannot be mounted, no Docker, no image, or a database that the container cannot see.
     """
     from pipeline.errors import InputError
+    from pipeline.storage import tracking_uri
 
     image, home = _project(str(folder)), folder.resolve()
     uri = tracking_uri()

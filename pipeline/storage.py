@@ -95,6 +95,16 @@ def writable(path: str | Path) -> Path:
     return path
 
 
+def tracking_uri() -> str:
+    """The tracking server of the environment, or ``mlflow.db`` here; of an SQLite database the whole path.
+
+    MLflow takes a relative path for one below the root.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    path = uri.removeprefix("sqlite:///")
+    return uri if path in (uri, "") or path.startswith(":") else f"sqlite:///{Path(path).resolve()}"
+
+
 def is_remote(place: str | Path) -> bool:
     """Whether a place is in S3."""
     return str(place).startswith(S3)

@@ -20,8 +20,7 @@ from requests import RequestException
 from sqlalchemy import make_url
 
 from pipeline.errors import InputError, WorkError
-from pipeline.project import tracking_uri
-from pipeline.storage import write_atomically
+from pipeline.storage import tracking_uri, write_atomically
 
 EXPERIMENT = "activation-distillation"
 MOST_PAUSE_SECONDS = 10.0  # between two tries
