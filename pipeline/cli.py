@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import click
 
+from pipeline import interrupts
 from pipeline.errors import InputError, WorkError
 from pipeline.options import (
     Cell,
@@ -321,12 +321,12 @@ def push(options: PushOptions, source: str, repository: str) -> None:
 
 def main() -> None:
     """Run the command line with the project's exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("httpx", "httpcore", "accelerate", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        cli(standalone_mode=False)
+        with interrupts.watching():
+            cli(standalone_mode=False)
     except InputError as error:
         _leave(f"error: {error}", 2)
     except WorkError as error:
@@ -335,7 +335,7 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "python -m pipeline"
         _leave(f"error: {error.format_message()} (see {command} --help)", 2)
     except (KeyboardInterrupt, click.Abort):
-        _leave("interrupted: what is finished is kept; the same command goes on from there", 130)
+        _leave(interrupts.LINE, interrupts.CODE)
 
 
 def _leave(line: str, code: int) -> None:

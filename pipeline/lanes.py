@@ -19,6 +19,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
@@ -29,6 +30,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 
 from pipeline.errors import WorkError
+from pipeline.interrupts import STOPS
 
 T = TypeVar("T")
 
@@ -36,7 +38,7 @@ GPU_LANES = 4
 # How long Python lets one thread run while others wait. A job in a thread comes back to Python after every product, and
 # would wait for the default of 5 ms each time while the thread that tracks is busy.
 SWITCH_SECONDS = 2e-4
-STOPS = (signal.SIGINT, signal.SIGTERM)
+HEAR_SECONDS = 1.0  # for jobs to hear that they should stop
 # What a process tells the one that it was forked from.
 TOLD, VALUE, FAILED, ENDED = range(4)
 
@@ -66,11 +68,14 @@ class Handle:
     Args:
         pause: to be called by the job between two steps; true asks it to stop.
         tell: what the job tells while it goes on.
+
+    Attributes:
+        stops: 1 once the job's process has heard that it should stop.
     """
 
     def __init__(self, pause: Callable[[], bool], tell: Callable[[Any], None]) -> None:
         self.pause, self.tell = pause, tell
-        self._cancelled = _shared_integer()
+        self._cancelled, self.stops = _shared_integer(), _shared_integer()
 
     def cancel(self) -> None:
         """Ask the job to stop because nobody wants what it brings."""
@@ -106,6 +111,7 @@ class Lanes(Generic[T]):
         self._jobs: queue.SimpleQueue[tuple[Job[T], Handle, Callable[[Handle], None]] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[Handle, T | BaseException | None]] = queue.SimpleQueue()
         self._stopping, self._running = (_shared_integer() for _ in range(2))
+        self._processes: dict[int, Handle] = {}
         self._lock = threading.Lock()  # of the count of running jobs, and of forks
         self._threads = [threading.Thread(target=self._work, name=f"lane {n}", daemon=True) for n in range(number)]
 
@@ -148,10 +154,17 @@ class Lanes(Generic[T]):
         return None if handle.cancelled else value
 
     def stop(self) -> None:
-        """Ask all jobs to stop, and wait until they have."""
+        """Ask all jobs to stop, and wait until they have; a process that does not hear it in time is killed."""
         self._stopping[0] = 1
         for _ in self._threads:
             self._jobs.put(None)
+        deadline = time.monotonic() + HEAR_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for process, handle in list(self._processes.items()):
+            if not handle.stops[0]:  # in the middle of a step that takes long
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
         for thread in self._threads:
             thread.join()
 
@@ -199,6 +212,7 @@ class Lanes(Generic[T]):
                 self._be_process(job, handle, there, parent, before)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             there.close()
+            self._processes[process] = handle
         kind = None
         try:
             for kind, value in _received(here):
@@ -211,6 +225,7 @@ class Lanes(Generic[T]):
         finally:
             here.close()
             _, status = os.waitpid(process, 0)
+            del self._processes[process]
         if kind != ENDED:
             raise LaneError(f"training: a process {_how(status)}; what is finished is kept, the same command goes on")
 
@@ -220,7 +235,8 @@ class Lanes(Generic[T]):
         def pause() -> bool:
             if os.getppid() != parent:  # it was killed; whoever goes on starts from what is kept
                 os._exit(1)
-            return self._pause()
+            handle.stops[0] = self._pause()
+            return bool(handle.stops[0])
 
         try:
             for number in STOPS:

@@ -25,6 +25,7 @@ from pipeline.errors import InputError, WorkError, choices
 from pipeline.export import needs_teacher
 from pipeline.features import Catalogued
 from pipeline.grid import pointing
+from pipeline.interrupts import closed_by
 from pipeline.lanes import LaneError
 from pipeline.objectives import terms
 from pipeline.options import RESULTS_VERSION, Cell
@@ -352,17 +353,22 @@ def _check_version(claims: Claims, work: str, accelerator: Accelerator, is_neede
 @contextlib.contextmanager
 def _closing(claims: Claims, recorder: Recorder, engine: Engine) -> Iterator[None]:
     """Close the runs when work is cut short: KILLED on an interruption, FAILED on any other error."""
-    try:
-        yield
-    except BaseException as error:
+
+    def close(status: str) -> None:
         engine.lanes.stop()  # first of all, so that the state of the stacks is safe
-        if isinstance(error, WorkError) and not isinstance(error, LaneError):
-            raise  # MLflow is away; the next to come finds that nobody is at the runs
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         recorder.abandon(status)
         with contextlib.suppress(*TrackingError):
             if not claims.others_at_work():
                 recorder.claims.parent_run.end(status)
+
+    try:
+        with closed_by(functools.partial(close, "KILLED")):
+            yield
+    except BaseException as error:
+        engine.lanes.stop()
+        if isinstance(error, WorkError) and not isinstance(error, LaneError):
+            raise  # MLflow is away; the next to come finds that nobody is at the runs
+        close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
 
 

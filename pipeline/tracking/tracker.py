@@ -28,6 +28,7 @@ from mlflow.utils.mlflow_tags import (
 
 from pipeline import hub, storage
 from pipeline.errors import InputError
+from pipeline.interrupts import closed_by
 from pipeline.student import Student
 from pipeline.tracking.runs import STUDENT_PLACE, Run
 from pipeline.tracking.server import TrackingError, patiently, reach
@@ -268,7 +269,8 @@ def connect() -> Tracker:
 def closing(run: Run) -> Iterator[Run]:
     """Close the run as its work ends: KILLED on an interruption, FAILED on any other error."""
     try:
-        yield run
+        with closed_by(lambda: run.end("KILLED")):
+            yield run
     except BaseException as error:
         with contextlib.suppress(*TrackingError):  # the error says more than a server that is gone too
             run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
