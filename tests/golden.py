@@ -28,8 +28,8 @@ VECTORS = FILE.parent.parent / "data" / "vectors" / "smollm2-135m.safetensors"
 TEMPLATES = VECTORS.with_name("smollm2-135m-templates.safetensors")
 COMMAND = "python tests/golden.py"
 # Sums in float32 depend on their order, and so on the processor and the number of threads: by 1e-7 of a sum. After
-# these few steps numbers are 1e-6 apart between instructions of SSE and of AVX2, and between 1 and 2 threads, while a
-# warm-up of another length moves them by 1e-2.
+# these few steps numbers are 1e-6 apart between instructions of SSE and of AVX2, and between 1 and 2 threads; other
+# processors have fifty times that. A warm-up of another length moves every one that descends by more.
 TOLERANCE = 5e-5
 TOLERANCE_OF_SHORT = 4e-3  # bfloat16 has 8 bits: sums in another order are rounded to another neighbour
 TOLERANCE_OF_VECTORS = 5e-3  # in units of a vector's length: numbers of 8 bits, of which one may fall on either side

@@ -104,7 +104,7 @@ def test_a_linear_skip_begins_as_ridge_regression(data):
 
 def test_an_epoch_shows_every_concept_once_in_batches_of_like_size(data):
     cells = [replace(SHORT, concepts=700, epochs=2, batch_size=128), replace(SHORT, concepts=100, batch_size=128)]
-    stack = Stack([start(cell, data.subset(cell)) for cell in cells], CPU)
+    stack = Stack([start(cell, data.subset(cell)) for cell in cells], CPU, "float32")
     shown = stack.data["weights"].bool()  # [2, steps, B]
     assert shown.sum(-1)[0].tolist() == 2 * [117, 117, 117, 117, 116, 116]
     assert shown.sum(-1)[1].tolist() == 6 * [100] + 6 * [0]
