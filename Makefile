@@ -25,8 +25,8 @@ bench: env ## measure against peers and limits
 	python -m benchmarks.extract
 	python -m benchmarks.sweep
 	python -m benchmarks.sweep --sizes --rounds 1
-	test -d results || python -m pipeline sweep --grid scaling
-	python -m benchmarks.predict
+	python -m pipeline train --hidden-dim 512 --no-report --output results/mlp
+	python -m benchmarks.predict --student results/mlp
 
 image: ## build the CUDA image; BASE_IMAGE=... takes another base, EXTRA_INDEX=... torch's CPU build from there
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \

@@ -104,6 +104,7 @@ def test_the_image_holds_the_program_and_nothing_else(image):
         number, unit = re.fullmatch(r"([\d.]+)([kM]?B)", layer["Size"]).groups()
         own += float(number) * {"B": 1e-6, "kB": 1e-3, "MB": 1.0}[unit]
     assert own < 30
+    assert docker("run", "--rm", "--entrypoint", "find", image, "/opt/venv", "-type", "d", "-name", "tests") == ""
     look = "ls -A /opt/activation-distillation /tmp; ls ~root/.cache /var/lib/apt/lists 2>&1; id -u; command -v gcc pip"
     found = docker("run", "--rm", "--entrypoint", "sh", image, "-c", f"{look}; true")
     for absent in ("tests", "benchmarks", ".git", "/gcc", "/pip", "InRelease", "templates"):
