@@ -36,7 +36,7 @@ from pipeline.grid import read_grid
 from pipeline.metrics import cosines
 from pipeline.options import Cell
 from pipeline.precision import of_training
-from pipeline.processes import start
+from pipeline.processes import cores, start
 from pipeline.results import results_of
 from pipeline.schedule import stacks_of, training_flops
 from pipeline.spool import Spool
@@ -196,13 +196,13 @@ class Benchmark:
 
     def one_by_one(self, _folder: Path) -> float:
         """One student after another, on all cores, nothing written."""
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores())
         pairs = zip(self.cells, self.subsets, strict=True)
         return max(t.metrics["val_cosine"] for cell, subset in pairs for t in train_stack([cell], [subset], CPU))
 
     def plain_loop(self, _folder: Path) -> float:
         """One student after another as a user of PyTorch writes it, in float32."""
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores())
         pairs = zip(self.cells, self.subsets, strict=True)
         return max(
             row["best"]
@@ -230,7 +230,7 @@ class Benchmark:
 
     def floor(self) -> float:
         """Seconds of the matrix products alone."""
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        torch.set_num_threads(cores())
         return sum(training_flops(cell, self.data) for cell in self.cells) / rate()
 
 
@@ -256,7 +256,7 @@ def compare(vectors: Path, epochs: int, rounds: int) -> list[str]:
         "one process a cell, tracked to SQLite": bench.process_a_cell,
     }
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    ray.init(num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, log_to_driver=False, logging_level=40)
+    ray.init(num_cpus=cores(), include_dashboard=False, log_to_driver=False, logging_level=40)
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     floors = []
     for _ in range(rounds):
@@ -266,7 +266,7 @@ def compare(vectors: Path, epochs: int, rounds: int) -> list[str]:
             print(f"{name}: {rows[name][-1][0]:.1f} s", file=sys.stderr)  # noqa: T201
     floor, ours = statistics.median(floors), statistics.median(row[0] for row in rows["ours, tracked to SQLite"])
     table = [
-        f"{len(bench.cells)} cells, {epochs} epochs, {len(os.sched_getaffinity(0))} cores, medians of {rounds} rounds",
+        f"{len(bench.cells)} cells, {epochs} epochs, {cores()} cores, medians of {rounds} rounds",
         "",
         "| what | seconds | x ours | x floor | best validation cosine |",
         "| --- | --- | --- | --- | --- |",

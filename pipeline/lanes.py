@@ -31,6 +31,7 @@ import torch
 
 from pipeline.errors import WorkError
 from pipeline.interrupts import STOPS
+from pipeline.processes import cores
 
 T = TypeVar("T")
 
@@ -45,17 +46,18 @@ TOLD, VALUE, FAILED, ENDED = range(4)
 
 def room(device: torch.device) -> int:
     """How many stacks a device can train side by side: one a core, or a few on a GPU."""
-    return cores() if device.type == "cpu" else GPU_LANES
+    return share_of_cores() if device.type == "cpu" else GPU_LANES
 
 
-def cores() -> int:
-    """Cores that this process may use, of those that it shares with the others of ``accelerate launch``."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def share_of_cores() -> int:
+    """Cores of this process's own, of those that it shares with the others of ``accelerate launch``."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def can_fork(device: torch.device) -> bool:
     """Whether jobs on a device can be processes: after a fork neither CUDA works, nor the libraries of macOS."""
-    return device.type == "cpu" and sys.platform == "linux" and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    has_fork = sys.platform == "linux" and hasattr(os, "fork")
+    return device.type == "cpu" and has_fork and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
 class LaneError(WorkError):
@@ -190,7 +192,7 @@ class Lanes(Generic[T]):
 
     def _pause(self) -> bool:
         """Share the cores with the jobs that run now; whether to stop."""
-        threads = max(1, cores() // max(1, self._running[0]))
+        threads = max(1, share_of_cores() // max(1, self._running[0]))
         if torch.get_num_threads() != threads:  # setting it anew at every step costs some per cent
             torch.set_num_threads(threads)
         return bool(self._stopping[0])

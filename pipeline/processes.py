@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,14 @@ def peak_memory_mb(device: torch.device) -> float:
     """The most memory that this process has held, in MB: of the GPU where it computes on one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def start() -> Accelerator:
@@ -54,5 +62,5 @@ def start() -> Accelerator:
     """
     accelerator = Accelerator()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    torch.set_num_threads(max(1, cores() // here))
     return accelerator

@@ -21,9 +21,10 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "ML
     os.environ.pop(name, None)
 # A shell ignores SIGINT in what it starts in the background, and so would every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Tests run side by side: each worker, with the processes that it starts, takes its share of the cores.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, CORES // workers))
 
 import mlflow
 import pytest
@@ -111,7 +112,7 @@ def pytest_sessionstart(session):
 
 def pytest_xdist_auto_num_workers():
     """Workers of ``-n auto``: four at the least, for many tests wait for servers, kills and containers."""
-    return max(4, len(os.sched_getaffinity(0)))
+    return max(4, CORES)
 
 
 @pytest.fixture(scope="session")

@@ -279,6 +279,22 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(workplace, ru
     assert "evaluate: 4/4, " in err.splitlines()[-1]
 
 
+def test_a_sweep_needs_no_call_that_only_linux_has(workplace, small_grid):
+    code = "import os, sys\n" \
+           "del os.sched_getaffinity, os.fork\n" \
+           "from pipeline.cli import main\n" \
+           f"sys.argv = ['x', 'sweep', '--grid', '{small_grid}', '--vectors', '{SHIPPED}', '--no-report']\n" \
+           "main()"  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    [path] = Path("results").glob("*.json")
+    assert len(json.loads(path.read_text())["cells"]) == 4
+
+
 def test_a_dry_run_shows_the_cells_and_trains_nothing(workplace, run, small_grid):
     before = sorted(workplace.iterdir())
     code, out, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--dry-run")
