@@ -134,6 +134,17 @@ def test_shipped_data_stay_small():
     assert sum((ROOT / name).stat().st_size for name in shipped.stdout.split()) < 40e6
 
 
+def test_a_logged_student_carries_all_the_code_that_it_imports():
+    def at_once(path):  # not those inside functions: torch and the hub are for where the whole program is
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
+                yield from [node.module.split(".")[1]] if "." in node.module else [name.name for name in node.names]
+
+    for name in STUDENT_CODE:
+        needed = set(at_once(ROOT / "pipeline" / f"{name}.py"))
+        assert needed <= set(STUDENT_CODE), f"{name}.py needs {', '.join(needed - set(STUDENT_CODE))}"
+
+
 NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 NEEDED = {"gguf", "pandas"}  # by transformers and MLflow, in ways that they leave to their users
 
