@@ -29,6 +29,7 @@ from pipeline.storage import output_folder
 
 if TYPE_CHECKING:
     from pipeline.student import Student
+    from pipeline.vocabulary import Vocabulary
 
 
 def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -173,6 +174,7 @@ def _sweep(
     from pipeline.sweep import Incomplete, prepare, run_sweep
     from pipeline.tracking import connect, fetch
     from pipeline.vectors import read_vectors
+    from pipeline.vocabulary import find
 
     part = parse_shard(shard)
     data = Catalogued(read_vectors(fetch(str(options.vectors))))
@@ -181,6 +183,10 @@ def _sweep(
         writable(path)
     tracker, accelerator = connect(), start()
     bar = display.counting("vocabulary", "tokens")
+
+    def vocabulary() -> Vocabulary | None:
+        place, load = str(options.vectors), (options.device_map, options.trust_remote_code)
+        return find(data.vectors, place, accelerator.device, bar, *load)
 
     def report(results: dict[str, Any], stem: str, students: list[Student]) -> list[Path]:
         if not options.report:
@@ -204,7 +210,7 @@ def _sweep(
             resume=options.resume,
             shard=part,
             report=report,
-            export=lambda trained: standing_alone(trained, data, str(options.vectors), accelerator.device, bar),
+            export=lambda trained: standing_alone(trained, data, vocabulary()),
             baselines=isinstance(options, SweepOptions),  # train leaves the student that was asked for
             register=options.register,
             watcher=watcher,

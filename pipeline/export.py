@@ -20,7 +20,7 @@ from pipeline.metrics import interval
 from pipeline.options import Cell
 from pipeline.reading import BLOCK, Reading, Table
 from pipeline.student import Student
-from pipeline.vocabulary import Bar, Vocabulary, find, tokenization_of
+from pipeline.vocabulary import Vocabulary, tokenization_of
 
 MOST_CATALOGUE = 5000  # concepts whose true vectors go with a student
 log = logging.getLogger(__name__)
@@ -64,21 +64,19 @@ def needs_teacher(cell: Cell) -> bool:
     return any(name.startswith(BLOCK) for name in reading_of(cell).split("+"))
 
 
-def standing_alone(trained: Student, data: Catalogued, place: str, device: torch.device, bar: Bar) -> Student:
+def standing_alone(trained: Student, data: Catalogued, vocabulary: Vocabulary | None) -> Student:
     """The student for any text; as it is, with a warning, where the teacher's vocabulary is out of reach.
 
     Args:
         trained: a cell's checkpoint, whose student does not need the teacher.
         data: the vectors that it was trained on.
-        place: where their file is.
-        device: where the teacher computes, if it has to be asked.
-        bar: a progress bar for that.
+        vocabulary: of their teacher, where `pipeline.vocabulary.find` found it.
     """
-    if (found := find(data.vectors, place, device, bar)) is None:
+    if vocabulary is None:
         log.warning("warning: the student will answer for the concepts of its vectors file only")
         return trained
     try:
-        return export(trained, data, found)
+        return export(trained, data, vocabulary)
     except InputError as error:
         log.warning("warning: the student will answer for the concepts of its vectors file only (%s)", error)
         return trained

@@ -247,6 +247,8 @@ class TrainOptions(Cell):
     register: str | None = option(None, "Register the student in MLflow under this name, with the alias best.")
     report: bool = option(True, "Draw tables and plots at the end; the report command draws them later too.")
     resume: bool = option(True, "Take over a student that was trained before with the same settings and data.")
+    device_map: str | None = option(None, DEVICE_MAP)
+    trust_remote_code: bool = option(False, TRUST)
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,8 @@ class SweepOptions:
         True, "Skip cells that are finished already, with the same settings, data and version of the results."
     )
     dry_run: bool = option(False, "Train nothing; show the cells, how they are dealt out, and about how long it takes.")
+    device_map: str | None = option(None, DEVICE_MAP)
+    trust_remote_code: bool = option(False, TRUST)
 
 
 @dataclass(frozen=True)

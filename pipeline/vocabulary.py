@@ -116,7 +116,14 @@ def read(path: Path) -> Vocabulary:
         raise InputError(f"vocabulary {path}: damaged or not a vocabulary ({error})") from error
 
 
-def find(vectors: Vectors, place: str, device: torch.device | str, bar: Bar) -> Vocabulary | None:
+def find(
+    vectors: Vectors,
+    place: str,
+    device: torch.device | str,
+    bar: Bar,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> Vocabulary | None:
     """The vocabulary that belongs to vectors: beside their file, or read from the teacher where that is at hand.
 
     Args:
@@ -124,6 +131,8 @@ def find(vectors: Vectors, place: str, device: torch.device | str, bar: Bar) -> 
         place: where their file is; what is read is kept beside it where that is a folder that can be written.
         device: where the teacher computes.
         bar: a progress bar for reading it.
+        device_map: spread the teacher over several devices instead.
+        trust_remote_code: run model code that comes with its weights.
 
     Returns:
         None where there is neither file nor teacher.
@@ -134,11 +143,11 @@ def find(vectors: Vectors, place: str, device: torch.device | str, bar: Bar) -> 
     from pipeline.teachers import find_teacher, load_teacher
 
     try:
-        source = find_teacher(vectors.teacher, vectors.dtype, device)
+        source = find_teacher(vectors.teacher, vectors.dtype, device, trust_remote_code)
         if source.revision != vectors.revision:
             raise InputError(f"{vectors.teacher}: other weights than the vectors' ({vectors.revision})")
         log.info("reading the vocabulary of %s, so that the student answers for any text", source.name)
-        teacher = load_teacher(source, device)
+        teacher = load_teacher(source, device, device_map)
     except InputError as error:
         log.warning("warning: no %s and no teacher (%s)", path, error)
         return None

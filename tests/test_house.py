@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from dataclasses import MISSING, fields
-from pathlib import Path
 
 import click
 import pytest
