@@ -6,7 +6,6 @@ import logging
 from dataclasses import asdict, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 

@@ -3,9 +3,10 @@
 A stack of small students does not keep all cores of a machine busy, nor a GPU: between its matrix products it waits for
 memory and for Python. Stacks that run beside it fill the gaps, and whoever made the lanes stays free for tracking.
 
-On a CPU each job is a process, forked when its turn comes: it has all that was read before at no cost, and its Python
-waits for nobody else's, which is worth 6 % of a sweep. On a GPU a job is a thread with a stream of its own, because
-processes would take turns on the device.
+On a CPU under Linux each job is a process, forked when its turn comes: it has all that was read before at no cost, and
+its Python waits for nobody else's, which is worth 6 % of a sweep. Elsewhere a job is a thread: on a GPU, with a stream of
+its own, because processes would take turns on the device; and from Python 3.12 on, which warns of forks beside threads,
+because a lock that another thread held at that moment would never be released in the child.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def share_of_cores() -> int:
 
 
 def can_fork(device: torch.device) -> bool:
-    """Whether jobs on a device can be processes: after a fork neither CUDA works, nor the libraries of macOS."""
-    has_fork = sys.platform == "linux" and hasattr(os, "fork")
+    """Whether jobs on a device are processes: after a fork neither CUDA works, nor the libraries of macOS."""
+    has_fork = sys.platform == "linux" and hasattr(os, "fork") and sys.version_info < (3, 12)
     return device.type == "cpu" and has_fork and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
@@ -72,7 +73,7 @@ class Handle:
         tell: what the job tells while it goes on.
 
     Attributes:
-        stops: 1 once the job's process has heard that it should stop.
+        stops: 1 once the job has heard that it should stop.
     """
 
     def __init__(self, pause: Callable[[], bool], tell: Callable[[Any], None]) -> None:
@@ -114,6 +115,7 @@ class Lanes(Generic[T]):
         self._done: queue.SimpleQueue[tuple[Handle, T | BaseException | None]] = queue.SimpleQueue()
         self._stopping, self._running = (_shared_integer() for _ in range(2))
         self._processes: dict[int, Handle] = {}
+        self._threaded: dict[threading.Thread, Handle] = {}  # jobs that are threads
         self._lock = threading.Lock()  # of the count of running jobs, and of forks
         self._threads = [threading.Thread(target=self._work, name=f"lane {n}", daemon=True) for n in range(number)]
 
@@ -156,7 +158,11 @@ class Lanes(Generic[T]):
         return None if handle.cancelled else value
 
     def stop(self) -> None:
-        """Ask all jobs to stop, and wait until they have; a process that does not hear it in time is killed."""
+        """Ask all jobs to stop, and wait until they have.
+
+        One that does not hear it in time is in the middle of a step that takes long: a process is killed, a thread is
+        left to end with this process.
+        """
         self._stopping[0] = 1
         for _ in self._threads:
             self._jobs.put(None)
@@ -164,11 +170,13 @@ class Lanes(Generic[T]):
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         for process, handle in list(self._processes.items()):
-            if not handle.stops[0]:  # in the middle of a step that takes long
+            if not handle.stops[0]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
         for thread in self._threads:
-            thread.join()
+            job = self._threaded.get(thread)
+            if job is None or job.stops[0]:
+                thread.join()
 
     def _work(self) -> None:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -197,9 +205,17 @@ class Lanes(Generic[T]):
             torch.set_num_threads(threads)
         return bool(self._stopping[0])
 
-    @staticmethod
-    def _in_thread(job: Job[T], handle: Handle) -> Iterator[T]:
-        return job(handle)
+    def _in_thread(self, job: Job[T], handle: Handle) -> Iterator[T]:
+        def pause() -> bool:
+            handle.stops[0] = self._pause()
+            return bool(handle.stops[0])
+
+        handle.pause = pause
+        self._threaded[threading.current_thread()] = handle
+        try:
+            yield from job(handle)
+        finally:
+            del self._threaded[threading.current_thread()]
 
     def _in_process(self, job: Job[T], handle: Handle) -> Iterator[T]:
         """Run a job in a process forked here, in a thread that has computed nothing.

@@ -18,11 +18,15 @@ pytestmark = pytest.mark.timeout(600)
 GONE_SECONDS = 15
 
 
+WITHOUT_FORK = "import os, sys; del os.fork; sys.argv[0] = 'pipeline'; from pipeline.cli import main; main()"
+
+
 @contextlib.contextmanager
-def running(*arguments):
+def running(*arguments, fork=True):
     """The command as a process of its own; the lines of its standard error, as they come."""
+    program = ["-m", "pipeline"] if fork else ["-c", WITHOUT_FORK]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
     )  # fmt: skip
@@ -81,12 +85,19 @@ def many(tiny_folder, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize("student", ["ridge", "mlp"])
-def test_a_closed_form_of_minutes_is_interrupted(workplace, many, student, number):
-    """Of a ridge cell in a process of its own; after an mlp the ridge baseline, in the main thread itself."""
+@pytest.mark.parametrize(
+    ("student", "number", "fork"),
+    [
+        ("ridge", signal.SIGINT, True),
+        ("ridge", signal.SIGTERM, False),
+        ("mlp", signal.SIGINT, False),
+        ("mlp", signal.SIGTERM, True),
+    ],
+)
+def test_a_closed_form_of_minutes_is_interrupted(workplace, many, student, number, fork):
+    """Of a ridge cell in a process or thread of its own; after an mlp the ridge baseline, in the main thread itself."""
     options = ("--concepts", 12000, "--student", student, "--epochs", 1, "--hidden-dim", 8, "--no-report")
-    with running("train", "--vectors", many, *options, "--output", "mine") as (process, lines):
+    with running("train", "--vectors", many, *options, "--output", "mine", fork=fork) as (process, lines):
         if student == "mlp":
             wait_until(lambda: [run for run in found_runs("cell") if run.info.status == "FINISHED"], process)
         else:
