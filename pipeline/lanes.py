@@ -3,10 +3,10 @@
 A stack of small students does not keep all cores of a machine busy, nor a GPU: between its matrix products it waits for
 memory and for Python. Stacks that run beside it fill the gaps, and whoever made the lanes stays free for tracking.
 
-On a CPU under Linux each job is a process, forked when its turn comes: it has all that was read before at no cost, and
-its Python waits for nobody else's, which is worth 6 % of a sweep. Elsewhere a job is a thread: on a GPU, with a stream of
-its own, because processes would take turns on the device; and from Python 3.12 on, which warns of forks beside threads,
-because a lock that another thread held at that moment would never be released in the child.
+On a CPU under Linux each job is a process, forked when its turn comes: it has all that was read before at no cost,
+and its Python waits for nobody else's, which is worth 6 % of a sweep. Elsewhere a job is a thread: on a GPU, with a
+stream of its own, because processes would take turns on the device; and from Python 3.12 on, which warns of forks
+beside threads, because a lock that another thread held at that moment would never be released in the child.
 """
 
 from __future__ import annotations
