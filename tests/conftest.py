@@ -29,6 +29,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 import mlflow
 import pytest
 import torch
+from containers import IMAGE, docker
 from faults import Faulty
 from mlflow import MlflowClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -96,7 +97,10 @@ def templates():
 
 
 # Files whose tests take longest, which begin first so that no worker is left alone with one at the end.
-LONG = ("test_container", "test_resilience", "test_sweep", "test_tracking", "test_extraction", "test_storage")
+LONG = (
+    "test_container", "test_mlflow_run", "test_resilience", "test_sweep", "test_interrupts", "test_tracking",
+    "test_extraction", "test_storage",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -269,6 +273,21 @@ def s3(tmp_path, monkeypatch):
     server.kill()
     server.wait()
     storage._client.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory):
+    """The image, built on TEST_BASE_IMAGE where that is set, or as `make image` has left it."""
+    if shutil.which("docker") is None or docker("info", check=False).returncode:
+        pytest.skip("needs a Docker engine")
+    if base := os.environ.get("TEST_BASE_IMAGE"):
+        make = ["make", "image", f"BASE_IMAGE={base}", "DOCKER_FLAGS=--network host"]
+        lock = os.environ.get("TEST_IMAGE_LOCK", str(tmp_path_factory.getbasetemp().parent / "image.lock"))
+        done = subprocess.run(["flock", lock, *make], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    elif docker("image", "inspect", IMAGE, check=False).returncode:
+        pytest.skip("needs the image: make image")
+    return IMAGE
 
 
 SMALL_GRID = """
