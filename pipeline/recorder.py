@@ -98,7 +98,9 @@ class Recorder:
     def _upload(self, key: str, row: Row, run: Run, now: int) -> bool:
         if (now_there := self.claims.still_ours(run)) is None:
             return False
-        home = self.spool.home(key)
+        if (home := self.spool.home(key)) is None:  # another worker on this disk has tracked it
+            self.claims.tracker.discard(now_there, "finished by another worker")
+            return False
         model_id = run.log_student(home / "student", now_there)
         curves = dict(row["curves"])
         epochs = curves.pop("epoch")

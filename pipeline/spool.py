@@ -60,9 +60,9 @@ class Spool:
                 return row
         return None
 
-    def home(self, key: str) -> Path:
-        """The folder of a finished cell that is here and whole."""
-        return next(path for path in self._homes(key) if (path / "cell.json").is_file())
+    def home(self, key: str) -> Path | None:
+        """The folder of a finished cell that is here and whole; None once a worker on this disk has removed it."""
+        return next((path for path in self._homes(key) if (path / "cell.json").is_file()), None)
 
     def drop(self, key: str) -> None:
         """Forget a finished cell: MLflow has it."""

@@ -173,7 +173,7 @@ def test_the_middle_block_is_the_default_and_one_cell_whether_named_or_not(data)
 
 def test_a_whole_number_and_the_same_float_are_one_cell():
     one, other = Cell(weight_decay=0, temperature=1), Cell(weight_decay=0.0, temperature=1.0)
-    assert (one.name, cell_key(one, "v")) == (other.name, cell_key(other, "v"))
+    assert (one.name, cell_key(one, "v", "float32")) == (other.name, cell_key(other, "v", "float32"))
 
 
 def test_a_baseline_reads_what_its_cell_reads():
