@@ -261,7 +261,7 @@ def report(options: ReportOptions) -> None:
     from pipeline.results import load_sweep, vectors_for
 
     stem, results, students = load_sweep(options.results, options.sweep_id)
-    vectors = vectors_for(results["grid"], options.vectors)
+    vectors = vectors_for(results["grid"], options.vectors, results.get("vectors"))
     with output_folder(options.output) as output:
         if options.predict is not None:
             for line in predict_sections(results, options.predict, Catalogued(vectors), output):

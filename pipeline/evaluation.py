@@ -222,8 +222,8 @@ def run_evaluate(
         InputError: no such run, students of other vectors, or an unknown teacher.
     """
     folder = writable(Path(options.output) / "evaluation.json").parent
-    name, grid, found = _find_students(options.run)
-    data = Catalogued(vectors_for(grid, options.vectors))
+    name, grid, recorded, found = _find_students(options.run)
+    data = Catalogued(vectors_for(grid, options.vectors, recorded))
     students = _by_configuration(found, data)
     teacher = None
     if options.teacher is not None:
@@ -253,18 +253,19 @@ def run_evaluate(
     return *evaluation_table(rows, brief=True), written
 
 
-def _find_students(run: str | None) -> tuple[str, str, list[Student]]:
-    """A name, the grid, and the students."""
+def _find_students(run: str | None) -> tuple[str, str, str | None, list[Student]]:
+    """A name, the grid, the place of the vectors where it is recorded, and the students."""
     if run is not None and (is_remote(run) or Path(run).is_dir()):
-        return Path(run).name, "", [Student.load(run)]
-    tracker = connect()
+        return Path(run).name, "", None, [Student.load(run)]
+    tracker, recorded = connect(), None
     if run is None:
         results = read_results(newest_results(Path("results")))
         found = [row["run_id"] for row in results["cells"]]
         name = grid = results["grid"]
+        recorded = results.get("vectors")
     else:
         name, grid, found = tracker.students_below(run.removeprefix("runs:/").split("/")[0])
-    return name, grid, [tracker.student_of(run_id) for run_id in found]
+    return name, grid, recorded, [tracker.student_of(run_id) for run_id in found]
 
 
 def _by_configuration(students: Sequence[Student], data: Catalogued) -> dict[str, list[Student]]:

@@ -292,7 +292,7 @@ class ReportOptions:
     results: str | None = option(None, "A results file.  [default: the newest in results/]")
     sweep_id: str | None = option(None, "A sweep in MLflow, instead of a results file.", plain=True)
     vectors: str | None = option(
-        None, "The vectors file that the sweep was trained on.  [default: the grid's, or " + SHIPPED + "]"
+        None, "The vectors file that the sweep was trained on.  [default: where the sweep had it, else the grid's]"
     )
     predict: int | None = option(
         None,
@@ -318,7 +318,7 @@ class EvaluateOptions:
     device_map: str | None = option(None, DEVICE_MAP)
     trust_remote_code: bool = option(False, TRUST)
     vectors: str | None = option(
-        None, "The vectors file that the students were trained on.  [default: the grid's, or " + SHIPPED + "]"
+        None, "The vectors file that the students were trained on.  [default: where the sweep had it, else the grid's]"
     )
     output: str = option("results", "Folder for the table and the JSON file.")
 

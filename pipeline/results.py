@@ -216,8 +216,16 @@ def newest_results(folder: Path) -> Path:
     return found[-1]
 
 
-def vectors_for(grid: str, named: str | None) -> Vectors:
-    """The vectors file of a sweep: the one that is named, or the one that its grid is made for."""
+def vectors_for(grid: str, named: str | None, recorded: str | None = None) -> Vectors:
+    """The vectors file of a sweep.
+
+    Args:
+        grid: the sweep's grid, whose vectors are taken where nothing else is known.
+        named: the place that the user names.
+        recorded: the place that the results name, if something is still there.
+    """
+    if named is None and recorded is not None and (":" in recorded or Path(recorded).is_file()):
+        named = recorded
     try:
         path = named or vectors_of(grid)
     except InputError:  # a grid that does not come with the program

@@ -279,7 +279,7 @@ def run_sweep(
                 if not claims.others_at_work():
                     parent.leave()
                 return Incomplete(identity, len(rows), len(cells))
-            results = results_of(name, data, [rows[keys[cell]] for cell in cells], identity)
+            results = results_of(name, data, [rows[keys[cell]] for cell in cells], identity) | {"vectors": vectors_uri}
             leave = functools.partial(_leave, data=data, tracker=tracker, export=export, baselines=baselines)
             sweep = _conclude(results, parent, tracker, output, student_folder, report, leave, register)
             parent.end("FINISHED")

@@ -157,8 +157,11 @@ def test_extract_writes_tracks_and_repeats_itself(workplace, run, tiny_folder):
     assert (code, Path("a.safetensors").stat().st_mtime_ns) == (0, written)
     assert "nothing to do" in out
     code, _, err = run("train", "--vectors", f"runs:/{runs[0].info.run_id}/b.safetensors", "--concepts", 40,
-                       "--epochs", 1, "--batch-size", 16, "--layer", 3)  # fmt: skip
+                       "--epochs", 1, "--batch-size", 16, "--layer", 3, "--no-report")  # fmt: skip
     assert code == 0, err
+    for command in ("report", "evaluate"):  # which know where the vectors were
+        code, _, err = run(command)
+        assert code == 0, err
 
 
 def test_nothing_is_written_over_unasked(workplace, run, tiny_folder, caplog):
