@@ -121,7 +121,7 @@ def _reason(error: Exception) -> str:
         return f"HTTP {found[1]}"
     if re.search(r"NewConnectionError|Connection refused|RemoteDisconnected|NameResolutionError", str(error)):
         return "nothing answers there"
-    return without_password((str(error).strip().splitlines() or [type(error).__name__])[-1][:120])
+    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0][:120])
 
 
 def _refusal(uri: str, error: Exception) -> str:
