@@ -136,7 +136,7 @@ class Lanes(Generic[T]):
     def start(self, job: Job[T], ended: Callable[[Handle], None] = lambda job: None) -> Handle:
         """Run a job as soon as a lane is free, and then, from any thread, ``ended``; both are given its handle."""
         self.open += 1
-        handle = Handle(self._pause, self.hear)
+        handle = Handle(lambda: self._hears(handle), self.hear)
         self._jobs.put((job, handle, ended))
         return handle
 
@@ -205,12 +205,12 @@ class Lanes(Generic[T]):
             torch.set_num_threads(threads)
         return bool(self._stopping[0])
 
-    def _in_thread(self, job: Job[T], handle: Handle) -> Iterator[T]:
-        def pause() -> bool:
-            handle.stops[0] = self._pause()
-            return bool(handle.stops[0])
+    def _hears(self, handle: Handle) -> bool:
+        """Whether a job should stop, which it knows from then on."""
+        handle.stops[0] = self._pause()
+        return bool(handle.stops[0])
 
-        handle.pause = pause
+    def _in_thread(self, job: Job[T], handle: Handle) -> Iterator[T]:
         self._threaded[threading.current_thread()] = handle
         try:
             yield from job(handle)
@@ -253,8 +253,7 @@ class Lanes(Generic[T]):
         def pause() -> bool:
             if os.getppid() != parent:  # it was killed; whoever goes on starts from what is kept
                 os._exit(1)
-            handle.stops[0] = self._pause()
-            return bool(handle.stops[0])
+            return self._hears(handle)
 
         try:
             for number in STOPS:

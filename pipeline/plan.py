@@ -2,9 +2,9 @@
 
 A part is some of the request's rows. Every worker (process or machine) reads its own parts and writes each as it is
 finished, into a folder beside the output that is named by a hash of what was asked for. So memory does not grow with
-the number of concepts, and a run that was killed goes on with the parts that are missing. Whoever finds all parts there
-merges them. What is in a part depends on the request and on the folder's plan only, so the file is the same to the last
-byte, however often the work was interrupted.
+the number of concepts, and a run that was killed goes on with the parts that are missing. The worker that finds all
+parts merges them. What is in a part depends on the request and on the folder's plan only, so the file is the same to
+the last byte, however often the work was interrupted.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Run:
 
     @property
     def tags(self) -> dict[str, str]:
-        """The tags as they stand now."""
+        """The run's tags, read from the server at each call."""
         return dict(self.client.get_run(self.id).data.tags)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
