@@ -30,11 +30,12 @@ from transformers import AutoModelForCausalLM
 from pipeline.concepts import read_catalogue
 from pipeline.extraction import automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
+from pipeline.loading import load_teacher
 from pipeline.plan import Plan, merge
 from pipeline.processes import start
 from pipeline.request import Request, make_request
 from pipeline.storage import Output
-from pipeline.teachers import Source, Teacher, find_teacher, load_teacher
+from pipeline.teachers import Source, Teacher, find_teacher
 from pipeline.trees import common_prefix
 from pipeline.vectors import read_vectors
 

@@ -28,8 +28,9 @@ from tokenizers import Tokenizer
 
 from pipeline import Student
 from pipeline.extraction import read_texts
+from pipeline.loading import load_teacher
 from pipeline.student import BULK
-from pipeline.teachers import find_teacher, load_teacher
+from pipeline.teachers import find_teacher
 
 FRESH = "import sys; from pipeline import Student; Student.load(sys.argv[1]).encode('slow cooking')"
 

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from pipeline import Student
 from pipeline.extraction import read_texts
 from pipeline.function import at_block
-from pipeline.teachers import Teacher, find_teacher, load_teacher
+from pipeline.loading import load_teacher
+from pipeline.teachers import Teacher, find_teacher
 
 CONCEPTS = ("volcano", "slow cooking", "chess", "sadness", "the ocean", "money", "a violin", "winter")
 PROMPTS = ("I think that", "Yesterday we talked about", "The most interesting thing is", "My favourite topic is")

@@ -42,12 +42,22 @@ def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., 
             function(chosen, **values)
 
         types = get_type_hints(settings)
+        command = _verbose(command)
         for item in reversed(fields(settings)):
             command = _click_option(item, types[item.name])(command)
         command.__name__, command.__doc__ = function.__name__, function.__doc__
         return command
 
     return decorate
+
+
+def _verbose(command: Any) -> Any:
+    def show(_context: click.Context, _option: click.Parameter, is_asked: bool) -> None:
+        if is_asked:
+            logging.getLogger("pipeline").setLevel(logging.DEBUG)
+
+    text = "Also show the libraries' messages and bars, and reasons."
+    return click.option("--verbose", is_flag=True, expose_value=False, callback=show, help=text)(command)
 
 
 class _Optional(click.ParamType[Any]):
@@ -71,8 +81,9 @@ def _click_option(item: Any, kind: Any) -> Callable[[Any], Any]:
     several = get_origin(kind) is tuple
     basic = next((arg for arg in get_args(kind) if arg in (int, float, str)), kind)
     reader = _Optional(basic) if default is None else basic
+    bare = {"is_flag": False, "flag_value": item.metadata["bare"]} if item.metadata["bare"] else {}
     return click.option(
-        *names, type=reader, default=default, multiple=several, show_default=default is not None, help=text
+        *names, type=reader, default=default, multiple=several, show_default=default is not None, help=text, **bare
     )
 
 

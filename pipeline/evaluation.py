@@ -21,6 +21,7 @@ from pipeline.errors import InputError
 from pipeline.features import Catalogued
 from pipeline.function import NextTokenDistributions, kl_recovered, recovered_interval
 from pipeline.identity import baseline_of, configuration, section_names, section_of
+from pipeline.loading import load_teacher
 from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_error
 from pipeline.options import Cell, EvaluateOptions
 from pipeline.results import newest_results, read_results, vectors_for
@@ -28,7 +29,7 @@ from pipeline.storage import is_remote, writable, write_atomically
 from pipeline.student import Student
 from pipeline.students.baselines import BASELINES
 from pipeline.tables import markdown_table
-from pipeline.teachers import Teacher, find_teacher, load_teacher, warn_of_other_weights
+from pipeline.teachers import Teacher, find_teacher, warn_of_other_weights
 from pipeline.tracking import closing, connect
 from pipeline.vocabulary import Bar
 
@@ -230,7 +231,6 @@ def run_evaluate(
         dtype = options.dtype or data.vectors.dtype
         source = find_teacher(options.teacher, dtype, accelerator.device, options.trust_remote_code)
         warn_of_other_weights(source, data.vectors.revision)
-        log.info("loading %s", source.name)
         teacher = load_teacher(source, accelerator.device, options.device_map)
     with bar(sum(len(seeds) for seeds in students.values())) as advance:
         rows = evaluate(students, data, teacher, advance)

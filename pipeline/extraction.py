@@ -17,19 +17,24 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from pipeline.errors import InputError, WorkError
-from pipeline.forward import prefix_states, residuals, tree_residuals
+from pipeline.forward import CannotShare, can_share, prefix_states, residuals, tree_residuals
 from pipeline.plan import Part, Plan
 from pipeline.prompts import Prompt, beginning_of, tokenize
 from pipeline.request import Request
 from pipeline.storage import write_atomically
 from pipeline.teachers import Teacher
-from pipeline.trees import common_prefix, grow
+from pipeline.trees import TokenTree, common_prefix, grow
 
 CPU_BATCH_TOKENS = 1536  # matrix products reach their full rate there, and activations still fit in the cache
 GPU_BATCH_TOKENS = 16384
-# How far a vector read through the tree may be from the plain pass, in units of its norm: rounding. A wrong mask or
-# position gives errors of the order of 1.
-TOLERANCE = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.1, "int8": 0.1}
+# How far a vector read through the tree may be from the plain pass, in units of its norm: rounding. Where it is
+# farther, prompts run whole: slower, and never wrong.
+TOLERANCE = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.02, "int8": 0.02}
+# What a tree costs besides its tokens, in tokens of SmolLM2-135M: each level of it, and a node's look at each of those
+# before it. Larger models spend less of their time on these.
+LONG_TOKENS = 64  # after the common beginning: longer prompts have trees of their own
+STEPS_PER_TOKEN = 256
+LEVEL_COST, GPU_LEVEL_COST = 2, 64
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +86,7 @@ def read_parts(
     cost = Cost()
     if not parts:
         return cost
-    reader = _Reader(teacher, request, batch_tokens or plan.batch_tokens, progress)
+    reader = Reader(teacher, request, batch_tokens or plan.batch_tokens, progress)
 
     def prepare(part: Part) -> list[list[Prompt]]:
         concepts = request.concepts[part.start : part.stop]
@@ -141,7 +146,7 @@ def read_vocabulary(
 ) -> NDArray[np.float32]:
     """The residual stream at an early block for every token of the vocabulary by itself, ``[vocabulary, d_model]``.
 
-    The token stands after what the template begins with, as in `_Reader.read_alone`.
+    The token stands after what the template begins with, as in `Reader.read_alone`.
     """
     before = beginning_of(teacher, template)
     prompts = [Prompt([*before, token], [len(before)]) for token in range(len(teacher.embedding_table))]
@@ -157,20 +162,16 @@ def _read_prompts(
     progress: Callable[[int], None],
 ) -> NDArray[np.float32]:
     if not prompts:
-        return np.empty((0, teacher.embedding_table.shape[1]), np.float32)
+        return np.empty((0, teacher.d_model), np.float32)
     request = Request(
         (), (), (), (layer,), (), teacher.name, teacher.revision, pool, teacher.dtype, depth=len(teacher.blocks)
     )
     tokens = batch_tokens or automatic_batch_tokens(teacher.model.config, teacher.device)
-    values, _ = _Reader(teacher, request, tokens, progress).read([prompts])  # [n, 1, 1, d_model]
+    values, _ = Reader(teacher, request, tokens, progress).read([prompts])  # [n, 1, 1, d_model]
     return values[:, 0, 0].cpu().numpy()
 
 
-class _NotPlain(Exception):  # noqa: N818 (not an error)
-    """The token tree does not give this teacher's vectors."""
-
-
-class _Reader:
+class Reader:
     """Reads parts one after the other and remembers what it found out about the teacher and the device.
 
     Args:
@@ -183,7 +184,8 @@ class _Reader:
     def __init__(self, teacher: Teacher, request: Request, batch_tokens: int, progress: Callable[[int], None]) -> None:
         self.teacher, self.request, self.progress = teacher, request, progress
         self.batch_tokens = batch_tokens
-        self.shared: bool | None = None  # unknown until the first batch has been compared with the plain pass
+        # Unknown until the first tree has been compared with the plain pass.
+        self.shared: bool | None = None if can_share(teacher) else False
 
     def read(self, prompts: Sequence[Sequence[Prompt]]) -> tuple[Tensor, int]:
         """The vectors of a part, ``[rows, templates, layers, d_model]`` in float32, and how many tokens ran for them.
@@ -194,24 +196,22 @@ class _Reader:
         while True:
             try:
                 return self._read(prompts)
-            except (
-                _NotPlain,
-                ArithmeticError,
-                AttributeError,
-                LookupError,
-                TypeError,
-                ValueError,
-                RuntimeError,
-            ) as error:
+            except CannotShare as error:
+                self._go_on_whole(error)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
                 if _is_out_of_memory(error):
                     self._halve(error)
-                elif self.shared is None:
-                    # State-space models, ALiBi biases and the like.
-                    log.warning("teacher %s: cannot share what prompts begin with; each runs whole", self.teacher.name)
-                    log.debug("because", exc_info=error)
-                    self.shared = False
+                elif self.shared is None:  # the model takes no tree of tokens
+                    self._go_on_whole(error)
                 else:
-                    raise
+                    raise InputError(
+                        f"--teacher {self.teacher.name}: its own forward pass fails: {type(error).__name__}: {error}"
+                    ) from error
+
+    def _go_on_whole(self, error: Exception) -> None:
+        log.warning("teacher %s: cannot share what prompts begin with; each runs whole", self.teacher.name)
+        log.debug("because", exc_info=error)
+        self.shared = False
 
     def read_alone(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
         """The residual stream at the request's token block for each distinct token of the concepts by itself.
@@ -221,7 +221,7 @@ class _Reader:
         Returns:
             ``[types, d_model]``, by ascending token id; ``[0, d_model]`` where none is asked for.
         """
-        block, width = self.request.token_block, self.teacher.embedding_table.shape[1]
+        block, width = self.request.token_block, self.teacher.d_model
         if block is None:
             return np.empty((0, width), np.float32)
         types = np.unique([token for prompt in prompts for token in prompt.own_ids])
@@ -266,13 +266,17 @@ class _Reader:
         return values, tokens
 
     def _compare(self, prompts: Sequence[Prompt], pooled: Tensor) -> None:
-        """Compare the longest prompt's vectors with those of the plain pass."""
-        row = max(range(len(prompts)), key=lambda row: len(prompts[row].token_ids))
-        stream = residuals(self.teacher, torch.tensor([prompts[row].token_ids]), self.request.layers)
-        plain = stream[:, 0, prompts[row].read(self.request.pool)].float().mean(1)  # [layers, d_model]
-        error = (pooled[row] - plain).norm(dim=-1) / plain.norm(dim=-1)
-        if not (error < TOLERANCE[self.request.dtype]).all():
-            raise _NotPlain
+        """Compare vectors with those of the plain pass: the first, last, shortest and longest prompts of a tree.
+
+        Raises:
+            CannotShare: they differ.
+        """
+        by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row].token_ids))
+        for row in {0, len(prompts) - 1, by_length[0], by_length[-1]}:
+            plain = plain_vectors(self.teacher, prompts[row], self.request.layers, self.request.pool)
+            error = (pooled[row] - plain).norm(dim=-1) / plain.norm(dim=-1)
+            if not (error < TOLERANCE[self.request.dtype]).all():
+                raise CannotShare(f"vectors differ from the plain pass by {float(error.max()):.2g}")
         self.shared = True
 
     def _batches(
@@ -286,20 +290,39 @@ class _Reader:
         """
         layers = self.request.layers
         token_ids = [prompt.token_ids for prompt in prompts]
+        rows = np.arange(len(prompts))
         if self.shared is not False:
             # The positions that are read stay out of the prefix: only the tree's are kept.
             prefix = common_prefix(token_ids, min(prompt.read(self.request.pool)[0] for prompt in prompts))
             states = prefix_states(self.teacher, token_ids[0][:prefix], layers)
-            for tree in grow(token_ids, prefix, self.batch_tokens):
-                yield tree.prompts, tree.paths, prefix, tree_residuals(self.teacher, tree, states, layers)
-            return
-        lengths = np.array([len(ids) for ids in token_ids], np.int64)
+            whole = []
+            for tree in grow(token_ids, prefix, self.batch_tokens, LONG_TOKENS):
+                if self._is_cheaper_whole(tree, prefix):
+                    whole.append(tree.prompts)
+                else:
+                    yield tree.prompts, tree.paths, prefix, tree_residuals(self.teacher, tree, states, layers)
+            rows = np.sort(np.concatenate([np.empty(0, np.int64), *whole]))
+        lengths = np.array([len(token_ids[row]) for row in rows], np.int64)
         for length in map(int, np.unique(lengths)):
-            rows = np.flatnonzero(lengths == length)
-            for batch in np.array_split(rows, math.ceil(len(rows) * length / max(self.batch_tokens, length))):
+            alike = rows[lengths == length]
+            for batch in np.array_split(alike, math.ceil(len(alike) * length / max(self.batch_tokens, length))):
                 stream = residuals(self.teacher, torch.tensor([token_ids[row] for row in batch]), layers)
                 nodes = np.arange(batch.size * length, dtype=np.int64).reshape(-1, length)
                 yield batch.astype(np.int64), nodes, 0, list(stream.flatten(1, 2))
+
+    def _is_cheaper_whole(self, tree: TokenTree, prefix: int) -> bool:
+        """Whether a tree's prompts cost less one by one: attention to each node's way costs more than it saves."""
+        steps = sum(way.size for _, way in tree.levels)
+        level_cost = LEVEL_COST if self.teacher.device.type == "cpu" else GPU_LEVEL_COST
+        shared = len(tree.token_ids) + steps / STEPS_PER_TOKEN + level_cost * len(tree.levels)
+        plain = sum((tree.paths >= 0).sum(1) + prefix)
+        return bool(tree.levels) and shared > plain
+
+
+def plain_vectors(teacher: Teacher, prompt: Prompt, layers: Sequence[int], pool: str) -> Tensor:
+    """A prompt's vectors by the plain pass, alone, ``[layers, d_model]`` in float32."""
+    stream = residuals(teacher, torch.tensor([prompt.token_ids]), layers)
+    return stream[:, 0, prompt.read(pool)].float().mean(1)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Teachers by their short names, and their licences: no library is loaded for it."""
+"""Teachers by their short names, their licences, and the families that are tested: no library is loaded for it."""
 
 UNSTATED = "unstated"
 HUB_IDS = {
@@ -32,3 +32,7 @@ def licence_of(name: str) -> str:
     """The licence of a teacher by its short name or hub id; "unstated" where the program does not know it."""
     hub_id = HUB_IDS.get(name, name)
     return next((licence for family, licence in LICENCES.items() if hub_id.startswith(family)), UNSTATED)
+
+
+# Model types of transformers whose extraction the suite compares with the plain pass; docs/families.md has the figures.
+TESTED = frozenset({"bloom", "gemma3_text", "gpt2", "gpt_neox", "llama", "mamba", "qwen3"})

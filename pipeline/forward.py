@@ -7,6 +7,7 @@ and at the prefix, whose keys and values were computed once. Nothing past the de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -19,10 +20,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pipeline.errors import InputError
 from pipeline.teachers import Teacher
 from pipeline.trees import TokenTree
 
 TREE = "token-tree"
+# What models tell attention that changes nothing in a pass without dropout and padding, or is in the positions already.
+HARMLESS = {
+    "dropout", "is_causal", "position_ids", "output_attentions", "deterministic", "use_cache", "cache_position",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_router_logits",
+}  # fmt: skip
 
 
 class _Deepest(Exception):  # noqa: N818 (not an error)
@@ -37,8 +44,14 @@ def _reading(teacher: Teacher, layers: Sequence[int]) -> Iterator[dict[int, Tens
     """
     read: dict[int, Tensor] = {}
 
-    def keep(layer: int, value: Tensor) -> None:
+    def keep(layer: int, value: Any) -> None:
         if layer in layers:
+            if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[-1] != teacher.d_model:
+                found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(
+                    f"--teacher {teacher.name}: block {layer} passes on {found}, not one residual stream that is "
+                    f"{teacher.d_model} wide"
+                )
             read[layer] = value
         if layer == layers[-1]:
             raise _Deepest
@@ -47,14 +60,15 @@ def _reading(teacher: Teacher, layers: Sequence[int]) -> Iterator[dict[int, Tens
         keep(0, args[0] if args else kwargs["hidden_states"])
 
     def after(layer: int) -> Any:
-        # A block returns its residual stream, alone or first in a tuple, depending on the architecture.
-        return lambda _module, _args, output: keep(layer, output[0] if isinstance(output, tuple) else output)
+        # A block returns its residual stream, alone or first in a tuple or list, depending on the architecture.
+        return lambda _module, _args, output: keep(layer, output[0] if isinstance(output, (tuple, list)) else output)
 
     hooks = [teacher.blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
     hooks += [block.register_forward_hook(after(number)) for number, block in enumerate(teacher.blocks, start=1)]
     try:
         with suppress(_Deepest), torch.inference_mode():
             yield read
+            raise InputError(f"--teacher {teacher.name}: its blocks do not all run, and cannot be read")
     finally:
         for hook in hooks:
             hook.remove()
@@ -76,12 +90,18 @@ def residuals(teacher: Teacher, token_ids: Tensor, layers: Sequence[int]) -> Ten
     return torch.stack([read[layer].to(teacher.device) for layer in layers])
 
 
+class CannotShare(Exception):  # noqa: N818 (not an error)
+    """Something besides the exchanged attention carries over from one token to the next; prompts must run whole."""
+
+
 @dataclass(frozen=True)
 class _Branches:
     """What attention needs to know about the tree that runs through the teacher."""
 
     prefix: Mapping[int, tuple[Tensor, Tensor]]  # by layer: keys and values, [1, heads, prefix, head_dim]
     levels: Sequence[tuple[int, Tensor]]
+    longest: int  # tokens of the longest prompt
+    called: list[int]  # the layers whose attention ran
 
 
 _branches: ContextVar[_Branches | None] = ContextVar("branches", default=None)
@@ -92,11 +112,12 @@ def _tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _mask: Tensor | None,
+    mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: object,
+    s_aux: Tensor | None = None,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Attention of every node to the prefix and to the nodes on its way to it; in float32, whatever the teacher's.
 
@@ -105,15 +126,27 @@ def _tree_attention(
         query: ``[1, heads, nodes, head_dim]``, with positions applied.
         key: ``[1, key heads, nodes, head_dim]``, each serving ``heads / key heads`` query heads.
         value: ``[1, key heads, nodes, value head_dim]``.
+        mask: none; a model that makes a mask of its own cannot be read so.
         scaling: of the scores; 1 / sqrt(head_dim) by default.
         sliding_window: how far back a token sees, itself included; all the way by default.
         softcap: bound of the scores, where the architecture has one (Gemma 2).
+        s_aux: ``[heads]``, the score of each head's sink, where the architecture has one (gpt-oss).
+        others: whatever else the model tells attention.
 
     Returns:
         ``[1, nodes, heads, value head_dim]``, and no attention weights.
+
+    Raises:
+        CannotShare: the model asks for more than this.
     """
     branches = _branches.get()
     assert branches is not None
+    unknown = [name for name, given in others.items() if name not in HARMLESS and given is not None]
+    if mask is not None or unknown:
+        raise CannotShare(f"attention takes {', '.join(unknown) or 'a mask of its own'}")
+    branches.called.append(module.layer_idx)
+    if sliding_window is None and branches.longest > _window(module):
+        raise CannotShare("a window that attention is not told")
     heads, nodes, head_dim = query.shape[1:]
     groups = key.shape[1]
     scaling = head_dim**-0.5 if scaling is None else scaling
@@ -126,6 +159,7 @@ def _tree_attention(
         length = prefix_keys.shape[1]
         flat = q.transpose(0, 1).reshape(groups, -1, head_dim)
         prefix_scores = (flat @ prefix_keys.mT).view(groups, nodes, -1, length).transpose(0, 1)  # [n, g, h, prefix]
+    sink = None if s_aux is None else s_aux.float().view(groups, -1)  # [g, h]
     on_prefix, on_branch = [], []
     for start, way in branches.levels:
         here = slice(start, start + len(way))
@@ -136,7 +170,10 @@ def _tree_attention(
             scores = softcap * torch.tanh(scores / softcap)
         if sliding_window is not None and scores.shape[-1] > sliding_window:
             scores[..., : scores.shape[-1] - sliding_window] = -torch.inf
-        weights = scores.softmax(-1)
+        if sink is None:
+            weights = scores.softmax(-1)
+        else:  # it takes its share of the attention, and has no value
+            weights = torch.cat([scores, sink[:, :, None].expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
         on_prefix.append(weights[..., :length])
         on_branch.append(torch.einsum("nght,ntgd->nghd", weights[..., length:], v[way]))
     result = torch.cat(on_branch)  # [nodes, groups, heads of a group, head_dim]
@@ -147,6 +184,21 @@ def _tree_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(TREE, _tree_attention)
+
+
+def _window(module: Any) -> float:
+    """Tokens that a layer sees at the most, by its configuration: a layer of sliding or chunked attention."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if kinds and "full" in kinds[module.layer_idx]:
+        return math.inf
+    return min((limit for limit in limits if limit), default=math.inf)
+
+
+def can_share(teacher: Teacher) -> bool:
+    """Whether prompts may run as a tree, as far as the blocks' kinds tell: no convolution runs over their tokens."""
+    return not any(isinstance(module, nn.Conv1d) for block in teacher.blocks for module in block.modules())
 
 
 @contextmanager
@@ -185,7 +237,8 @@ def tree_residuals(
     """
     device = teacher.device
     levels = [(start, _to(way, device)) for start, way in tree.levels]
-    token = _branches.set(_Branches(prefix, levels))
+    called: list[int] = []
+    token = _branches.set(_Branches(prefix, levels, int(tree.depths.max()) + 1, called))
     try:
         with _attention(teacher, TREE), _reading(teacher, layers) as read:
             teacher.model(
@@ -195,6 +248,8 @@ def tree_residuals(
             )
     finally:
         _branches.reset(token)
+    if sorted(called) != list(range(layers[-1])):
+        raise CannotShare("blocks without attention, or with attention that cannot be exchanged")
     return [read[layer][0].to(device) for layer in layers]
 
 

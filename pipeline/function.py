@@ -125,9 +125,7 @@ class NextTokenDistributions:
         for batch, cache in zip(self.batches, self._caches, strict=True):
             if cache is None:
                 continue
-            drawn = torch.randn(
-                len(batch), self.teacher.embedding_table.shape[1], generator=torch.Generator().manual_seed(0)
-            )
+            drawn = torch.randn(len(batch), self.teacher.d_model, generator=torch.Generator().manual_seed(0))
             try:
                 whole, short = (self._next_tokens(batch, held, drawn) for held in (None, cache))
             except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):

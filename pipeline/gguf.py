@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from pipeline import hub
 MOST_BYTES = 500_000_000  # of a file that is kept unpacked, in which it takes up to eight times as many
 
 
-def unpacked(path: Path, revision: str, config: Any, options: dict[str, Any]) -> Path | None:
+def unpacked(
+    path: Path, revision: str, config: Any, options: dict[str, Any], check: Callable[[Any, dict[str, Any]], None]
+) -> Path | None:
     """The folder with the weights of a GGUF file in float32, which is exact, and its tokenizer, in the hub's cache.
 
     Args:
@@ -25,6 +28,7 @@ def unpacked(path: Path, revision: str, config: Any, options: dict[str, Any]) ->
         revision: a hash of it.
         config: the model's configuration.
         options: what `transformers` needs to read the file.
+        check: raises where weights are missing, given the model and what the library says of loading it.
 
     Returns:
         None where the file is large or the cache cannot be written: then it is read anew each time.
@@ -41,7 +45,11 @@ def unpacked(path: Path, revision: str, config: Any, options: dict[str, Any]) ->
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, config=config, **options)
-        read = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=torch.float32, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, config=config, dtype=torch.float32, output_loading_info=True, **options
+        )
+        read, found = loaded
+        check(read, found)
         whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         whole.load_state_dict(read.state_dict())  # what was read counts as quantised, and cannot be saved
         tokenizer.save_pretrained(part)

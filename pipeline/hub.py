@@ -19,6 +19,13 @@ def cache() -> Path:
     return Path(HF_HOME)
 
 
+def show_bars() -> None:
+    """Show how far a download is."""
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
+    enable_progress_bars()
+
+
 def fetch(place: str) -> Path:
     """A student folder or a vectors file of the hub, on this machine.
 

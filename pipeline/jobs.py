@@ -15,20 +15,24 @@ from matplotlib import pyplot as plt
 
 from pipeline import plots, vocabulary
 from pipeline.audit import Audit, audit
+from pipeline.comparison import Comparison, compare, reference
 from pipeline.concepts import counts, read_catalogue
-from pipeline.errors import InputError
+from pipeline.errors import InputError, choices
 from pipeline.extraction import Cost, automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
+from pipeline.loading import load_teacher, load_untouched, prepared
 from pipeline.options import ExtractOptions
 from pipeline.plan import Plan, merge
 from pipeline.precision import hint
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
 from pipeline.request import Request, as_merged, check_output, check_prompts, header_of, is_extracted, make_request
 from pipeline.storage import Output, put
-from pipeline.teachers import Source, Teacher, find_teacher, load_teacher
+from pipeline.teachers import Source, Teacher, find_teacher
 from pipeline.tracking import Run, closing, connect, patiently
 from pipeline.vectors import read_header
 from pipeline.vocabulary import Bar
+
+CHECKS = ("auto", "on", "off")
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,8 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
     """
     shard = parse_shard(options.shard)
     check_prompts(options.template, options.pool)
+    if options.check not in CHECKS:
+        raise choices("check", options.check, CHECKS)
     catalogue = read_catalogue(options.concepts, options.language)
     source = find_teacher(options.teacher, options.dtype, accelerator.device, options.trust_remote_code)
     slug = source.name.replace("/", "--")
@@ -78,7 +84,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
             known = {"cache": "hit", "vectors_sha256": (header_of(output) or {})["sha256"]}
             patiently(lambda: run.set_tags(known))
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
-        plan, teacher = _share(options, accelerator, source, request, output, shard, bar, run)
+        plan, teacher, compared = _share(options, accelerator, source, request, output, shard, bar, run)
         if plan.dtype != request.dtype:
             source, request = replace(source, dtype=plan.dtype), replace(request, dtype=plan.dtype)
             key = {"extraction_key": request.key}
@@ -87,7 +93,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
             output.leave()
             return f"{output}: shard {options.shard} is done; the last shard merges, {missing} parts are left to others"
         in_sink = merge(request, plan)
-        told = patiently(lambda: _log(run, request, output, options, in_sink))
+        told = patiently(lambda: _log(run, request, output, options, in_sink, compared))
         if options.vocabulary and output.path.suffix != ".pt":
             teacher = teacher or load_teacher(source, accelerator.device, options.device_map)
             place = _write_vocabulary(teacher, request, output, tokens_bar)
@@ -110,16 +116,17 @@ def _share(
     shard: Worker,
     bar: Bar,
     run: Run | None = None,
-) -> tuple[Plan, Teacher | None]:
+) -> tuple[Plan, Teacher | None, Comparison | None]:
     """Read this process's share of the parts; the main process waits for the others on its machine.
 
     Returns:
-        The plan, and the teacher where there was something to read.
+        The plan; the teacher where there was something to read; and how it compares with the untouched model, where
+        that was asked for.
     """
-    teacher = None
+    teacher = compared = None
     me = worker_of(shard, accelerator)
     tokens = options.batch_tokens or automatic_batch_tokens(source.config, accelerator.device)
-    d_model = source.config.get_text_config().hidden_size
+    d_model = source.d_model
     plan = Plan.open(output, request, d_model, me.count, tokens, dtype_is_open=options.dtype == "auto")
     if plan.dtype != request.dtype:
         log.info("precision %s, as the first worker recorded it", plan.dtype)
@@ -132,8 +139,11 @@ def _share(
         advice = hint("--dtype bfloat16", plan.dtype, accelerator.device) if options.dtype == "auto" else None
         if advice and accelerator.is_main_process:
             log.info(advice)
-        log.info("loading %s", source.name)
-        teacher = load_teacher(source, accelerator.device, options.device_map)
+        checks = options.check == "on" or (options.check == "auto" and not source.is_tested)
+        teacher, compared = _loaded(source, request, options, accelerator, checks and accelerator.is_main_process)
+        if run is not None and compared is not None:
+            figures = compared.metrics()
+            patiently(lambda: run.log_metrics(figures))
         templates = len(request.templates)
         with bar(sum(part.stop - part.start for part in todo)) as advance:
             cost = read_parts(
@@ -146,7 +156,24 @@ def _share(
         here = [Worker(shard.index * accelerator.num_processes + n, me.count) for n in range(accelerator.num_processes)]
         while any(plan.missing(worker) for worker in here) and not plan.is_merged:
             time.sleep(0.2)
-    return plan, teacher
+    return plan, teacher, compared
+
+
+def _loaded(
+    source: Source, request: Request, options: ExtractOptions, accelerator: Accelerator, checks: bool
+) -> tuple[Teacher, Comparison | None]:
+    """The teacher, and how it compares with the untouched model.
+
+    Raises:
+        WorkError: its vectors are not those of the untouched model.
+    """
+    untouched = load_untouched(source, accelerator.device, options.device_map)
+    if not checks:
+        return prepared(untouched), None
+    log.info("checking a few prompts against the model's own pass")
+    expected = reference(untouched, request)
+    teacher = prepared(untouched)
+    return teacher, compare(teacher, request, expected)
 
 
 def _write_vocabulary(teacher: Teacher, request: Request, output: Output, bar: Bar) -> str:
@@ -170,7 +197,14 @@ def _speed(cost: Cost, templates: int, token_flops: float, accelerator: Accelera
     }
 
 
-def _log(run: Run, request: Request, output: Output, options: ExtractOptions, in_sink: list[str]) -> str:
+def _log(
+    run: Run,
+    request: Request,
+    output: Output,
+    options: ExtractOptions,
+    in_sink: list[str],
+    compared: Comparison | None,
+) -> str:
     """Audit the finished file, log it, and say what it is."""
     sides = ", ".join(f"{number} {side}" for side, number in counts(request.splits).items())
     told = f"{output}: {len(request.concepts)} concepts ({sides}), blocks {list(request.layers)}"
@@ -185,7 +219,8 @@ def _log(run: Run, request: Request, output: Output, options: ExtractOptions, in
     for line in found.warnings():
         log.warning("warning: %s", line)
     manifest = {name: value for name, value in header.items() if name not in ("concepts", "categories", "splits")}
-    run.log_json("manifest.json", manifest | {"number_of_concepts": len(request.concepts)} | found.manifest())
+    manifest |= {"number_of_concepts": len(request.concepts)} | found.manifest()
+    run.log_json("manifest.json", manifest | ({"check": compared.manifest()} if compared else {}))
     run.log_metrics(found.metrics())
     _log_pictures(run, found)
     run.log_dataset(f"vectors {request.teacher}", header["sha256"], str(output), options.concepts, "extraction")

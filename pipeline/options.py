@@ -22,6 +22,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     plain: bool = False,
+    bare: str | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
@@ -33,9 +34,10 @@ def option(
         above: a bound that the value must exceed.
         below: a bound that the value must stay under.
         plain: only letters, digits and ``-_.`` (a name that stands in queries and file names).
+        bare: its value where the option stands without one.
     """
     metadata = {"help": help, "aliases": aliases, "minimum": minimum, "above": above, "below": below, "plain": plain}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata | {"bare": bare})
 
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
@@ -130,6 +132,12 @@ class ExtractOptions:
     output: str | None = option(None, "Where to write.  [default: data/vectors/<teacher>.safetensors]")
     overwrite: bool = option(
         False, "Replace vectors of another request that stand at the output; those that come with the project stay."
+    )
+    check: str = option(
+        "auto",
+        "First compare a few prompts with the untouched model's own pass, one at a time; where vectors differ, nothing "
+        "is extracted: on (as --check alone), off, or auto: for families of models that the tests do not cover.",
+        bare="on",
     )
     shard: str = option("0/1", "The part i/n of the work, i from 0; the shard that finishes last merges.")
     merge: bool = option(False, "Read nothing, only join the parts that shards have left.")

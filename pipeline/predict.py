@@ -128,8 +128,9 @@ def _newest_student() -> str:
 def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str], Floats], Floats]:
     """What gives the centred cosines with the teacher's own vectors; the teacher is loaded here."""
     from pipeline.extraction import read_texts
+    from pipeline.loading import load_teacher
     from pipeline.processes import start
-    from pipeline.teachers import find_teacher, load_teacher, warn_of_other_weights
+    from pipeline.teachers import find_teacher, warn_of_other_weights
 
     device = start().device
     name, dtype = options.teacher or student.config["teacher"], options.dtype or student.config["dtype"]

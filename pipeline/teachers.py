@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import json
 import logging
-import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     Cache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import InputError, choices
-from pipeline.families import HUB_IDS
-from pipeline.gguf import unpacked
+from pipeline import hub
+from pipeline.errors import InputError, WorkError, choices
+from pipeline.families import HUB_IDS, TESTED
 from pipeline.precision import of_teacher
 from pipeline.storage import fetch, is_remote
 
@@ -55,6 +56,8 @@ class Source:
         dtype: the precision to compute in.
         location: what `transformers` loads from, with the options that it needs in ``options``.
         config: the model's configuration.
+        d_model: width of the residual stream.
+        files: the local files of its weights.
     """
 
     name: str
@@ -64,6 +67,14 @@ class Source:
     location: str
     options: dict[str, Any]
     config: PreTrainedConfig
+    d_model: int
+    files: tuple[Path, ...] = ()
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether the suite compares models of this family with the plain pass; never where they bring own code."""
+        own_code = getattr(self.config, "auto_map", None) or getattr(self.config, "quantization_config", None)
+        return not own_code and self.config.model_type in TESTED
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,9 @@ class Teacher:
         model: the transformer without its language-model head.
         tokenizer: a tokenizer that gives character offsets.
         blocks: the transformer blocks, in order.
+        d_model: width of the residual stream.
         causal: the same with its head; only `logits` runs that.
+        has_head: whether the head's weights were there.
     """
 
     name: str
@@ -83,20 +96,35 @@ class Teacher:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     blocks: Sequence[nn.Module]
+    d_model: int
     dtype: str
     causal: PreTrainedModel
+    has_head: bool = True
 
-    @property
+    @cached_property
     def embedding_table(self) -> Tensor:
-        """The input embeddings, ``[vocabulary, d_model]``."""
+        """The input embeddings, ``[vocabulary, d_model]``; narrower ones after the model's own projection."""
         embeddings = self.model.get_input_embeddings()
         assert isinstance(embeddings, nn.Embedding)
-        return embeddings.weight
+        table = embeddings.weight
+        if table.shape[1] == self.d_model:
+            return table
+        within = {id(module) for block in self.blocks for module in block.modules()}
+        shape = (self.d_model, table.shape[1])
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear) and id(module) not in within and module.weight.shape == shape:
+                with torch.inference_mode():
+                    projected: Tensor = module(table)
+                return projected
+        raise InputError(
+            f"--teacher {self.name}: its embeddings are {table.shape[1]} wide and its blocks {self.d_model}, and how "
+            "the model gets from one to the other is not known"
+        )
 
     @property
     def device(self) -> torch.device:
         """Where the model takes its input."""
-        return self.embedding_table.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     def logits(self, ids: Tensor, count: int = 1, cache: Cache | None = None) -> Tensor:
         """Next-token logits of the model's own head, with whatever scales and caps it has.
@@ -108,7 +136,12 @@ class Teacher:
 
         Returns:
             ``[batch, count, vocabulary]`` in float32.
+
+        Raises:
+            InputError: the model was saved without its head.
         """
+        if not self.has_head:
+            raise InputError(f"--teacher {self.name}: has no weights of a language-model head, which this needs")
         options: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
             options["past_key_values"] = cache
@@ -138,15 +171,14 @@ def find_teacher(
     location = str(source)
     if isinstance(source, Path) and source.is_file():
         options["gguf_file"], location = source.name, str(source.parent)
-    with _advised(name, location), _quiet():
+    with advised(name, location), quiet():
         config = AutoConfig.from_pretrained(location, **options)
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if depth is None:
-        raise InputError(f"--teacher {name}: not a language model (its configuration names no blocks)")
+    depth, d_model = _text_sizes(name, config)
     known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
     revision = _hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
     precision = _resolve_dtype(dtype, torch.device(device), getattr(config, "dtype", None))
-    return Source(known_as, revision, depth, precision, location, options, config)
+    weights = tuple(_weight_files(name, source))
+    return Source(known_as, revision, depth, precision, location, options, config, d_model, weights)
 
 
 def warn_of_other_weights(source: Source, revision: str) -> None:
@@ -158,88 +190,11 @@ def warn_of_other_weights(source: Source, revision: str) -> None:
         )  # fmt: skip
 
 
-def load_teacher(source: Source, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
-    """Load a teacher's weights.
-
-    Args:
-        source: what `find_teacher` found.
-        device: where the model computes.
-        device_map: spread the model over several devices instead: "auto", "balanced" or "sequential".
-
-    Raises:
-        InputError: the weights cannot be read or reached, or it is no causal language model.
-    """
-    location, own = source.location, dict(source.options)
-    if "gguf_file" in own:
-        with _advised(source.name, location), _quiet():
-            folder = unpacked(Path(location, own["gguf_file"]), source.revision, source.config, own)
-        if folder is not None:
-            location = str(folder)
-            del own["gguf_file"]
-    options = dict(own)
-    if source.dtype == "int8":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError("--dtype int8: needs the bitsandbytes package; pip install bitsandbytes")
-        quantization = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-        options |= {"quantization_config": quantization, "device_map": {"": device}}
-    else:
-        # Weights of a GGUF file are unpacked to float32 first; asked for less, the library keeps them packed and slow.
-        options["dtype"] = torch.float32 if "gguf_file" in source.options else DTYPES[source.dtype]
-    if device_map:
-        options["device_map"] = device_map
-    with _advised(source.name, source.location), _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(location, config=source.config, **own)
-        causal = AutoModelForCausalLM.from_pretrained(location, config=source.config, **options)
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"--teacher {source.name}: its tokenizer gives no character offsets (not a fast tokenizer)")
-    model: Any = causal.base_model
-    if "device_map" not in options:
-        model.to(device)
-    model.eval().requires_grad_(False)
-    if source.dtype in ("bfloat16", "float16"):
-        _shorten(model, DTYPES[source.dtype])
-        head: Any = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
-        head.register_forward_pre_hook(lambda own, args: (args[0].to(own.weight), *args[1:]))
-    blocks = _find_blocks(model, source)
-    return Teacher(source.name, source.revision, model, tokenizer, blocks, source.dtype, causal)
-
-
-def _shorten(model: nn.Module, dtype: torch.dtype) -> None:
-    """Matrix products in a short type; the residual stream, norms and attention between them in float32.
-
-    The products are nearly all of the arithmetic, and rounding the stream at every block is most of the error: on
-    SmolLM2-135M at block 15 the least centred cosine to float32 is 0.9997 so, and 0.9984 with all in bfloat16.
-    Models with weights in other places (mixtures of experts) compute in the short type throughout.
-    """
-    products = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    matrices = {id(module.weight) for module in products}
-    kept = matrices | {id(module.weight) for module in tables}  # a table has no arithmetic: it stays as it is stored
-    if any(parameter.dim() > 1 and id(parameter) not in kept for parameter in model.parameters()):
-        model.to(dtype)
-        return
-    for parameter in model.parameters():
-        if id(parameter) in matrices:
-            parameter.data = parameter.data.to(dtype)
-        elif id(parameter) not in kept:
-            parameter.data = parameter.data.float()
-    for product in products:
-        if product.bias is not None:
-            product.bias.data = product.bias.data.to(dtype)
-        product.register_forward_pre_hook(lambda _module, args: (args[0].to(dtype), *args[1:]))
-    for module in [*products, *tables]:
-        module.register_forward_hook(lambda _module, _args, output: output.float())
-
-
 def _locate(name: str) -> tuple[Path | str, list[Path]]:
     """Where the weights are (a local path or a hub id), and the local files that make up the revision."""
     path = Path(name).expanduser()
     if path.is_dir():
-        patterns = ("*.safetensors", "*.bin", "config.json")
-        files = sorted(file for pattern in patterns for file in path.glob(pattern))
-        if not (path / "config.json").is_file():
-            raise InputError(f"--teacher {name}: the folder has no config.json, so it is not a saved model")
-        return path, files
+        return path, _files_of(name, path)
     if path.suffix.lower() == GGUF:
         if not path.is_file():
             raise InputError(f"--teacher {name}: no such file")
@@ -257,6 +212,23 @@ def _locate(name: str) -> tuple[Path | str, list[Path]]:
         if file.name.lower() == f"{name}{GGUF}".lower() and file.is_file():
             return file, [file]
     raise InputError(f"{choices('teacher', name, HUB_IDS)}; or a hub id (owner/model), a local folder, a .gguf file")
+
+
+def _files_of(name: str, folder: Path) -> list[Path]:
+    """The files of a folder that make up a model's revision.
+
+    Raises:
+        InputError: it is no saved model.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"--teacher {name}: the folder holds an adapter (PEFT); merge it into its model and save that: "
+            "model.merge_and_unload().save_pretrained(folder)"
+        )
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--teacher {name}: the folder has no config.json, so it is not a saved model")
+    patterns = ("*.safetensors", "*.bin", "config.json")
+    return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def _local_name(path: Path) -> str:
@@ -279,16 +251,83 @@ def _resolve_dtype(dtype: str, device: torch.device, stored: object) -> str:
     return dtype
 
 
+def _text_sizes(name: str, config: PreTrainedConfig) -> tuple[int, int]:
+    """Blocks and width of the text model.
+
+    Raises:
+        InputError: no causal language model, or more than one.
+    """
+    try:
+        text = config.get_text_config()
+    except ValueError:
+        raise InputError(
+            f"--teacher {name}: its configuration ({config.model_type}) has several text models; save the one that is "
+            "meant in a folder of its own"
+        ) from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"--teacher {name}: an encoder-decoder ({config.model_type}), not a causal language model")
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise InputError(
+            f"--teacher {name}: an encoder ({config.model_type}), whose tokens see those behind them, not a causal "
+            "language model"
+        )
+    depth, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    if not isinstance(depth, int) or not isinstance(width, int):
+        raise InputError(f"--teacher {name}: not a language model (its configuration names no blocks or no width)")
+    return depth, width
+
+
+def _weight_files(name: str, source: Path | str) -> Iterator[Path]:
+    """The local files that hold the weights, those of the form that the library prefers.
+
+    Raises:
+        InputError: a file that the folder's index names is not there, or a GGUF file is one of several.
+    """
+    if isinstance(source, str):
+        return
+    if source.is_file():
+        if several := re.search(r"-\d{5}-of-(\d{5})\.gguf$", source.name, re.IGNORECASE):
+            raise InputError(
+                f"--teacher {name}: one of {int(several[1])} files of a model; join them first: "
+                f"llama-gguf-split --merge {source.name} whole.gguf"
+            )
+        yield source
+        return
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = source / f"{whole}.index.json"
+        if (source / whole).is_file():
+            yield source / whole
+        elif index.is_file():
+            with advised(name, str(index)):
+                parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            for part in parts:
+                if not (source / part).is_file():
+                    raise InputError(f"--teacher {name}: {source / part} is missing, which {index.name} names")
+                yield source / part
+        else:
+            continue
+        return
+
+
 @contextmanager
-def _advised(name: str, location: str) -> Iterator[None]:
+def advised(name: str, location: str) -> Iterator[None]:
+    """Turn whatever a library raises on files that are not as they should be into one line.
+
+    Raises:
+        InputError: what is wrong, and the way out where it is known.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (InputError, WorkError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: safetensors, pickle, struct, tokenizers and JSON each have their own
         raise InputError(_advice(name, location, error)) from error
 
 
 def _advice(name: str, location: str, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    reason = " ".join(str(error).split())[:300]
+    if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
+        reason = f"{type(error).__name__} {reason}".strip()
     if "trust_remote_code" in str(error):
         reason = "it brings its own code; add --trust-remote-code if you trust its authors"
     elif isinstance(error, OSError) and not Path(location).exists():
@@ -297,19 +336,25 @@ def _advice(name: str, location: str, error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Say once that the hub is out of reach, not at every retry; show the bars of libraries on a terminal only."""
-    hub = logging.getLogger("huggingface_hub")
-    level = hub.level
-    hub.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """No word of the libraries, except with ``--verbose``; downloads have their bars, on a terminal."""
+    if log.isEnabledFor(logging.DEBUG):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if sys.stderr.isatty():
+        hub.show_bars()
     try:
-        if sys.stderr.isatty():
+        with warnings.catch_warnings(action="ignore"):
             yield
-        else:  # logging goes on: its handlers hold the stream itself
-            with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # noqa: PTH123
-                yield
     finally:
-        hub.setLevel(level)
+        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _hash_files(files: Sequence[Path]) -> str:
@@ -318,14 +363,6 @@ def _hash_files(files: Sequence[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def _find_blocks(model: PreTrainedModel, source: Source) -> Sequence[nn.Module]:
-    """The list of transformer blocks: the one module list that is as long as the configuration says."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == source.depth]
-    if not lists:
-        raise InputError(f"--teacher {source.name}: cannot find its {source.depth} transformer blocks")
-    return list(lists[0])
 
 
 def parse_layers(layers: str, depth: int) -> tuple[int, ...]:

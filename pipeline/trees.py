@@ -44,14 +44,22 @@ def common_prefix(prompts: Sequence[Sequence[int]], longest: int) -> int:
     return next((place for place in range(limit) if first[place] != last[place]), limit)
 
 
-def grow(prompts: Sequence[Sequence[int]], prefix: int, budget: int) -> Iterator[TokenTree]:
-    """Trees over all prompts, each of at most ``budget`` nodes (or of one prompt).
+def grow(prompts: Sequence[Sequence[int]], prefix: int, budget: int, long: int) -> Iterator[TokenTree]:
+    """Trees over all prompts, each of at most ``budget`` nodes (or of one prompt); long prompts have their own.
 
     Args:
         prompts: token ids; all begin with the same ``prefix`` tokens and go on after them.
         prefix: the number of common tokens, which are in no tree.
         budget: tokens of a tree.
+        long: tokens after the prefix that make a prompt long.
     """
+    is_long = np.array([len(prompt) - prefix > long for prompt in prompts])
+    for rows in (np.flatnonzero(~is_long), np.flatnonzero(is_long)):
+        if rows.size:
+            yield from _grow([prompts[row] for row in rows.tolist()], rows, prefix, budget)
+
+
+def _grow(prompts: Sequence[Sequence[int]], rows: Ints, prefix: int, budget: int) -> Iterator[TokenTree]:
     lengths = np.array([len(prompt) - prefix for prompt in prompts])
     table = np.full((len(prompts), lengths.max()), -1, np.int64)  # [prompts, longest], -1 beyond a prompt's end
     table[np.arange(table.shape[1]) < lengths[:, None]] = [token for prompt in prompts for token in prompt[prefix:]]
@@ -62,10 +70,10 @@ def grow(prompts: Sequence[Sequence[int]], prefix: int, budget: int) -> Iterator
     start = nodes = 0
     for row, (length, new) in enumerate(zip(lengths, own, strict=True)):
         if row > start and nodes + new > budget:
-            yield _tree(table[start:row], order[start:row], prefix)
+            yield _tree(table[start:row], rows[order[start:row]], prefix)
             start, nodes = row, 0
         nodes += length if row == start else new
-    yield _tree(table[start:], order[start:], prefix)
+    yield _tree(table[start:], rows[order[start:]], prefix)
 
 
 def _first_occurrences(table: Ints) -> NDArray[np.bool_]:

@@ -140,7 +140,8 @@ def find(
     wanted, path = key_of(vectors), beside(place)
     if found := _beside(path, wanted):
         return found
-    from pipeline.teachers import find_teacher, load_teacher
+    from pipeline.loading import load_teacher
+    from pipeline.teachers import find_teacher
 
     try:
         source = find_teacher(vectors.teacher, vectors.dtype, device, trust_remote_code)

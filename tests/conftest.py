@@ -48,7 +48,8 @@ from transformers import (
 from pipeline import cli, storage
 from pipeline.concepts import read_catalogue
 from pipeline.features import Catalogued
-from pipeline.teachers import find_teacher, load_teacher
+from pipeline.loading import load_teacher
+from pipeline.teachers import find_teacher
 from pipeline.vectors import read_vectors
 from pipeline.vocabulary import find
 

@@ -66,7 +66,8 @@ def test_means_over_tokens_cannot_take_the_place_of_one_activation(data, smollm2
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3", "gemma3"])
 def test_any_block_of_any_architecture_can_be_replaced(tiny_folder, architecture):
     from pipeline.forward import residuals
-    from pipeline.teachers import find_teacher, load_teacher
+    from pipeline.loading import load_teacher
+    from pipeline.teachers import find_teacher
 
     teacher = load_teacher(find_teacher(str(tiny_folder(architecture)), "float32"))
     concepts = ["ice", "slow cooking", "a"]

@@ -23,11 +23,12 @@ from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import read_parts
 from pipeline.forward import residuals
+from pipeline.loading import load_teacher
 from pipeline.plan import Plan, merge
 from pipeline.processes import Worker
 from pipeline.request import is_extracted, make_request
 from pipeline.storage import Output
-from pipeline.teachers import find_teacher, load_teacher, parse_layers
+from pipeline.teachers import find_teacher, parse_layers
 from pipeline.vectors import read_vectors
 
 CONCEPTS = ("ice", "ice cream", "volcano", "slow cooking", "a", "theory of general relativity", "down-to-earth")
@@ -246,7 +247,8 @@ from pipeline.extraction import read_parts
 from pipeline.storage import Output
 from pipeline.plan import Plan, merge
 from pipeline.request import make_request
-from pipeline.teachers import find_teacher, load_teacher
+from pipeline.loading import load_teacher
+from pipeline.teachers import find_teacher
 
 def extract(output):
     source = find_teacher(sys.argv[1])

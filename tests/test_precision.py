@@ -14,6 +14,7 @@ from conftest import CATALOGUE, SHIPPED
 from mlflow import MlflowClient
 
 from pipeline.concepts import read_catalogue
+from pipeline.loading import load_teacher
 from pipeline.options import Cell
 from pipeline.plan import Plan
 from pipeline.precision import of_teacher, of_training
@@ -21,7 +22,7 @@ from pipeline.request import make_request
 from pipeline.stack import precision_of
 from pipeline.storage import Output
 from pipeline.sweep import cell_key
-from pipeline.teachers import find_teacher, load_teacher
+from pipeline.teachers import find_teacher
 from pipeline.vectors import read_vectors
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
