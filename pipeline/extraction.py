@@ -184,8 +184,9 @@ class Reader:
     def __init__(self, teacher: Teacher, request: Request, batch_tokens: int, progress: Callable[[int], None]) -> None:
         self.teacher, self.request, self.progress = teacher, request, progress
         self.batch_tokens = batch_tokens
-        # Unknown until the first tree has been compared with the plain pass.
-        self.shared: bool | None = None if can_share(teacher) else False
+        self.shared: bool | None = None  # unknown until the first tree has been compared with the plain pass
+        if not can_share(teacher):
+            self._go_on_whole(CannotShare("attention that cannot be exchanged, or a convolution over tokens"))
 
     def read(self, prompts: Sequence[Sequence[Prompt]]) -> tuple[Tensor, int]:
         """The vectors of a part, ``[rows, templates, layers, d_model]`` in float32, and how many tokens ran for them.

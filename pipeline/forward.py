@@ -87,6 +87,9 @@ def residuals(teacher: Teacher, token_ids: Tensor, layers: Sequence[int]) -> Ten
     """
     with _reading(teacher, layers) as read:
         teacher.model(input_ids=token_ids.to(teacher.device), use_cache=False)
+    for layer, stream in read.items():
+        if stream.shape[:2] != token_ids.shape:
+            raise InputError(f"--teacher {teacher.name}: block {layer} passes on no stream of prompts by tokens")
     return torch.stack([read[layer].to(teacher.device) for layer in layers])
 
 
@@ -197,8 +200,14 @@ def _window(module: Any) -> float:
 
 
 def can_share(teacher: Teacher) -> bool:
-    """Whether prompts may run as a tree, as far as the blocks' kinds tell: no convolution runs over their tokens."""
-    return not any(isinstance(module, nn.Conv1d) for block in teacher.blocks for module in block.modules())
+    """Whether prompts may run as a tree, as far as the model's kind tells.
+
+    Its attention must be one that can be exchanged, and no convolution may run over the tokens.
+    """
+    can_exchange = getattr(teacher.model, "_can_set_attn_implementation", lambda: True)
+    return can_exchange() and not any(
+        isinstance(module, nn.Conv1d) for block in teacher.blocks for module in block.modules()
+    )
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -139,8 +139,8 @@ def _share(
         advice = hint("--dtype bfloat16", plan.dtype, accelerator.device) if options.dtype == "auto" else None
         if advice and accelerator.is_main_process:
             log.info(advice)
-        checks = options.check == "on" or (options.check == "auto" and not source.is_tested)
-        teacher, compared = _loaded(source, request, options, accelerator, checks and accelerator.is_main_process)
+        with plan.removed_on_failure() if me.count == 1 and not done else nullcontext():  # else others may be at it
+            teacher, compared = _loaded(source, request, options, accelerator)
         if run is not None and compared is not None:
             figures = compared.metrics()
             patiently(lambda: run.log_metrics(figures))
@@ -160,7 +160,7 @@ def _share(
 
 
 def _loaded(
-    source: Source, request: Request, options: ExtractOptions, accelerator: Accelerator, checks: bool
+    source: Source, request: Request, options: ExtractOptions, accelerator: Accelerator
 ) -> tuple[Teacher, Comparison | None]:
     """The teacher, and how it compares with the untouched model.
 
@@ -168,7 +168,8 @@ def _loaded(
         WorkError: its vectors are not those of the untouched model.
     """
     untouched = load_untouched(source, accelerator.device, options.device_map)
-    if not checks:
+    is_asked = options.check == "on" or (options.check == "auto" and not source.is_tested)
+    if not is_asked or not accelerator.is_main_process:
         return prepared(untouched), None
     log.info("checking a few prompts against the model's own pass")
     expected = reference(untouched, request)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +18,6 @@ from pipeline.forward import residuals
 from pipeline.gguf import unpacked
 from pipeline.teachers import DTYPES, Source, Teacher, advised, quiet
 
-LFS = b"version https://git-lfs"
 COMPILED = "_orig_mod."
 PROBE = (3, 5, 7, 11)  # any tokens, of which each vocabulary has as many
 
@@ -44,7 +42,6 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
     """A teacher as the library loads it in the source's precision; arguments and errors as of `load_teacher`."""
     location, own = source.location, dict(source.options)
     log.info("loading %s%s", source.name, _size(source.files))
-    check_files(source)
 
     def check(causal: Any, found: dict[str, Any]) -> None:
         _check_loaded(source.name, causal, found)
@@ -153,29 +150,6 @@ def _model_class(source: Source) -> Any:
 def _size(files: Sequence[Path]) -> str:
     total = sum(file.stat().st_size for file in files)
     return f" ({total / 1e9:.1f} GB)" if total > 1e9 else f" ({total / 1e6:.0f} MB)" if total else ""
-
-
-def check_files(source: Source) -> None:
-    """Check that local files of weights are whole, before the library opens them.
-
-    Raises:
-        InputError: a pointer of Git LFS, a file that was cut, or the first of several GGUF files; it names the file.
-    """
-    for file in source.files:
-        with file.open("rb") as opened:
-            head = opened.read(len(LFS))
-        if head == LFS:
-            raise InputError(
-                f"--teacher {source.name}: {file} is a Git LFS pointer, not the weights; fetch them with: git lfs pull"
-            )
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt"):
-                    pass
-            except Exception as error:  # of the library's own kind, which is no class that Python knows
-                raise InputError(
-                    f"--teacher {source.name}: {file} is not whole ({error}); download it again"
-                ) from error
 
 
 def _check_loaded(name: str, causal: Any, found: dict[str, Any]) -> None:

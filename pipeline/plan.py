@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -132,6 +133,15 @@ class Plan:
         for part in self.parts:
             if not part.path.is_file():
                 get(f"{self.url}/{part.path.name}", part.path)
+
+    @contextmanager
+    def removed_on_failure(self) -> Iterator[None]:
+        """Remove the plan again where the work fails before it has begun."""
+        try:
+            yield
+        except (InputError, WorkError):
+            self.clear()
+            raise
 
     def clear(self) -> None:
         """Remove the parts."""

