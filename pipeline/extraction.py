@@ -30,11 +30,12 @@ GPU_BATCH_TOKENS = 16384
 # How far a vector read through the tree may be from the plain pass, in units of its norm: rounding. Where it is
 # farther, prompts run whole: slower, and never wrong.
 TOLERANCE = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.02, "int8": 0.02}
-# What a tree costs besides its tokens, in tokens of SmolLM2-135M: each level of it, and a node's look at each of those
-# before it. Larger models spend less of their time on these.
 LONG_TOKENS = 64  # after the common beginning: longer prompts have trees of their own
-STEPS_PER_TOKEN = 256
-LEVEL_COST, GPU_LEVEL_COST = 2, 64
+# What a pass costs besides its tokens, in tokens of SmolLM2-135M on a CPU: itself, each level of a tree, and a node's
+# look at each of those before it. Larger models spend less of their time on these.
+PASS_COST = 40
+LEVEL_COST = 2
+STEP_COST = 1 / 96
 
 log = logging.getLogger(__name__)
 
@@ -312,12 +313,11 @@ class Reader:
                 yield batch.astype(np.int64), nodes, 0, list(stream.flatten(1, 2))
 
     def _is_cheaper_whole(self, tree: TokenTree, prefix: int) -> bool:
-        """Whether a tree's prompts cost less one by one: attention to each node's way costs more than it saves."""
+        """Whether prompts cost less one by one than their tree, whose attention looks at each node's way by itself."""
         steps = sum(way.size for _, way in tree.levels)
-        level_cost = LEVEL_COST if self.teacher.device.type == "cpu" else GPU_LEVEL_COST
-        shared = len(tree.token_ids) + steps / STEPS_PER_TOKEN + level_cost * len(tree.levels)
-        plain = sum((tree.paths >= 0).sum(1) + prefix)
-        return bool(tree.levels) and shared > plain
+        shared = PASS_COST + len(tree.token_ids) + LEVEL_COST * len(tree.levels) + STEP_COST * steps
+        lengths = (tree.paths >= 0).sum(1) + prefix
+        return shared > float(lengths.sum()) + PASS_COST * len(np.unique(lengths))
 
 
 def plain_vectors(teacher: Teacher, prompt: Prompt, layers: Sequence[int], pool: str) -> Tensor:

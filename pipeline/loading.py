@@ -193,10 +193,6 @@ def _find_blocks(model: Any, source: Source) -> Sequence[nn.Module]:
     return list(lists[0])
 
 
-def _probe(model: Any) -> torch.Tensor:
-    return torch.tensor([PROBE], device=model.get_input_embeddings().weight.device)
-
-
 def _runs(model: Any, blocks: nn.ModuleList) -> bool:
     """Whether every module of a list runs for tokens, once."""
     calls = [0] * len(blocks)
@@ -210,7 +206,7 @@ def _runs(model: Any, blocks: nn.ModuleList) -> bool:
     hooks = [block.register_forward_hook(count(place)) for place, block in enumerate(blocks)]
     try:
         with torch.inference_mode():
-            model(input_ids=_probe(model), use_cache=False)
+            model(input_ids=torch.tensor([PROBE], device=next(model.parameters()).device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

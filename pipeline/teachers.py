@@ -106,7 +106,7 @@ class Teacher:
     @cached_property
     def embedding_table(self) -> Tensor:
         """The input embeddings, ``[vocabulary, d_model]``; narrower ones after the model's own projection."""
-        embeddings = self.model.get_input_embeddings()
+        embeddings = self.causal.get_input_embeddings()
         assert isinstance(embeddings, nn.Embedding)
         table = embeddings.weight
         if table.shape[1] == self.d_model:
@@ -126,7 +126,7 @@ class Teacher:
     @property
     def device(self) -> torch.device:
         """Where the model takes its input."""
-        return next(self.model.get_input_embeddings().parameters()).device
+        return next(self.causal.get_input_embeddings().parameters()).device
 
     def logits(self, ids: Tensor, count: int = 1, cache: Cache | None = None) -> Tensor:
         """Next-token logits of the model's own head, with whatever scales and caps it has.

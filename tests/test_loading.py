@@ -1,6 +1,8 @@
 """Nothing is read through a weight that was not there, nor of a model that is not causal; all of it in one line."""
 
 import json
+import os
+import random
 import re
 import shutil
 from pathlib import Path
@@ -16,10 +18,13 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    CohereConfig,
+    Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3nTextConfig,
     GptOssConfig,
+    GraniteConfig,
     OpenAIGPTConfig,
     OPTConfig,
     RecurrentGemmaConfig,
@@ -31,6 +36,7 @@ from pipeline.comparison import compare, in_float32, reference
 from pipeline.concepts import Catalogue
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import Reader, plain_vectors
+from pipeline.function import NextTokenDistributions
 from pipeline.loading import load_teacher, load_untouched
 from pipeline.prompts import tokenize
 from pipeline.request import make_request
@@ -313,3 +319,75 @@ def test_libraries_are_quiet_unless_asked(workplace, run, folder):
         assert code == 0, err
         assert ("Loading weights" in err) == is_shown, err
         Path("v.safetensors").unlink()
+
+
+OWN_HEADS = {
+    "logits multiplied": CohereConfig(**SIZES, logit_scale=0.3),
+    "logits divided": GraniteConfig(**SIZES, logits_scaling=4.0, residual_multiplier=0.7),
+    "logits bounded": Gemma2Config(**SIZES, final_logit_softcapping=2.0),
+}
+
+
+@pytest.mark.parametrize("name", OWN_HEADS)
+def test_next_tokens_are_as_the_models_own_head_has_them(saved, name):
+    folder = saved(AutoModelForCausalLM.from_config(OWN_HEADS[name]))
+    teacher = load_teacher(find_teacher(str(folder)))
+    found = NextTokenDistributions(teacher, WORDS, "Tell me about {concept}", 2).true
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for prompt, own in zip(tokenize(teacher, WORDS, "Tell me about {concept}"), found, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([prompt.token_ids])).logits[0, -1].log_softmax(-1)
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
+
+
+def damaged(folder, draw):
+    """Damage a folder at random; what was done."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    path = draw.choice(files)
+    kind = draw.choice(["removed", "cut", "bytes changed", "renamed", "swapped", "emptied", "a value changed"])
+    content = path.read_bytes()
+    if kind == "removed":
+        path.unlink()
+    elif kind == "renamed":
+        path.rename(
+            path.with_name(draw.choice(["weights.bin", "pytorch_model.bin", "other.json", f"{path.name}.part"]))
+        )
+    elif kind == "swapped":
+        path.write_bytes(draw.choice(files).read_bytes())
+    elif kind == "emptied":
+        path.write_bytes(b"")
+    elif kind == "cut":
+        path.write_bytes(content[: draw.randrange(len(content))])
+    elif kind == "bytes changed":
+        changed = bytearray(content)
+        for _ in range(draw.randrange(1, 6)):  # at the front, where headers are
+            changed[draw.randrange(min(len(changed), 3000))] = draw.randrange(256)
+        path.write_bytes(changed)
+    else:
+        path = folder / "config.json"
+        values = json.loads(path.read_text())
+        name = draw.choice(sorted(values))
+        values[name] = draw.choice([None, -1, 0, 1, 3, 7, 64, 1e9, "text", [], {}, True, False])
+        path.write_text(json.dumps(values))
+        kind = f"{name} = {values[name]!r}"
+    return f"{path.name} {kind}"
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FUZZ", "24"))))
+def test_a_folder_damaged_at_random_is_exact_or_refused_in_one_line(tiny_folder, tmp_path, seed):
+    draw = random.Random(seed)
+    folder = Path(shutil.copytree(tiny_folder(draw.choice(["llama", "gpt2", "gemma3"])), tmp_path / "model"))
+    what = damaged(folder, draw)
+    try:
+        error = errors_of(folder)
+    except (InputError, WorkError):
+        return
+    assert error < 1e-3, what
+    # What was read is what the library reads of the same files.
+    teacher = load_teacher(find_teacher(str(folder)))
+    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not found["missing_keys"], what
+    [prompt] = tokenize(teacher, ["slow cooking"], "Tell me about {concept}")
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt.token_ids]), output_hidden_states=True).hidden_states[1][0, -1]
+    torch.testing.assert_close(plain_vectors(teacher, prompt, (1,), "last")[0], expected, rtol=1e-4, atol=1e-4)
