@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -91,7 +92,16 @@ def prepared(teacher: Teacher) -> Teacher:
     model, causal = teacher.model, teacher.causal
     if teacher.dtype not in ("bfloat16", "float16") or not is_plain(model):
         return teacher
-    _shorten(model, DTYPES[teacher.dtype])
+    dtype = DTYPES[teacher.dtype]
+    hooks = _shorten(model, dtype)
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([PROBE], device=teacher.device), use_cache=False)
+    except RuntimeError:  # a model that multiplies by weights past their modules
+        for hook in hooks:
+            hook.remove()
+        model.to(dtype)
+        return teacher
     head: Any = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None:
         head.register_forward_pre_hook(lambda own, args: (args[0].to(own.weight), *args[1:]))
@@ -111,8 +121,8 @@ def is_plain(model: nn.Module) -> bool:
     )
 
 
-def _shorten(model: nn.Module, dtype: torch.dtype) -> None:
-    """Matrix products in a short type; the residual stream, norms and attention between them in float32.
+def _shorten(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
+    """Matrix products in a short type; the residual stream, norms and attention between them in float32; its hooks.
 
     The products are nearly all of the arithmetic, and rounding the stream at every block is most of the error: on
     SmolLM2-135M at block 15 the least centred cosine to float32 is 0.9997 so, and 0.9984 with all in bfloat16.
@@ -124,7 +134,8 @@ def _shorten(model: nn.Module, dtype: torch.dtype) -> None:
     kept = matrices | {id(module.weight) for module in tables}  # a table has no arithmetic: it stays as it is stored
     if any(parameter.dim() > 1 and id(parameter) not in kept for parameter in model.parameters()):
         model.to(dtype)
-        return
+        return []
+    hooks = []
     for parameter in model.parameters():
         if id(parameter) in matrices:
             parameter.data = parameter.data.to(dtype)
@@ -133,9 +144,10 @@ def _shorten(model: nn.Module, dtype: torch.dtype) -> None:
     for product in products:
         if product.bias is not None:
             product.bias.data = product.bias.data.to(dtype)
-        product.register_forward_pre_hook(lambda _module, args: (args[0].to(dtype), *args[1:]))
+        hooks.append(product.register_forward_pre_hook(lambda _module, args: (args[0].to(dtype), *args[1:])))
     for module in [*products, *tables]:
-        module.register_forward_hook(lambda _module, _args, output: output.float())
+        hooks.append(module.register_forward_hook(lambda _module, _args, output: output.float()))
+    return hooks
 
 
 def _model_class(source: Source) -> Any:
