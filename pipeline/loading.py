@@ -89,7 +89,8 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
 
 def prepared(teacher: Teacher) -> Teacher:
     """The teacher with its matrix products in its short type, where it has one and weights that allow it; the same."""
-    model, causal = teacher.model, teacher.causal
+    model: Any = teacher.model
+    causal = teacher.causal
     if teacher.dtype not in ("bfloat16", "float16") or not is_plain(model):
         return teacher
     dtype = DTYPES[teacher.dtype]
