@@ -47,7 +47,7 @@ def _reading(teacher: Teacher, layers: Sequence[int]) -> Iterator[dict[int, Tens
     def keep(layer: int, value: Any) -> None:
         if layer in layers:
             if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[-1] != teacher.d_model:
-                found = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(
                     f"--teacher {teacher.name}: block {layer} passes on {found}, not one residual stream that is "
                     f"{teacher.d_model} wide"

@@ -254,7 +254,7 @@ def test_blocks_that_pass_on_several_streams_are_refused(saved, workplace, run):
     folder = saved(AutoModelForCausalLM.from_config(config))
     code, _, err = run(*EXTRACT, "--teacher", folder)
     assert code == 2
-    assert re.search(r"error: --teacher \S+: block 0 passes on of shape .*, not one residual stream", err), err
+    assert re.search(r"error: --teacher \S+: block 0 passes on a tensor of shape .*, not one residual stream", err), err
 
 
 def test_long_texts_run_whole_and_short_ones_beside_them_as_a_tree(tiny_folder):
