@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from pipeline.interrupts import check
 from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, patiently, settle
 
 BEAT_SECONDS = 5.0
@@ -121,8 +122,15 @@ class Claims:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Tell the others that this worker is gone."""
+        if self._stop.is_set():
+            return
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         with contextlib.suppress(*TrackingError):  # the tags say that we are gone, which silence says too
             self._look(self.parent_run.client.get_run(self.parent_run.id))
             gone = [owner for owner in self._seen if not self._lives(owner)]
@@ -146,6 +154,7 @@ class Claims:
         known = self.runs()
         claimed = set()
         for key, name in cells:
+            check()
             runs = known.get(key, [])
             if any(run.info.status == "FINISHED" or self._is_held(run) for run in runs):
                 continue

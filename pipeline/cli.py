@@ -352,7 +352,7 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "python -m pipeline"
         _leave(f"error: {error.format_message()} (see {command} --help)", 2)
     except (KeyboardInterrupt, click.Abort):
-        _leave(interrupts.LINE, interrupts.CODE)
+        interrupts.leave()
 
 
 def _leave(line: str, code: int) -> None:

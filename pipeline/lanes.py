@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import mmap
 import os
@@ -31,7 +32,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 
 from pipeline.errors import WorkError
-from pipeline.interrupts import STOPS
+from pipeline.interrupts import STOPS, undone_by
 from pipeline.processes import cores
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ GPU_LANES = 4
 # How long Python lets one thread run while others wait. A job in a thread comes back to Python after every product, and
 # would wait for the default of 5 ms each time while the thread that tracks is busy.
 SWITCH_SECONDS = 2e-4
-HEAR_SECONDS = 1.0  # for jobs to hear that they should stop
+HEAR_SECONDS = 0.7  # for jobs to hear that they should stop
 # What a process tells the one that it was forked from.
 TOLD, VALUE, FAILED, ENDED = range(4)
 
@@ -114,6 +115,7 @@ class Lanes(Generic[T]):
         self._jobs: queue.SimpleQueue[tuple[Job[T], Handle, Callable[[Handle], None]] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[Handle, T | BaseException | None]] = queue.SimpleQueue()
         self._stopping, self._running = (_shared_integer() for _ in range(2))
+        self._asked: float | None = None  # when jobs were asked to stop
         self._processes: dict[int, Handle] = {}
         self._threaded: dict[threading.Thread, Handle] = {}  # jobs that are threads
         self._lock = threading.Lock()  # of the count of running jobs, and of forks
@@ -157,22 +159,28 @@ class Lanes(Generic[T]):
             raise value
         return None if handle.cancelled else value
 
+    def ask_to_stop(self) -> None:
+        """Ask all jobs to stop."""
+        if self._asked is None:
+            self._asked = time.monotonic()
+            self._stopping[0] = 1
+            for _ in self._threads:
+                self._jobs.put(None)
+
     def stop(self) -> None:
         """Ask all jobs to stop, and wait until they have.
 
         One that does not hear it in time is in the middle of a step that takes long: a process is killed, a thread is
         left to end with this process.
         """
-        self._stopping[0] = 1
-        for _ in self._threads:
-            self._jobs.put(None)
-        deadline = time.monotonic() + HEAR_SECONDS
+        self.ask_to_stop()
+        assert self._asked is not None
+        deadline = self._asked + HEAR_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         for process, handle in list(self._processes.items()):
             if not handle.stops[0]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+                _kill(process)
         for thread in self._threads:
             job = self._threaded.get(thread)
             if job is None or job.stops[0]:
@@ -233,13 +241,14 @@ class Lanes(Generic[T]):
             self._processes[process] = handle
         kind = None
         try:
-            for kind, value in _received(here):
-                if kind == FAILED:
-                    raise value
-                if kind == TOLD:
-                    self.hear(value)
-                elif kind == VALUE:
-                    yield value
+            with undone_by(functools.partial(_kill, process)):
+                for kind, value in _received(here):
+                    if kind == FAILED:
+                        raise value
+                    if kind == TOLD:
+                        self.hear(value)
+                    elif kind == VALUE:
+                        yield value
         finally:
             here.close()
             _, status = os.waitpid(process, 0)
@@ -268,6 +277,11 @@ class Lanes(Generic[T]):
             _send_error(there, error)
         finally:
             os._exit(0)
+
+
+def _kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 def _received(here: Connection) -> Iterator[tuple[int, Any]]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, WorkError
+from pipeline.interrupts import undone_by
 
 S3 = "s3://"
 ATTEMPTS = 8  # of each request, with exponential backoff: about a minute in all
@@ -52,21 +53,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         WorkError: the disk is full.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    remove = functools.partial(part.unlink, missing_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        mode = part.stat().st_mode  # that the user's files have
-        write(part)
-        if part.stat().st_mode != mode:  # safetensors puts a file there that only its owner can read
-            part.chmod(mode)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+        with undone_by(remove):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.touch()
+            mode = part.stat().st_mode  # that the user's files have
+            write(part)
+            if part.stat().st_mode != mode:  # safetensors puts a file there that only its owner can read
+                part.chmod(mode)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
     except OSError as error:
         raise _of_disk(path, error) from error
     finally:
         with suppress(OSError):  # a file system that cannot be written at all refuses even to remove what is not there
-            part.unlink(missing_ok=True)
+            remove()
 
 
 def _of_disk(path: Path, error: OSError) -> InputError | WorkError:

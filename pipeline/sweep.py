@@ -259,13 +259,13 @@ def run_sweep(
         engine.begin()  # while it is being found out who else is there
         tags |= {"grid": name, "vectors_sha256": data.vectors.sha256, "work_key": work, "precision": automatic}
         parent = _open_parent(claims, accelerator, name, tags)
-        recorded = _agreed(patiently(lambda: parent.tags.get("precision", automatic)))
-        if is_open and recorded != automatic:
-            raise WorkError(
-                f"sweep {identity}: a worker on another kind of device began it at the same moment, and recorded the "
-                f"precision {recorded}; start this worker again, and it will keep to that"
-            )
-        with claims.join(parent), _closing(claims, recorder, engine):
+        with _closing(claims.join(parent), recorder, engine), claims:
+            recorded = _agreed(patiently(lambda: parent.tags.get("precision", automatic)))
+            if is_open and recorded != automatic:
+                raise WorkError(
+                    f"sweep {identity}: a worker on another kind of device began it at the same moment, and recorded "
+                    f"the precision {recorded}; start this worker again, and it will keep to that"
+                )
             check_version()  # again, now that others see us: of workers that begin at once none saw the others before
             if accelerator.is_main_process:
                 patiently(lambda: parent.log_params(params))
@@ -355,21 +355,23 @@ def _closing(claims: Claims, recorder: Recorder, engine: Engine) -> Iterator[Non
     """Close the runs when work is cut short: KILLED on an interruption, FAILED on any other error."""
 
     def close(status: str) -> None:
-        engine.lanes.stop()  # first of all, so that the state of the stacks is safe
+        engine.lanes.ask_to_stop()  # while they keep their state, the runs are closed
+        claims.leave()  # before the others are looked for: of workers that leave together, the last finds nobody
         recorder.abandon(status)
         with contextlib.suppress(*TrackingError):
             if not claims.others_at_work():
-                recorder.claims.parent_run.end(status)
+                claims.parent_run.end(status)
+        engine.lanes.stop()
 
     try:
         with closed_by(functools.partial(close, "KILLED")):
             yield
-    except BaseException as error:
-        engine.lanes.stop()
-        if isinstance(error, WorkError) and not isinstance(error, LaneError):
-            raise  # MLflow is away; the next to come finds that nobody is at the runs
-        close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+    except KeyboardInterrupt:
         raise
+    except BaseException as error:
+        if isinstance(error, LaneError) or not isinstance(error, WorkError):
+            close("FAILED")
+        raise  # without more after a WorkError: MLflow is away, and the next to come finds that nobody is at the runs
 
 
 def _conclude(

@@ -21,6 +21,10 @@ for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "ML
     os.environ.pop(name, None)
 # A shell ignores SIGINT in what it starts in the background, and so would every process that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+ROOT = Path(__file__).parent.parent
+# What tests start runs this checkout, on the Python that the tests were started with (see elsewhere/sitecustomize.py).
+given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(str(Path(path).absolute()) for path in given if path)])
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Tests run side by side: each worker, with the processes that it starts, takes its share of the cores.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
@@ -53,7 +57,6 @@ from pipeline.teachers import find_teacher
 from pipeline.vectors import read_vectors
 from pipeline.vocabulary import find
 
-ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "data" / "vectors" / "smollm2-135m.safetensors"
 CATALOGUE = ROOT / "data" / "concepts.csv"
 

@@ -5,16 +5,15 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
-from conftest import ARCHITECTURES, CATALOGUE, ROOT, WHOLE
+from conftest import ARCHITECTURES, CATALOGUE, WHOLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -238,9 +237,8 @@ def test_a_prompt_longer_than_the_context_is_refused(tiny_folder, tmp_path):
         extract(load(tiny_folder("gpt2")), FEW, tmp_path, templates=["{concept} " + "and so on " * 20])
 
 
-# Forks a process for every file that it is told to extract, so that the libraries are loaded once.
 EXTRACTIONS = """
-import os, sys
+import sys
 from pathlib import Path
 from pipeline.concepts import read_catalogue
 from pipeline.extraction import read_parts
@@ -249,6 +247,7 @@ from pipeline.plan import Plan, merge
 from pipeline.request import make_request
 from pipeline.loading import load_teacher
 from pipeline.teachers import find_teacher
+from processes import each_line
 
 def extract(output):
     source = find_teacher(sys.argv[1])
@@ -257,20 +256,13 @@ def extract(output):
     read_parts(load_teacher(source), request, plan, plan.missing())
     merge(request, plan)
 
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        extract(line.strip())
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
+each_line(extract)
 """
 KILLS = 10
 
 
 def test_a_run_that_is_killed_again_and_again_leaves_the_same_file(tiny_folder, tmp_path):
-    command = [sys.executable, "-c", EXTRACTIONS, str(tiny_folder("qwen3"))]
-    server = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    server = processes.start(EXTRACTIONS, tiny_folder("qwen3"))
 
     def begin(name):
         print(tmp_path / name, file=server.stdin, flush=True)
@@ -288,7 +280,7 @@ def test_a_run_that_is_killed_again_and_again_leaves_the_same_file(tiny_folder, 
         while time.monotonic() < moment and len(parts()) < 3 * kill + 3:  # of 40
             time.sleep(0.005)
         os.kill(process, signal.SIGKILL)
-        assert server.stdout.readline() == f"{signal.SIGKILL}\n"
+        assert server.stdout.readline() == f"{-signal.SIGKILL}\n"
         assert not (tmp_path / "killed.safetensors").exists()
         assert held.items() <= parts().items()  # nothing is read twice
         held = parts()

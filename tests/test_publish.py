@@ -29,7 +29,7 @@ def python(hub, tmp_path):
 
     def call(*arguments, token=TOKEN):
         variables = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
-                     "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token, "PYTHONPATH": str(ROOT)}  # fmt: skip
+                     "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}  # fmt: skip
         command = [sys.executable, *map(str, arguments)]
         done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=200)
         assert "Traceback" not in done.stderr

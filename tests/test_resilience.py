@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import processes
 import psutil
 import pytest
 import torch
@@ -65,7 +66,7 @@ def sweep(*arguments, uri=None, folder=None, **environment):
     """A sweep in a process of its own, in the current folder or another; pictures only where they are asked for."""
     common = ["--grid", "grid.yaml", "--vectors", str(SHIPPED), "--no-report"]
     command = [sys.executable, "-m", "pipeline", "sweep", *common, *arguments]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri or database(), **environment}
+    variables = {**os.environ, "MLFLOW_TRACKING_URI": uri or database(), **environment}
     return subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -119,30 +120,24 @@ def equal(one, other):
             np.testing.assert_allclose(values, other[name]["curves"][curve], atol=1e-4)
 
 
-# Forks a process for every sweep that it is told to run, so that the libraries are loaded once.
 SWEEPS = """
 import os, shlex, sys
 from pipeline import cli, display, report, sweep, tracking
+from processes import each_line
 
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.dup2(2, 1)
-        sys.argv = ["pipeline", "sweep", *shlex.split(line)]
-        cli.main()
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
+def run(line):
+    os.dup2(2, 1)
+    sys.argv = ["pipeline", "sweep", *shlex.split(line)]
+    cli.main()
+
+each_line(run)
 """
 KILLS = int(os.environ.get("TEST_KILLS", "5"))
 AWAY_SECONDS = float(os.environ.get("TEST_AWAY_SECONDS", "10"))
 
 
 def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, whole):
-    server = subprocess.Popen(
-        [sys.executable, "-c", SWEEPS], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": database()},
-    )  # fmt: skip
+    server = processes.start(SWEEPS, MLFLOW_TRACKING_URI=database())
 
     def begin(output):
         print(f"--grid grid.yaml --vectors {SHIPPED} --no-report --output {output}", file=server.stdin, flush=True)
@@ -201,7 +196,7 @@ def other_code(tmp_path_factory):
     shutil.copytree(ROOT / "pipeline", folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / "pipeline" / "options.py"
     path.write_text(re.sub(r"^RESULTS_VERSION = .*$", "RESULTS_VERSION = 1000", path.read_text(), flags=re.MULTILINE))
-    return str(folder)
+    return f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"
 
 
 LONG_GRID = "fixed: {epochs: 4000, hidden_dim: 64}\naxes: {layers: [1, 2], concepts: [150, 300]}\n"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SECRET, SHIPPED
+from conftest import SECRET, SHIPPED
 from mlflow import MlflowClient
 
 from pipeline import storage
@@ -96,7 +96,7 @@ def extract(teacher, output, *arguments):
     command = [sys.executable, "-m", "pipeline", "extract", "--teacher", str(teacher), "--layers", "1,2"]
     done = subprocess.run(
         [*command, "--concepts", "c.csv", "--output", output, *arguments], capture_output=True, text=True, timeout=200,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -123,8 +123,7 @@ def test_a_clock_that_is_an_hour_off_is_said_and_nothing_is_left(s3, workplace, 
     s3.punctual = True
     command = ["faketime", "-f", "+1h", sys.executable, "-m", "pipeline", "extract", "--teacher", tiny_folder("gpt2"),
                "--layers", "1,2", "--concepts", "c.csv", "--output", "s3://bucket/v.safetensors"]  # fmt: skip
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1, done.stderr
     assert "clock of this machine is off" in done.stderr.splitlines()[-1]
     assert storage.names_below("s3://bucket") == set()

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED, SMALL_GRID, move_to
+from conftest import SHIPPED, SMALL_GRID, move_to
 from mlflow import MlflowClient
 
 from pipeline import cli
@@ -182,7 +182,7 @@ axes: {layers: [0, 1, 2, 3, 4, 5]}
 
 
 def environment(workplace):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{workplace}/mlflow.db"}
+    return {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{workplace}/mlflow.db"}
 
 
 def cpu_seconds(pid):

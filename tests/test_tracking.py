@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SECRET, SHIPPED, free_port, mlflow_server
+from conftest import SECRET, SHIPPED, free_port, mlflow_server
 from faults import Faulty
 from mlflow import MlflowClient
 
@@ -24,7 +24,7 @@ def train(uri, *arguments, **environment):
     common = ["--vectors", SHIPPED, "--epochs", "2", "--concepts", "40", "--no-report"]
     command = [sys.executable, "-m", "pipeline", "train", *common]
     variables = {name: value for name, value in os.environ.items() if name not in NAMES}
-    variables |= {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri, **environment}
+    variables |= {"MLFLOW_TRACKING_URI": uri, **environment}
     return subprocess.run(
         [*command, *arguments], capture_output=True, text=True, env=variables, timeout=200, check=False
     )

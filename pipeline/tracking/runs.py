@@ -27,7 +27,10 @@ from pipeline.tracking.server import without_password
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of the two the one in C takes a tenth of the time
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
 # What a logged student carries: the rooms that turn text into vectors, without torch.
-STUDENT_CODE = ("__init__", "errors", "storage", "tokenization", "reading", "inference", "folders", "student", "served")
+STUDENT_CODE = (
+    "__init__", "errors", "interrupts", "storage", "tokenization", "reading", "inference", "folders", "student",
+    "served",
+)  # fmt: skip
 DOOR = "served.py"  # what MLflow loads
 EXAMPLE = ("volcano", "slow cooking")  # what a logged student may be asked
 STUDENT_PLACE = "artifacts/student"  # in the folder of a logged model

@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException, RestException
 from requests import RequestException
 from sqlalchemy import make_url
 
+from pipeline import interrupts
 from pipeline.errors import InputError, WorkError
 from pipeline.storage import tracking_uri, write_atomically
 
@@ -98,7 +99,7 @@ def _retry(
             if waited - noticed >= NOTICE_SECONDS:
                 noticed = waited
                 log.warning("%s (%s): %.0f of at most %.0f s", what, _reason(error), waited, patience)
-            time.sleep(pause)
+            interrupts.sleep(pause)
             pause = min(2 * pause, MOST_PAUSE_SECONDS)
 
 

@@ -26,7 +26,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_USER,
 )
 
-from pipeline import hub, storage
+from pipeline import hub, interrupts, storage
 from pipeline.errors import InputError
 from pipeline.interrupts import closed_by
 from pipeline.student import Student
@@ -77,20 +77,23 @@ class Tracker:
             same = [run for run in going_on if run.info.run_id == opened]
             parent = max(same or going_on, key=lambda run: (run.info.start_time, run.info.run_id))
         else:
-            self.open_run(name, {**tags, "sweep_id": sweep_id, "role": "candidate"})
-            settle(begin)
-            parent = self._elect(sweep_id, known, is_at_work)
-        run = self._reopen(parent)
-        # What its first worker recorded stays.
-        run.set_tags({key: value for key, value in tags.items() if key not in parent.data.tags} | {"role": "sweep"})
-        for candidate in self._candidates(sweep_id):
-            self.discard(candidate, f"took part in sweep {sweep_id}, whose cells are below run {run.id}")
-        unfinished = {old.info.run_id for old in before if old.info.status != "FINISHED"} - {run.id}
-        for cell in self.cells(sweep_id) if unfinished else []:
-            if cell.data.tags[MLFLOW_PARENT_RUN_ID] in unfinished:
-                self.client.set_tag(cell.info.run_id, MLFLOW_PARENT_RUN_ID, run.id)
-        if opened not in (None, run.id):
-            self.discard(self.client.get_run(opened), f"sweep {sweep_id} goes on in run {run.id}")
+            own = self.open_run(name, {**tags, "sweep_id": sweep_id, "role": "candidate"})
+            with closed_by(lambda: own.end("KILLED")):
+                settle(begin)
+                parent = self._elect(sweep_id, known, is_at_work)
+        run = Run(self.client, parent.info.run_id, parent.info.experiment_id)
+        with closed_by(lambda: None if is_at_work(self.client.get_run(run.id)) else run.end("KILLED")):
+            self._reopen(parent)
+            # What its first worker recorded stays.
+            run.set_tags({key: value for key, value in tags.items() if key not in parent.data.tags} | {"role": "sweep"})
+            for candidate in self._candidates(sweep_id):
+                self.discard(candidate, f"took part in sweep {sweep_id}, whose cells are below run {run.id}")
+            unfinished = {old.info.run_id for old in before if old.info.status != "FINISHED"} - {run.id}
+            for cell in self.cells(sweep_id) if unfinished else []:
+                if cell.data.tags[MLFLOW_PARENT_RUN_ID] in unfinished:
+                    self.client.set_tag(cell.info.run_id, MLFLOW_PARENT_RUN_ID, run.id)
+            if opened not in (None, run.id):
+                self.discard(self.client.get_run(opened), f"sweep {sweep_id} goes on in run {run.id}")
         return run
 
     def _elect(self, sweep_id: str, known: set[str], is_at_work: Callable[[MlflowRun], bool]) -> MlflowRun:
@@ -271,9 +274,11 @@ def closing(run: Run) -> Iterator[Run]:
     try:
         with closed_by(lambda: run.end("KILLED")):
             yield run
-    except BaseException as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         with contextlib.suppress(*TrackingError):  # the error says more than a server that is gone too
-            run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            run.end("FAILED")
         raise
     patiently(lambda: run.end("FINISHED"))
 
@@ -284,7 +289,7 @@ def settle(begin: float) -> None:
     Args:
         begin: when we began to look, by `time.monotonic`; how long we took tells how long others may take.
     """
-    time.sleep(max(SETTLE_SECONDS, 2 * (time.monotonic() - begin)))
+    interrupts.sleep(max(SETTLE_SECONDS, 2 * (time.monotonic() - begin)))
 
 
 def fetch(uri: str) -> Path:
