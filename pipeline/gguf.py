@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from pipeline import hub
+from pipeline.teacher_tokenizer import load_tokenizer
 
 MOST_BYTES = 500_000_000  # of a file that is kept unpacked, in which it takes up to eight times as many
 
@@ -40,7 +41,7 @@ def unpacked(path: Path, revision: str, config: Any, options: dict[str, Any]) ->
     except OSError:
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, config=config, **options)
+        tokenizer = load_tokenizer(path.stem, str(path.parent), config, options)
         read = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=torch.float32, **options)
         whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         whole.load_state_dict(read.state_dict())  # what was read counts as quantised, and cannot be saved

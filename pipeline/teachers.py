@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     Cache,
     PreTrainedConfig,
@@ -33,6 +32,7 @@ from pipeline.families import HUB_IDS
 from pipeline.gguf import unpacked
 from pipeline.precision import of_teacher
 from pipeline.storage import fetch, is_remote
+from pipeline.teacher_tokenizer import check_vocabulary, fingerprint, load_tokenizer
 
 # Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
 # the same vectors, with a network or without; the hub id asks for the unquantised weights.
@@ -55,6 +55,7 @@ class Source:
         dtype: the precision to compute in.
         location: what `transformers` loads from, with the options that it needs in ``options``.
         config: the model's configuration.
+        tokenizer: a hash of the tokenizer's files; "" where the revision covers them.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Source:
     location: str
     options: dict[str, Any]
     config: PreTrainedConfig
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,26 @@ def find_teacher(
     known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
     revision = _hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
     precision = _resolve_dtype(dtype, torch.device(device), getattr(config, "dtype", None))
-    return Source(known_as, revision, depth, precision, location, options, config)
+    with _advised(name, location):
+        tokenizer = fingerprint(source) if isinstance(source, Path) and source.is_dir() else ""
+    return Source(known_as, revision, depth, precision, location, options, config, tokenizer)
 
 
-def warn_of_other_weights(source: Source, revision: str) -> None:
-    """Warn where a teacher's weights are not those, by their revision, that vectors were read from."""
-    if source.revision != revision:
-        log.warning(
-            "warning: --teacher %s: its weights (%s) are not those that the vectors are of (%s)",
-            source.name, source.revision, revision,
-        )  # fmt: skip
+def warn_of_another(source: Source, revision: str, tokenizer: str) -> None:
+    """Warn where a teacher's weights or tokenizer are not those that vectors were read with.
+
+    Args:
+        source: the teacher.
+        revision: of the vectors' teacher.
+        tokenizer: the hash of its tokenizer; "" where it is not known.
+    """
+    compared = (("weights", source.revision, revision), ("tokenizer files", source.tokenizer, tokenizer))
+    for part, own, other in compared:
+        if own != other and own and other:
+            log.warning(
+                "warning: --teacher %s: its %s (%s) are not those that the vectors are of (%s)",
+                source.name, part, own, other,
+            )  # fmt: skip
 
 
 def load_teacher(source: Source, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
@@ -188,10 +200,8 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     if device_map:
         options["device_map"] = device_map
     with _advised(source.name, source.location), _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(location, config=source.config, **own)
+        tokenizer = load_tokenizer(source.name, location, source.config, own)
         causal = AutoModelForCausalLM.from_pretrained(location, config=source.config, **options)
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"--teacher {source.name}: its tokenizer gives no character offsets (not a fast tokenizer)")
     model: Any = causal.base_model
     if "device_map" not in options:
         model.to(device)
@@ -201,7 +211,9 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
         head: Any = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
         head.register_forward_pre_hook(lambda own, args: (args[0].to(own.weight), *args[1:]))
     blocks = _find_blocks(model, source)
-    return Teacher(source.name, source.revision, model, tokenizer, blocks, source.dtype, causal)
+    teacher = Teacher(source.name, source.revision, model, tokenizer, blocks, source.dtype, causal)
+    check_vocabulary(source.name, tokenizer, len(teacher.embedding_table))
+    return teacher
 
 
 def _shorten(model: nn.Module, dtype: torch.dtype) -> None:
