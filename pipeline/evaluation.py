@@ -29,7 +29,7 @@ from pipeline.storage import is_remote, writable, write_atomically
 from pipeline.student import Student
 from pipeline.students.baselines import BASELINES
 from pipeline.tables import markdown_table
-from pipeline.teachers import Teacher, find_teacher, warn_of_other_weights
+from pipeline.teachers import Teacher, find_teacher, warn_of_another
 from pipeline.tracking import closing, connect
 from pipeline.vocabulary import Bar
 
@@ -230,7 +230,7 @@ def run_evaluate(
     if options.teacher is not None:
         dtype = options.dtype or data.vectors.dtype
         source = find_teacher(options.teacher, dtype, accelerator.device, options.trust_remote_code)
-        warn_of_other_weights(source, data.vectors.revision)
+        warn_of_another(source, data.vectors.revision, data.vectors.tokenizer)
         teacher = load_teacher(source, accelerator.device, options.device_map)
     with bar(sum(len(seeds) for seeds in students.values())) as advance:
         rows = evaluate(students, data, teacher, advance)

@@ -46,6 +46,7 @@ def checkpoint(
         "cell": asdict(cell),
         "teacher": vectors.teacher,
         "revision": vectors.revision,
+        "tokenizer": vectors.tokenizer,
         "layer": cell.layer,
         "template": vectors.templates[0],
         "pool": vectors.pool,
@@ -75,7 +76,9 @@ def standing_alone(trained: Student, data: Catalogued, vocabulary: Vocabulary | 
         log.warning("warning: the student will answer for the concepts of its vectors file only")
         return trained
     try:
-        return export(trained, data, vocabulary)
+        student = export(trained, data, vocabulary)
+        student.files()  # what cannot be loaded again is not left
+        return student
     except InputError as error:
         log.warning("warning: the student will answer for the concepts of its vectors file only (%s)", error)
         return trained

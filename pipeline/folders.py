@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ class Folder:
     card: str
 
 
-def write(place: Path, folder: Folder) -> None:
-    """Write the files, each whole or not at all."""
+def packed(folder: Folder) -> dict[str, bytes]:
+    """The files, by name."""
     contents = {MODEL: save({name: np.ascontiguousarray(value) for name, value in folder.tensors.items()})}
     if folder.tokenizer is not None:
         contents[TOKENIZER] = folder.tokenizer.to_str().encode()
@@ -53,6 +53,11 @@ def write(place: Path, folder: Folder) -> None:
     config["sha256"] = _sha256(config)
     contents[CARD] = folder.card.encode()
     contents[CONFIG] = json.dumps(config, indent=1, ensure_ascii=False).encode()  # last: with it the folder is whole
+    return contents
+
+
+def write(place: Path, contents: Mapping[str, bytes]) -> None:
+    """Write the files, each whole or not at all."""
     for name, content in contents.items():
         if content:
             write_atomically(place / name, lambda part, content=content: part.write_bytes(content))  # type: ignore[misc]
@@ -65,8 +70,13 @@ def read(place: Path) -> Folder:
         InputError: damaged, of another format, or with something in them that has no place in a student.
         OSError, ValueError, KeyError, TypeError, SafetensorError: not a student's folder.
     """
-    config = _read_config(place)
-    contents = {name: _read(place, name, digest) for name, digest in config.pop("files").items()}
+    return unpacked(lambda name: _read(place, name), _card(place))
+
+
+def unpacked(content_of: Callable[[str], bytes], card: str) -> Folder:
+    """What files hold, given what reads one of them by its name; raises as `read` does."""
+    config = _config(content_of(CONFIG))
+    contents = {name: _undamaged(name, content_of(name), digest) for name, digest in config.pop("files").items()}
     tensors = load(contents[MODEL])
     for name, value in tensors.items():
         if value.dtype not in (np.int8, np.int64, np.float16, np.float32):
@@ -74,7 +84,7 @@ def read(place: Path) -> Folder:
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise InputError(f"tensor {name}: values that are not finite")
     tokenizer = _tokenizer(contents[TOKENIZER]) if TOKENIZER in contents else None
-    return Folder(config, tensors, tokenizer, _card(place))
+    return Folder(config, tensors, tokenizer, card)
 
 
 def _sha256(config: Mapping[str, Any]) -> str:
@@ -82,22 +92,26 @@ def _sha256(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _read(folder: Path, name: str, digest: str | None = None) -> bytes:
-    """The bytes of a file of the folder itself, once they are known to be what was written."""
+def _read(folder: Path, name: str) -> bytes:
+    """The bytes of a file of the folder itself."""
     if name not in MOST_BYTES:
         raise InputError(f"names the file {name!r}; expected {', '.join(sorted(MOST_BYTES))}")
     path = folder / name
     size = path.stat().st_size
     if size > MOST_BYTES[name]:
         raise InputError(f"{name} has {size:,} bytes; expected {MOST_BYTES[name]:,} at the most")
-    content = path.read_bytes()
-    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+    return path.read_bytes()
+
+
+def _undamaged(name: str, content: bytes, digest: str) -> bytes:
+    """The bytes of a file, once they are known to be what was written."""
+    if hashlib.sha256(content).hexdigest() != digest:
         raise InputError(f"{name} is damaged (it does not match its checksum)")
     return content
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = json.loads(_read(folder, CONFIG))
+def _config(content: bytes) -> dict[str, Any]:
+    config = json.loads(content)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise InputError(f"format {found!r}, expected {FORMAT!r}; train it again")

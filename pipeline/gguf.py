@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from pipeline import hub
+from pipeline.teacher_tokenizer import load_tokenizer
 
 MOST_BYTES = 500_000_000  # of a file that is kept unpacked, in which it takes up to eight times as many
 
@@ -44,7 +45,7 @@ def unpacked(
     except OSError:
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, config=config, **options)
+        tokenizer = load_tokenizer(path.stem, str(path.parent), config, options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, config=config, dtype=torch.float32, output_loading_info=True, **options
         )

@@ -180,7 +180,7 @@ def _loaded(
 def _write_vocabulary(teacher: Teacher, request: Request, output: Output, bar: Bar) -> str:
     """Leave the vocabulary beside the vectors file; where it is."""
     place, path = vocabulary.beside(str(output)), Path(vocabulary.beside(str(output.path)))
-    vocabulary.write(vocabulary.read_from(teacher, request.templates[0], request.token_block, bar), path)
+    vocabulary.write(vocabulary.read_from(teacher, request, bar), path)
     if output.url is not None:
         put(path, place)
     return place

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import InputError
 from pipeline.forward import residuals
 from pipeline.gguf import unpacked
+from pipeline.teacher_tokenizer import check_vocabulary, load_tokenizer
 from pipeline.teachers import DTYPES, Source, Teacher, advised, quiet
 
 COMPILED = "_orig_mod."
@@ -65,13 +66,11 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
     if device_map:
         options["device_map"] = device_map
     with advised(source.name, source.location), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(location, config=source.config, **own)
+        tokenizer = load_tokenizer(source.name, location, source.config, own)
         causal, found = _model_class(source).from_pretrained(
             location, config=source.config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     check(causal, found)
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"--teacher {source.name}: its tokenizer gives no character offsets (not a fast tokenizer)")
     model: Any = causal.base_model
     if "device_map" not in options:
         model.to(device)
@@ -84,6 +83,7 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
         )  # fmt: skip
         if not source.is_tested:
             _check_causal(teacher)
+    check_vocabulary(source.name, tokenizer, len(teacher.embedding_table))
     return teacher
 
 

@@ -130,12 +130,12 @@ def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str
     from pipeline.extraction import read_texts
     from pipeline.loading import load_teacher
     from pipeline.processes import start
-    from pipeline.teachers import find_teacher, warn_of_other_weights
+    from pipeline.teachers import find_teacher, warn_of_another
 
     device = start().device
     name, dtype = options.teacher or student.config["teacher"], options.dtype or student.config["dtype"]
     source = find_teacher(name, dtype, device, options.trust_remote_code)
-    warn_of_other_weights(source, student.config["revision"])
+    warn_of_another(source, student.config["revision"], student.config.get("tokenizer", ""))
     teacher = load_teacher(source, device, options.device_map)
 
     def compare(texts: list[str], vectors: Floats) -> Floats:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, choices
 from pipeline.storage import Output, beginning
 from pipeline.teachers import Source, parse_layers
-from pipeline.vectors import FORMAT, parse_header, read_header, read_unverified_header
+from pipeline.vectors import FORMAT, UNSAID, parse_header, read_header, read_unverified_header
 
 POOLS = ("last", "mean")
 # What the key says of the computation: raised by hand (activation-vectors-3.1, ...) whenever an extraction gives other
@@ -48,25 +49,33 @@ class Request:
     depth: int
     token_block: int | None = None
     language: str = "en"
+    tokenizer: str = ""
 
     @cached_property
     def key(self) -> str:
-        """Hash of the request; the teacher counts by its weights and not by its name."""
-        content = {name: value for name, value in asdict(self).items() if name != "teacher"}
+        """Hash of the request; the teacher counts by its weights and tokenizer, and not by its name."""
+        content = {name: value for name, value in self._said.items() if name != "teacher"}
         content["format"] = EXTRACTION_VERSION
-        if self.language == "en":  # keys of before there were others
-            del content["language"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _said(self) -> dict[str, Any]:
+        """Its values, without those that keys and headers leave out."""
+        return {name: value for name, value in asdict(self).items() if UNSAID.get(name) != value}
+
+    def is_answered_by(self, header: Mapping[str, str] | None) -> bool:
+        """Whether a vectors file with this header answers the request; of its tokenizer an older file says nothing."""
+        held = header or {}
+        asked = self if "tokenizer" in held else replace(self, tokenizer="")
+        return held.get("extraction_key") in (self.key, asked.key)
 
     @property
     def header(self) -> dict[str, str]:
         """The header of its vectors file, without checksums."""
         values = {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for name, value in asdict(self).items()
+            for name, value in self._said.items()
         }
-        if self.language == "en":
-            del values["language"]
         return values | {"format": FORMAT, "extraction_key": self.key}
 
 
@@ -112,6 +121,7 @@ def make_request(
         depth=source.depth,
         token_block=token_block,
         language=catalogue.language,
+        tokenizer=source.tokenizer,
     )
 
 
@@ -149,7 +159,7 @@ def header_of(output: Output) -> dict[str, str] | None:
 
 def is_extracted(output: Output, request: Request) -> bool:
     """Whether the output holds the answer to this very request already, whole (S3 shows nothing that is not)."""
-    if output.path.suffix == ".pt" or (header_of(output) or {}).get("extraction_key") != request.key:
+    if output.path.suffix == ".pt" or not request.is_answered_by(header_of(output)):
         return False
     try:
         return output.url is not None or bool(read_header(output.path))
@@ -161,7 +171,7 @@ def as_merged(output: Output, request: Request) -> Request:
     """The request in the precision that other shards took, where they have merged already; else as it is."""
     header = header_of(output) or {}
     merged = replace(request, dtype=header.get("dtype", request.dtype))
-    return merged if header.get("extraction_key") == merged.key else request
+    return merged if merged.is_answered_by(header) else request
 
 
 def check_output(output: Output, request: Request, concepts: str, overwrite: bool) -> None:
@@ -177,7 +187,7 @@ def check_output(output: Output, request: Request, concepts: str, overwrite: boo
         InputError: something else stands there.
     """
     header = header_of(output)
-    if header is None or (header.get("extraction_key") == request.key and output.path.suffix != ".pt"):
+    if header is None or (request.is_answered_by(header) and output.path.suffix != ".pt"):
         return
     if output.url is None and Path(concepts).exists() and output.path.samefile(concepts):
         raise InputError(f"--output {output}: that is the file of the concepts")
@@ -198,9 +208,11 @@ def _differences(header: dict[str, str], request: Request) -> str:
     """What a vectors file holds and what is asked for, where they differ."""
     asked = request.header
     names = [name for name in COMPARED if header.get(name) != asked[name]]
+    if "tokenizer" in header and header["tokenizer"] != request.tokenizer:
+        names.append("tokenizer")
     if not header:
         return "of a kind that does not say what it holds"
-    told = [f"{name} {_brief(header.get(name))}, asked for {_brief(asked[name])}" for name in names]
+    told = [f"{name} {_brief(header.get(name))}, asked for {_brief(asked.get(name))}" for name in names]
     return "; ".join(told) or "of another version"
 
 

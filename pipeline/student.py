@@ -9,8 +9,10 @@ A student without a tokenizer answers for the concepts of its vectors file: that
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from pipeline import folders
-from pipeline.errors import InputError
+from pipeline.errors import InputError, WorkError
 from pipeline.inference import FORWARD, first_map
 from pipeline.reading import NGRAM_BUCKETS, Floats, Part, Reading, Table, Texts
 from pipeline.storage import fetch
@@ -183,7 +185,23 @@ class Student:
         return found
 
     def save(self, folder: Path) -> None:
-        """Write the folder's files, each whole or not at all."""
+        """Write the folder's files, each whole or not at all.
+
+        Raises:
+            WorkError: it could not be loaded again; nothing was written.
+        """
+        try:
+            contents = self.files()
+        except InputError as error:
+            raise WorkError(f"student {folder}: would not load again ({error}); not written") from error
+        folders.write(folder, contents)
+
+    def files(self) -> dict[str, bytes]:
+        """The folder's files by name, from which the student was assembled again.
+
+        Raises:
+            InputError: it does not fit together.
+        """
         tensors: dict[str, NDArray[Any]] = {"mean": self.mean}
         tensors |= {f"parameters.{name}": value for name, value in self.parameters.items()}
         tensors |= {"reading.offset": self.reading.offset, "reading.scale": self.reading.scale}
@@ -205,7 +223,10 @@ class Student:
         if self.tokenization is not None:
             tokenizer = self.tokenization.tokenizer
             config["tokenization"] = {name: getattr(self.tokenization, name) for name in ("prompt", "whole", "by_word")}
-        folders.write(folder, folders.Folder(config, tensors, tokenizer, self.card))
+        contents = folders.packed(folders.Folder(config, tensors, tokenizer, self.card))
+        with _refused():
+            _assembled(folders.unpacked(contents.__getitem__, self.card))
+        return contents
 
     def _tables(self) -> dict[str, Table]:
         tables = {f"tables.{name}": table for name, table in self.reading.tables.items()}
@@ -226,11 +247,19 @@ class Student:
         else:
             path = fetch(place)
         try:
-            return _assembled(folders.read(path))
+            with _refused():
+                return _assembled(folders.read(path))
         except InputError as error:
             raise InputError(f"student {place}: {error}") from error
-        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
-            raise InputError(f"student {place}: not a student folder, or damaged ({error})") from error
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turn whatever files of another kind lead to into an `InputError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
+        raise InputError(f"not a student folder, or damaged ({error})") from error
 
 
 def _side_by_side(work: Any, starts: Sequence[int], workers: int) -> Iterator[int]:
@@ -309,7 +338,7 @@ def _assembled(found: folders.Folder) -> Student:
         reading,
         tuple(names),
         token_rows,
-        None if how is None else _tokenization(found.tokenizer, how),
+        None if how is None else _tokenization(found.tokenizer, how, _token_rows(reading)),
         table("catalogue") if "catalogue.values" in tensors else None,
         found.card,
     )
@@ -317,13 +346,19 @@ def _assembled(found: folders.Folder) -> Student:
     return student
 
 
-def _tokenization(tokenizer: Tokenizer | None, how: Mapping[str, Any]) -> Tokenization:
+def _token_rows(reading: Reading) -> int:
+    """How many tokens have a row in all tables of tokens."""
+    found = [len(reading.tables[part.table].values) for part in reading.parts if part.pool in TOKENS]
+    return min(found, default=sys.maxsize)
+
+
+def _tokenization(tokenizer: Tokenizer | None, how: Mapping[str, Any], rows: int) -> Tokenization:
     prompt = str(how["prompt"])
     if tokenizer is None:
         raise InputError(f"no {folders.TOKENIZER}")
     if prompt.count("{concept}") != 1:
         raise InputError(f"the prompt {prompt[:60]!r} should have {{concept}} once")
-    return Tokenization(tokenizer, prompt, bool(how["whole"]), bool(how["by_word"]))
+    return Tokenization(tokenizer, prompt, bool(how["whole"]), bool(how["by_word"]), rows)
 
 
 def _check(student: Student) -> None:
@@ -364,9 +399,10 @@ def _rows_of(student: Student, part: Part) -> int:
 
 
 def _needed(student: Student) -> int:
-    """How many tokens the student's tables must have a row for."""
+    """How many tokens the student's tables must have a row for; texts with a later one that was added are refused."""
     if student.tokenization is not None:
-        return max(student.tokenization.tokenizer.get_vocab().values(), default=-1) + 1
+        own = student.tokenization.tokenizer.get_vocab(with_added_tokens=False)
+        return max(own.values(), default=-1) + 1
     ragged = student.token_rows
     if ragged is None:
         raise InputError("neither a tokenizer nor the tokens of its concepts")

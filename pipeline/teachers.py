@@ -35,6 +35,7 @@ from pipeline.errors import InputError, WorkError, choices
 from pipeline.families import HUB_IDS, TESTED
 from pipeline.precision import of_teacher
 from pipeline.storage import fetch, is_remote
+from pipeline.teacher_tokenizer import fingerprint
 
 # Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
 # the same vectors, with a network or without; the hub id asks for the unquantised weights.
@@ -60,6 +61,7 @@ class Source:
         config: the model's configuration.
         d_model: width of the residual stream.
         files: the local files of its weights.
+        tokenizer: a hash of the tokenizer's files; "" where the revision covers them.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Source:
     config: PreTrainedConfig
     d_model: int
     files: tuple[Path, ...] = ()
+    tokenizer: str = ""
 
     @property
     def is_tested(self) -> bool:
@@ -107,7 +110,8 @@ class Teacher:
     def embedding_table(self) -> Tensor:
         """The input embeddings, ``[vocabulary, d_model]``; narrower ones after the model's own projection."""
         embeddings = self.causal.get_input_embeddings()
-        assert isinstance(embeddings, nn.Embedding)
+        if not isinstance(embeddings, nn.Embedding):
+            raise InputError(f"--teacher {self.name}: its input embeddings are no table ({type(embeddings).__name__})")
         table = embeddings.weight
         if table.shape[1] == self.d_model:
             return table
@@ -182,16 +186,26 @@ def find_teacher(
     known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
     revision = _hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
     precision = _resolve_dtype(dtype, torch.device(device), getattr(config, "dtype", None))
-    return Source(known_as, revision, depth, precision, location, options, config, d_model, weights)
+    with advised(name, location):
+        tokenizer = fingerprint(source) if isinstance(source, Path) and source.is_dir() else ""
+    return Source(known_as, revision, depth, precision, location, options, config, d_model, weights, tokenizer)
 
 
-def warn_of_other_weights(source: Source, revision: str) -> None:
-    """Warn where a teacher's weights are not those, by their revision, that vectors were read from."""
-    if source.revision != revision:
-        log.warning(
-            "warning: --teacher %s: its weights (%s) are not those that the vectors are of (%s)",
-            source.name, source.revision, revision,
-        )  # fmt: skip
+def warn_of_another(source: Source, revision: str, tokenizer: str) -> None:
+    """Warn where a teacher's weights or tokenizer are not those that vectors were read with.
+
+    Args:
+        source: the teacher.
+        revision: of the vectors' teacher.
+        tokenizer: the hash of its tokenizer; "" where it is not known.
+    """
+    compared = (("weights", source.revision, revision), ("tokenizer files", source.tokenizer, tokenizer))
+    for part, own, other in compared:
+        if own != other and own and other:
+            log.warning(
+                "warning: --teacher %s: its %s (%s) are not those that the vectors are of (%s)",
+                source.name, part, own, other,
+            )  # fmt: skip
 
 
 def _locate(name: str) -> tuple[Path | str, list[Path]]:

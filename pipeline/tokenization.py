@@ -126,24 +126,36 @@ class Tokenization:
         prompt: what stands around ``{concept}``: the template, or as much of it as tells how a text's tokens fall.
         whole: whether all tokens of the prompt are the text's own, but for a blank before it.
         by_word: whether the words of a text are tokens of their own each, so that words can be remembered.
+        rows: how many tokens have a row in the teacher's tables; a tokenizer may have more.
     """
 
     tokenizer: Tokenizer
     prompt: str
     whole: bool
     by_word: bool
+    rows: int
     _met: list[Words] = field(default_factory=lambda: [Words()], compare=False, repr=False)
 
     def __call__(self, texts: Sequence[str]) -> Ragged:
         """Token ids of each text.
 
         Raises:
-            InputError: a text without any token.
+            InputError: a text without any token, one that the tokenizer cannot read, or one with a token without a row.
         """
-        found = self._without_blank(self._by_word(texts) if self.by_word else self._encode(texts))
+        try:
+            found = self._without_blank(self._by_word(texts) if self.by_word else self._encode(texts))
+        except MemoryError:
+            raise
+        except Exception as error:  # as the tokenizers library raises
+            raise InputError(f"the teacher's tokenizer cannot read a text: {str(error)[:200]}") from error
         if not found.lengths.all():
             place = int(np.flatnonzero(found.lengths == 0)[0])
             raise InputError(f"text {texts[place][:60]!r}: the teacher's tokenizer gives it no token")
+        if len(found.values) and found.values.max() >= self.rows:
+            first = int(np.flatnonzero(found.values >= self.rows)[0])
+            place = int(np.searchsorted(found.offsets, first, side="right")) - 1
+            token = self.tokenizer.id_to_token(int(found.values[first]))
+            raise InputError(f"text {texts[place][:60]!r}: the teacher has no embedding for the token {token!r} in it")
         return found
 
     @cached_property

@@ -38,6 +38,7 @@ TENSORS = (
 LISTS = ("concepts", "categories", "splits", "layers", "templates", "token_block", "depth")
 CHUNK_BYTES = 1 << 24  # how much of a large file is held at once
 STRINGS = ("teacher", "revision", "pool", "dtype", "extraction_key")
+UNSAID = {"language": "en", "tokenizer": ""}  # what a header leaves out, as the files of before there was anything else
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Vectors:
         dtype: the precision that the teacher computed in.
         extraction_key: hash of all that decides the vectors: weights, concepts, templates, layers, pool and dtype.
         language: of the concepts, whose stems the splits keep on one side.
+        tokenizer: a hash of the teacher's tokenizer files; "" where the revision covers them, and in older files.
     """
 
     vectors: NDArray[np.floating[Any]]
@@ -83,6 +85,7 @@ class Vectors:
     dtype: str
     extraction_key: str
     language: str = "en"
+    tokenizer: str = ""
 
     @property
     def d_model(self) -> int:
@@ -104,8 +107,7 @@ class Vectors:
         """The file's header, without its own checksum."""
         header = {name: json.dumps(getattr(self, name), ensure_ascii=False) for name in LISTS}
         header |= {name: getattr(self, name) for name in STRINGS}
-        if self.language != "en":  # files of before there were others say nothing
-            header["language"] = self.language
+        header |= {name: getattr(self, name) for name, usual in UNSAID.items() if getattr(self, name) != usual}
         return header | {"format": FORMAT, "sha256": self.sha256}
 
     @cached_property
@@ -245,7 +247,8 @@ def _read_safetensors(path: Path) -> Vectors:
     if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
         raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
     values: dict[str, Any] = {**tensors, **{name: _untangled(json.loads(header[name])) for name in LISTS}}
-    found = Vectors(**values, **{name: header[name] for name in STRINGS}, language=header.get("language", "en"))
+    unsaid = {name: header.get(name, usual) for name, usual in UNSAID.items()}
+    found = Vectors(**values, **{name: header[name] for name in STRINGS}, **unsaid)
     if found.sha256 != header["sha256"]:
         raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")
     rows = len(found.concepts)

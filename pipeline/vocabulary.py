@@ -27,6 +27,7 @@ from pipeline.tokenization import Ragged, Tokenization
 from pipeline.vectors import Vectors, stored_dtype
 
 if TYPE_CHECKING:
+    from pipeline.request import Request
     from pipeline.teachers import Teacher
 
 FORMAT = "teacher-vocabulary-1"
@@ -52,37 +53,33 @@ class Vocabulary:
     key: str
 
 
-def vocabulary_key(revision: str, template: str, token_block: int | None, dtype: str) -> str:
-    """Hash of what decides a vocabulary's numbers."""
-    beginning = template[: template.index("{concept}")].rstrip()
-    content = json.dumps([FORMAT, revision, beginning, token_block, dtype])
-    return hashlib.sha256(content.encode()).hexdigest()
+def key_of(of: Vectors | Request) -> str:
+    """Hash of what decides a vocabulary's numbers, for that which belongs to vectors or to what is asked for."""
+    beginning = of.templates[0][: of.templates[0].index("{concept}")].rstrip()
+    content = [FORMAT, of.revision, beginning, of.token_block, of.dtype]
+    if of.tokenizer:
+        content.append(of.tokenizer)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def key_of(vectors: Vectors) -> str:
-    """The key of the vocabulary that belongs to a vectors file."""
-    return vocabulary_key(vectors.revision, vectors.templates[0], vectors.token_block, vectors.dtype)
-
-
-def read_from(teacher: Teacher, template: str, token_block: int | None, bar: Bar) -> Vocabulary:
+def read_from(teacher: Teacher, of: Vectors | Request, bar: Bar) -> Vocabulary:
     """Read a teacher's vocabulary.
 
     Args:
         teacher: the model.
-        template: the prompt whose beginning stands before each token.
-        token_block: the early block to read; None reads the embeddings alone.
+        of: vectors or what is asked for: the first prompt, whose beginning stands before each token, and the early
+            block to read; without one the embeddings alone.
         bar: given a number of tokens, a progress bar that is advanced by tokens.
     """
     from pipeline.extraction import read_vocabulary  # only where a teacher is read: transformers takes seconds to load
 
     tables = {"token_embeddings": teacher.embedding_table.float().cpu().numpy()}
-    if token_block is not None:
+    if of.token_block is not None:
         with bar(len(tables["token_embeddings"])) as advance:
-            tables["token_activations"] = read_vocabulary(teacher, template, token_block, progress=advance)
+            tables["token_activations"] = read_vocabulary(teacher, of.templates[0], of.token_block, progress=advance)
     short = {name: table.astype(stored_dtype(float(np.abs(table).max()))) for name, table in tables.items()}
     backend: Any = teacher.tokenizer
-    key = vocabulary_key(teacher.revision, template, token_block, teacher.dtype)
-    return Vocabulary(short, backend.backend_tokenizer.to_str(), key)
+    return Vocabulary(short, backend.backend_tokenizer.to_str(), key_of(of))
 
 
 def beside(vectors: str) -> str:
@@ -147,12 +144,14 @@ def find(
         source = find_teacher(vectors.teacher, vectors.dtype, device, trust_remote_code)
         if source.revision != vectors.revision:
             raise InputError(f"{vectors.teacher}: other weights than the vectors' ({vectors.revision})")
+        if vectors.tokenizer and source.tokenizer != vectors.tokenizer:
+            raise InputError(f"{vectors.teacher}: another tokenizer than the vectors' ({vectors.tokenizer})")
         log.info("reading the vocabulary of %s, so that the student answers for any text", source.name)
         teacher = load_teacher(source, device, device_map)
+        made = read_from(teacher, vectors, bar)
     except InputError as error:
         log.warning("warning: no %s and no teacher (%s)", path, error)
         return None
-    made = read_from(teacher, vectors.templates[0], vectors.token_block, bar)
     if not _agrees(made, vectors):
         log.warning("warning: %s reads its tokens otherwise than when the vectors were made", source.name)
         return None
@@ -196,6 +195,7 @@ def tokenization_of(vocabulary: Vocabulary, vectors: Vectors) -> Tokenization:
     template = vectors.templates[0]
     short = " {concept}" if template[: template.index("{concept}")].endswith((" ", "\n")) else "{concept}"
     tokenizer = Tokenizer.from_str(vocabulary.tokenizer)
+    rows = len(vocabulary.tables["token_embeddings"])
     tokenizer.no_padding()
     tokenizer.no_truncation()
     for prompt, whole, by_word in (
@@ -203,7 +203,7 @@ def tokenization_of(vocabulary: Vocabulary, vectors: Vectors) -> Tokenization:
         (short, True, False),
         (template, False, False),
     ):
-        way = Tokenization(tokenizer, prompt, whole, by_word)
+        way = Tokenization(tokenizer, prompt, whole, by_word, rows)
         try:
             found = way(vectors.concepts)
         except InputError:

@@ -38,7 +38,7 @@ LAUNCHER = {"processes"}
 # A room imports only from rooms before it.
 ROOMS = [
     "errors", "interrupts", "options", "storage", "families", "tokenization", "reading", "inference", "card", "hub",
-    "gguf", "precision", "processes", "concepts", "vectors", "teachers", "request", "prompts", "trees", "forward",
+    "teacher_tokenizer", "gguf", "precision", "processes", "concepts", "vectors", "teachers", "request", "prompts", "trees", "forward",
     "loading", "plan", "extraction", "comparison", "vocabulary", "function", "audit", "metrics", "objectives",
     "features", "students", "identity", "bulk", "folders",
     "student", "served", "publish", "curriculum", "noise", "stack", "training", "export", "schedule", "grid", "lanes",
