@@ -19,6 +19,14 @@ def cache() -> Path:
     return Path(HF_HOME)
 
 
+def cached(repository: str, name: str) -> Path | None:
+    """A file of a repository, where it was fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, name)
+    return Path(found) if isinstance(found, str) else None
+
+
 def show_bars() -> None:
     """Show how far a download is."""
     from huggingface_hub.utils.tqdm import enable_progress_bars

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from pipeline import hub
 from pipeline.errors import InputError
 
 WHOLE = "tokenizer.json"
@@ -156,10 +157,8 @@ def _folder(location: str) -> Path | None:
     """The folder with the files, that of the hub's cache for a hub id; None where there is none yet."""
     if Path(location).is_dir():
         return Path(location)
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(location, "config.json")
-    return Path(cached).parent if isinstance(cached, str) else None
+    found = hub.cached(location, "config.json")
+    return found and found.parent
 
 
 def _fault_of(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> str | None:

@@ -17,11 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from pipeline.concepts import Catalogue
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import read_texts
+from pipeline.loading import load_teacher
 from pipeline.prompts import beginning_of, tokenize
 from pipeline.request import make_request
 from pipeline.student import Student
 from pipeline.teacher_tokenizer import fingerprint
-from pipeline.teachers import find_teacher, load_teacher
+from pipeline.teachers import find_teacher
 from pipeline.vectors import read_vectors
 from pipeline.vocabulary import find
 
