@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from pipeline import plots, vocabulary
 from pipeline.audit import Audit, audit
-from pipeline.concepts import counts, read_catalogue
+from pipeline.concepts import counts, divide, read_catalogue
 from pipeline.errors import InputError
 from pipeline.extraction import Cost, automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
@@ -69,6 +69,8 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
         if not held:
             _share(options, accelerator, source, request, output, shard, _no_bar)
         return None
+    for line in divide(catalogue).warnings:
+        log.warning("warning: %s", line)
     tags = {"role": "extract", "teacher": source.name, "revision": source.revision, "extraction_key": request.key}
     tracker = connect()
     with closing(patiently(lambda: tracker.open_run(f"extract {source.name}", tags))) as run:
@@ -174,8 +176,8 @@ def _log(run: Run, request: Request, output: Output, options: ExtractOptions, in
     """Audit the finished file, log it, and say what it is."""
     sides = ", ".join(f"{number} {side}" for side, number in counts(request.splits).items())
     told = f"{output}: {len(request.concepts)} concepts ({sides}), blocks {list(request.layers)}"
-    if "val" not in request.splits or "test" not in request.splits:
-        log.warning("warning: too few concepts to hold any out; students need 10 at the least")
+    if not {"val", "test"} <= set(request.splits):
+        log.warning("warning: %s; students need some of each side (of 10 concepts at the least)", sides)
     run.log_artifact(output.path)
     run.log_metrics({"concepts": len(request.concepts)})
     if output.path.suffix == ".pt":
