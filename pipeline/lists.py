@@ -37,6 +37,7 @@ OTHER_KINDS = {
 }
 BLOCK = 1 << 20  # bytes read at once
 LONGEST = 1 << 24  # characters of a line, and of a value of a table
+LONGEST_HEADER = 1 << 16  # characters of the names of columns
 SHOWN = 80  # characters of what an error quotes
 
 Numbered = Iterator[tuple[int, str]]
@@ -185,9 +186,12 @@ def table(file: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[tuple[i
     csv.field_size_limit(LONGEST)
     numbered = lines(file, name)
     start, first = next(((number, line) for number, line in numbered if line.strip(BLANK)), (1, ""))
-    separator = next((one for one in SEPARATORS if _fits(columns, first, one)), SEPARATORS[0])
     rest = (line for _, line in numbered)
-    rows = csv.reader(itertools.chain([first], rest), delimiter=separator, strict=True, skipinitialspace=True)
+    while first.count('"') % 2 and len(first) < LONGEST_HEADER and (line := next(rest, "")):  # a name on several lines
+        first += line
+    separator = next((one for one in SEPARATORS if _fits(columns, first, one)), SEPARATORS[0])
+    all_lines = itertools.chain(_parts(first) or [""], rest)
+    rows = csv.reader(all_lines, delimiter=separator, strict=True, skipinitialspace=True)
     header: list[str] = []
     places: list[int] = []
     while True:
@@ -209,9 +213,9 @@ def table(file: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[tuple[i
 
 
 def _fits(columns: Sequence[str], first: str, separator: str) -> bool:
-    """Whether a separator finds the columns in the first line."""
+    """Whether a separator finds the columns in the header."""
     try:
-        header = next(csv.reader([first], delimiter=separator, skipinitialspace=True), [])
+        header = next(csv.reader(_parts(first), delimiter=separator, skipinitialspace=True), [])
     except csv.Error:
         return False
     return {_column(name) for name in columns} <= {_column(name) for name in header}

@@ -83,6 +83,12 @@ def test_a_column_is_that_of_its_very_name_before_that_of_another_case():
         table(content, ["TERM"])
 
 
+def test_a_header_may_have_names_on_several_lines():
+    assert table(b'"Nu\nmber";"\nConcept ";category\r\n1;ice;Food\r\n') == [(4, ["ice", "Food"])]
+    with pytest.raises(InputError, match="line 1: a quote that is not closed"):
+        table(b'"concept,category\n' + b"ice,Food\n" * 3)
+
+
 def test_a_value_as_long_as_a_book_is_read(monkeypatch):
     long = "word " * 100_000
     assert table(f'concept,category\n"{long}",a\n'.encode()) == [(2, [long.strip(), "a"])]
@@ -185,7 +191,7 @@ def expected_rows(lines):
 
     lines = lines[next((place for place, line in enumerate(lines) if line.strip('",;\t\r\n ')), len(lines)) :]
     for separator in ",;\t":
-        head = [name(column) for column in next(csv.reader(lines[:1], delimiter=separator, skipinitialspace=True), [])]
+        head = [name(column) for column in next(csv.reader(lines, delimiter=separator, skipinitialspace=True), [])]
         if head.count("concept") == head.count("category") == 1:
             break
     else:
@@ -222,9 +228,9 @@ def check_list(content):
             assert found == expected, content
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_damaged_list_is_read_exactly_or_refused(seed, monkeypatch):
     draw = random.Random(seed)
-    for _ in range(700):
+    for _ in range(500):
         monkeypatch.setattr(lists, "BLOCK", draw.choice([4, 7, 64, 1 << 20]))
         check_list(damaged(draw))
