@@ -68,7 +68,8 @@ vectors = student.encode(["volcano", "slow cooking"])  # [2, d_model], not centr
 
 ## How faithful it is
 
-Held-out concepts share no word stem with training. Cosines are centred: a constant answer scores 0.
+Held-out concepts share no word with training, but for words that very many concepts share.
+Cosines are centred: a constant answer scores 0.
 
 | metric | value |
 | --- | --- |

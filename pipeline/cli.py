@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields, replace
@@ -25,7 +28,7 @@ from pipeline.options import (
     check,
     flag,
 )
-from pipeline.storage import output_folder
+from pipeline.storage import output_folder, print_lines
 
 if TYPE_CHECKING:
     from pipeline.student import Student
@@ -341,9 +344,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("httpx", "httpcore", "accelerate", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # letters that the terminal's encoding lacks are no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with interrupts.watching():
             cli(standalone_mode=False)
+            print_lines()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
     except InputError as error:
         _leave(f"error: {error}", 2)
     except WorkError as error:
@@ -353,6 +363,13 @@ def main() -> None:
         _leave(f"error: {error.format_message()} (see {command} --help)", 2)
     except (KeyboardInterrupt, click.Abort):
         interrupts.leave()
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as after ``| head``."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _leave(line: str, code: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.concepts import balanced_order, by_categories
+from pipeline.concepts import balanced_order, by_categories, stem_groups
 from pipeline.errors import InputError, choices
 from pipeline.options import Cell
 from pipeline.reading import BLOCK, NGRAM_BUCKETS, POOLED, Floats, Reading, Table, Texts, parts_of
@@ -112,7 +112,14 @@ class Catalogued:
             raise InputError("the vectors file carries no token embeddings, which students read; extract it again")
         for side in ("val", "test"):
             if not self.rows(side):
-                raise InputError(f"the vectors file has no {side} concepts; extract more (10 at the least)")
+                raise InputError(f"the vectors file has no {side} concepts: {self._why_none()}")
+
+    def _why_none(self) -> str:
+        number, language = len(self.vectors.concepts), self.vectors.language
+        if number < 10:
+            return f"of {number} none is held out; extract more (10 at the least)"
+        largest = max(map(len, stem_groups(self.vectors.concepts, language)))
+        return f"concepts that share words stay together, and {largest:,} of {number:,} do; extract others besides"
 
     @cached_property
     def types(self) -> Ragged:
@@ -186,8 +193,10 @@ class Catalogued:
                     "--inputs embeddings"
                 )
         if cell.concepts > (available := len(self.rows("train", cell.split))):
+            left = self._categories_apart.count("none") if cell.split == "categories" else 0
+            why = f" ({left:,} share a word with those held out)" if left else ""
             raise InputError(
-                f"--concepts {cell.concepts}: the vectors file has {available} training concepts; ask for no more"
+                f"--concepts {cell.concepts}: the vectors file has {available} training concepts{why}; ask for no more"
             )
 
     def _cut(self, cell: Cell) -> Subset:

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from pipeline import lists
 from pipeline.errors import InputError, choices
 from pipeline.options import SHIPPED, Cell, check
 from pipeline.storage import fetch
@@ -213,11 +214,11 @@ def canonical(cell: Cell) -> Cell:
 
 
 def _read(path: Path) -> _Grid:
+    text = lists.whole(path, f"grid {path}")
     try:
-        text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=_Loader)
         return _Grid(path, _Loader(text).get_single_data(), dict(_lines(root, (), path)) if root is not None else {})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
         raise InputError(f"grid {path}: {' '.join(str(error).split())}") from error
 
 

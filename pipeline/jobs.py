@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from pipeline import plots, vocabulary
 from pipeline.audit import Audit, audit
 from pipeline.comparison import Comparison, compare, reference
-from pipeline.concepts import counts, read_catalogue
+from pipeline.concepts import counts, divide, read_catalogue
 from pipeline.errors import InputError, choices
 from pipeline.extraction import Cost, automatic_batch_tokens, read_parts
 from pipeline.forward import flops_per_token
@@ -54,9 +54,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
         WorkError: out of memory, or a merge without all parts.
     """
     shard = parse_shard(options.shard)
-    check_prompts(options.template, options.pool)
-    if options.check not in CHECKS:
-        raise choices("check", options.check, CHECKS)
+    _check(options)
     catalogue = read_catalogue(options.concepts, options.language)
     source = find_teacher(options.teacher, options.dtype, accelerator.device, options.trust_remote_code)
     slug = source.name.replace("/", "--")
@@ -75,6 +73,8 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
         if not held:
             _share(options, accelerator, source, request, output, shard, _no_bar)
         return None
+    for line in divide(catalogue).warnings:
+        log.warning("warning: %s", line)
     tags = {"role": "extract", "teacher": source.name, "revision": source.revision, "extraction_key": request.key}
     tracker = connect()
     with closing(patiently(lambda: tracker.open_run(f"extract {source.name}", tags))) as run:
@@ -100,6 +100,12 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
             told += f"\n{place}: the teacher's vocabulary, with which students answer for any text"
         output.leave()
         return told
+
+
+def _check(options: ExtractOptions) -> None:
+    check_prompts(options.template, options.pool)
+    if options.check not in CHECKS:
+        raise choices("check", options.check, CHECKS)
 
 
 @contextmanager
@@ -209,8 +215,8 @@ def _log(
     """Audit the finished file, log it, and say what it is."""
     sides = ", ".join(f"{number} {side}" for side, number in counts(request.splits).items())
     told = f"{output}: {len(request.concepts)} concepts ({sides}), blocks {list(request.layers)}"
-    if "val" not in request.splits or "test" not in request.splits:
-        log.warning("warning: too few concepts to hold any out; students need 10 at the least")
+    if not {"val", "test"} <= set(request.splits):
+        log.warning("warning: %s; students need some of each side (of 10 concepts at the least)", sides)
     run.log_artifact(output.path)
     run.log_metrics({"concepts": len(request.concepts)})
     if output.path.suffix == ".pt":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,14 +12,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from pipeline.errors import InputError, choices
+from pipeline import lists
+from pipeline.errors import InputError, WorkError, choices
 from pipeline.options import PredictOptions
 from pipeline.reading import Floats
-from pipeline.storage import Output, fetch, write_atomically
+from pipeline.storage import Output, fetch, print_lines, write_atomically
 from pipeline.student import Student
 from pipeline.tokenization import checked
 
@@ -63,7 +63,7 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
     if bool(texts) == (options.file is not None):
         raise InputError("predict: expected texts as arguments, or --file FILE (- for standard input)")
     output = None if options.output is None else Output.at(options.output)
-    kind = "" if output is None else output.path.suffix
+    kind = "" if output is None else output.path.suffix.lower()
     if kind not in WRITERS:
         raise choices("kind of --output", kind, [name for name in WRITERS if name])
     student = _student_at(options.run or _newest_student())
@@ -71,11 +71,8 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
     shown: list[list[str]] = []
     holds = kind in (".csv", ".jsonl") or (output is None and not (options.nearest or options.compare))
 
-    def chunks(source: Iterable[str], advance: Callable[[float], None]) -> Iterator[Chunk]:
-        rest, number = iter(source), 1
-        while some := list(islice(rest, CHUNK)):
-            some = checked(some, number)
-            number += len(some)
+    def chunks(source: Iterable[list[str]], advance: Callable[[float], None]) -> Iterator[Chunk]:
+        for some in source:
             vectors = student.encode(some)
             chunk = Chunk(
                 some,
@@ -95,7 +92,7 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
             if output is None:
                 for chunk in made:
                     if holds:
-                        sys.stdout.writelines(_lines(chunk))
+                        print_lines(_lines(chunk, sys.stdout.encoding))
             else:
                 write_atomically(output.path, lambda part: WRITERS[kind](part, made, total, student))
     if output is not None:
@@ -150,59 +147,66 @@ def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str
 
 
 @contextmanager
-def _texts(options: PredictOptions, texts: Sequence[str], counted: bool) -> Iterator[tuple[Iterable[str], int | None]]:
-    """The texts one after the other, and how many there are where that is known or must be."""
+def _texts(
+    options: PredictOptions, texts: Sequence[str], counted: bool
+) -> Iterator[tuple[Iterable[list[str]], int | None]]:
+    """The texts, checked, some at a time, and how many there are where that is known or must be."""
     if options.file is None:
-        yield texts, len(texts)
+        yield _checked_chunks(enumerate(texts, 1), "text"), len(texts)
         return
-    if options.file == "-" and not counted:
-        yield _lines_of(sys.stdin), None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = fetch(options.file) if options.file != "-" else Path(folder) / "texts"
-        if options.file == "-":  # to be read twice
-            with path.open("w", encoding="utf-8") as file:
-                shutil.copyfileobj(sys.stdin, file)
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                total = sum(1 for _ in _read(file, path, options.column))
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                yield _read(file, path, options.column), total
-        except OSError as error:
-            raise InputError(f"--file {options.file}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"--file {options.file}: not UTF-8 text (byte {error.start})") from error
+    name = f"--file {options.file}" if options.file != "-" else "standard input"
+    path = fetch(options.file) if options.file != "-" else None
+    with nullcontext(lists.standard_input()) if path is None else lists.opened(path, name) as file:
+        if path is None or not path.is_file():  # what comes through a pipe can be read once
+            if not counted:
+                yield _read(file, name, options), None
+                return
+            with tempfile.TemporaryFile() as copy:
+                try:
+                    copy.writelines(iter(lambda: lists.read_block(file, name), b""))
+                except OSError as error:
+                    raise WorkError(f"cannot keep a copy of {name}: {error.strerror or error}") from error
+                yield from _read_twice(copy, name, options)
+            return
+        yield from _read_twice(file, name, options)
 
 
-def _read(file: IO[str], path: Path, column: str) -> Iterator[str]:
-    if path.suffix != ".csv":
-        yield from _lines_of(file)
-        return
-    rows = csv.DictReader(file)
-    if rows.fieldnames is None or column not in rows.fieldnames:
-        raise InputError(f"--file {path}: no column {column!r}; it has {', '.join(rows.fieldnames or ['none'])}")
-    for row in rows:
-        yield row[column] or ""
+def _read_twice(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[tuple[Iterable[list[str]], int | None]]:
+    """First to count, by when all that is wrong with the texts is known."""
+    file.seek(0)
+    total = sum(map(len, _read(file, name, options)))
+    file.seek(0)
+    yield _read(file, name, options), total
 
 
-def _lines_of(file: IO[str]) -> Iterator[str]:
-    for line in file:
-        if text := line.strip():
-            yield text
+def _read(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[list[str]]:
+    if options.file is not None and lists.is_table(options.file):
+        table = lists.table(file, name, [options.column])
+        return _checked_chunks(((line, text) for line, (text,) in table), f"{name}, line")
+    return _checked_chunks(lists.texts(file, name), f"{name}, line")
+
+
+def _checked_chunks(numbered: Iterable[tuple[int, str]], name: str) -> Iterator[list[str]]:
+    """Texts, checked, `CHUNK` at a time; errors name the number of the text."""
+    rest = iter(numbered)
+    while some := list(islice(rest, CHUNK)):
+        yield checked((text for _, text in some), lambda place: f"{name} {some[place][0]}")
 
 
 def _numbers(vectors: Floats) -> list[list[float]]:
     return vectors.astype(np.float64).round(DECIMALS).tolist()  # type: ignore[no-any-return]
 
 
-def _lines(chunk: Chunk) -> Iterator[str]:
+def _lines(chunk: Chunk, encoding: str = "utf-8") -> Iterator[str]:
+    """JSON, a line a text, in letters that an encoding has."""
+    escape = not encoding.lower().startswith("utf")
     for place, (text, vector) in enumerate(zip(chunk.texts, _numbers(chunk.vectors), strict=True)):
         line: dict[str, Any] = {"text": text}
         if chunk.nearest is not None:
             line["nearest"] = [[name, round(cosine, 4)] for name, cosine in chunk.nearest[place]]
         if chunk.cosines is not None:
             line["cosine"] = round(float(chunk.cosines[place]), 4)
-        yield json.dumps(line | {"vector": vector}, ensure_ascii=False) + "\n"
+        yield json.dumps(line | {"vector": vector}, ensure_ascii=escape) + "\n"
 
 
 def _head(options: PredictOptions) -> list[str]:
@@ -237,6 +241,8 @@ def _write_csv(path: Path, chunks: Iterable[Chunk], _total: int | None, student:
                 table.writerow(["text", *extra, *(f"v{column}" for column in range(student.d_model))])
             for row, vector in zip(_rows(chunk), _numbers(chunk.vectors), strict=True):
                 table.writerow([*row, *vector])
+        if file.tell() == 0:  # of no texts
+            table.writerow(["text", *(f"v{column}" for column in range(student.d_model))])
 
 
 def _write_npy(path: Path, chunks: Iterable[Chunk], total: int | None, student: Student) -> None:

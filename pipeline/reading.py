@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.tokenization import Integers, Ragged
+from pipeline.tokenization import Integers, Ragged, folded
 
 Floats = NDArray[np.float32]
 
@@ -97,7 +97,7 @@ def ngrams(texts: Sequence[str]) -> tuple[Ragged, Floats]:
     buckets, weights = [], []
     for text in texts:
         grams: dict[int, int] = {}
-        for word in text.casefold().split():
+        for word in folded(text).split():
             whole = f"<{word}>"
             for size in NGRAM_SIZES:
                 for start in range(len(whole) - size + 1):

@@ -18,6 +18,7 @@ from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, choices
 from pipeline.storage import Output, beginning
 from pipeline.teachers import Source, parse_layers
+from pipeline.tokenization import nfc
 from pipeline.vectors import FORMAT, UNSAID, parse_header, read_header, read_unverified_header
 
 POOLS = ("last", "mean")
@@ -113,7 +114,7 @@ def make_request(
         categories=tuple(catalogue.categories[row] for row in rows),
         splits=tuple(sides[row] for row in rows),
         layers=parse_layers(layers, source.depth),
-        templates=tuple(templates),
+        templates=tuple(map(nfc, templates)),
         teacher=source.name,
         revision=source.revision,
         pool=pool,
@@ -134,7 +135,7 @@ def check_prompts(templates: Sequence[str], pool: str) -> None:
     for template in templates:
         if template.count("{concept}") != 1:
             raise InputError(f"--template {template!r}: expected {{concept}} exactly once")
-    if len(set(templates)) < len(templates):
+    if len(set(map(nfc, templates))) < len(templates):
         raise InputError("--template: the same template twice")
     if pool not in POOLS:
         raise choices("pool", pool, POOLS)

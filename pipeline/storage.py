@@ -13,8 +13,9 @@ import hashlib
 import os
 import secrets
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def _of_disk(path: Path, error: OSError) -> InputError | WorkError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return (WorkError if full else InputError)(f"cannot write {path}: {error.strerror or error}")
+
+
+def print_lines(lines: Iterable[str] = ()) -> None:
+    """Write lines to standard output, and all that waits to be written there.
+
+    Raises:
+        BrokenPipeError: nobody reads on.
+        WorkError: it takes no more.
+    """
+    if sys.stdout is None:  # closed by who started the process
+        return
+    try:
+        sys.stdout.writelines(lines)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise WorkError(f"cannot write to standard output: {error.strerror or error}") from error
 
 
 def writable(path: str | Path) -> Path:

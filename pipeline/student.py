@@ -28,7 +28,7 @@ from pipeline.errors import InputError, WorkError
 from pipeline.inference import FORWARD, first_map
 from pipeline.reading import NGRAM_BUCKETS, Floats, Part, Reading, Table, Texts
 from pipeline.storage import fetch
-from pipeline.tokenization import Ragged, Tokenization, checked
+from pipeline.tokenization import Ragged, Tokenization, checked, nfc
 
 CHUNK = 1024  # texts read at once, so that they stay in the cache
 BULK = 20_000  # texts for which loading torch pays
@@ -81,7 +81,7 @@ class Student:
 
     @cached_property
     def _places(self) -> dict[str, int]:
-        return {concept: place for place, concept in enumerate(self.concepts)}
+        return {nfc(concept): place for place, concept in enumerate(self.concepts)}
 
     @cached_property
     def _directions(self) -> Floats:

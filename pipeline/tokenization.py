@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -242,12 +243,22 @@ def _is_of_words(lines: str) -> bool:
     )
 
 
-def checked(texts: Iterable[object], first: int = 0) -> list[str]:
-    """Texts without the blanks around them.
+def nfc(text: str) -> str:
+    """The text in Unicode's normal form C, in which texts are compared, looked up and hashed."""
+    return unicodedata.normalize("NFC", text)
+
+
+def folded(text: str) -> str:
+    """What texts have in common that differ in letter case and Unicode form only."""
+    return nfc(text).casefold()
+
+
+def checked(texts: Iterable[object], name: Callable[[int], str] = "text {}".format) -> list[str]:
+    """Texts in normal form C without the blanks around them.
 
     Args:
         texts: whatever came.
-        first: the number by which an error names the first of them.
+        name: how an error calls the text at a place, from 0.
 
     Raises:
         InputError: something that is no text, an empty one, one with a null byte, or one too long.
@@ -258,24 +269,24 @@ def checked(texts: Iterable[object], first: int = 0) -> list[str]:
         whole = "\n".join(bare)
         whole.encode()
         if "\0" not in whole and all(bare) and max(map(len, bare), default=0) <= LONGEST_TEXT:
-            return bare
+            return bare if unicodedata.is_normalized("NFC", whole) else list(map(nfc, bare))
     except (TypeError, UnicodeEncodeError):
         pass
-    return [_checked(text, place) for place, text in enumerate(texts, first)]  # which it is, and what is wrong with it
+    return [_checked(text, name(place)) for place, text in enumerate(texts)]  # which it is, and what is wrong with it
 
 
-def _checked(text: object, place: int) -> str:
+def _checked(text: object, name: str) -> str:
     if not isinstance(text, str):
-        raise InputError(f"text {place}: expected text, found {type(text).__name__}")
+        raise InputError(f"{name}: expected text, found {type(text).__name__}")
     bare = text.strip()
     if not bare:
-        raise InputError(f"text {place}: empty")
+        raise InputError(f"{name}: empty")
     if len(bare) > LONGEST_TEXT:
-        raise InputError(f"text {place}: {len(bare):,} characters; expected {LONGEST_TEXT:,} at the most")
+        raise InputError(f"{name}: {len(bare):,} characters; expected {LONGEST_TEXT:,} at the most")
     try:
         bare.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can carry
-        raise InputError(f"text {place}: half a character in it") from None
+        raise InputError(f"{name}: half a character in it") from None
     if "\0" in bare:
-        raise InputError(f"text {place}: a null byte in it")
-    return str(bare)
+        raise InputError(f"{name}: a null byte in it")
+    return nfc(bare)
