@@ -41,13 +41,18 @@ def closed_by(close: Callable[[], None]) -> Iterator[None]:
 
     The thread that leaves the context calls it, or the watching thread where that one is late. Its errors are passed
     over: what could not be closed is found dead by the next to come.
+
+    Raises:
+        KeyboardInterrupt: the command was interrupted, also where a library has made another error of it.
     """
     once = _once(close)
     _closers.append(once)
     try:
         yield
-    except KeyboardInterrupt:
-        once()
+    except BaseException as error:
+        if _stopped.is_set() or isinstance(error, KeyboardInterrupt):
+            once()
+            raise KeyboardInterrupt from error
         raise
     finally:
         _closers.remove(once)
@@ -87,7 +92,7 @@ def watching() -> Iterator[None]:
     that acts.
 
     Raises:
-        KeyboardInterrupt: a signal has come, also where a library has made another error of it, or none.
+        KeyboardInterrupt: the command was interrupted, also where a library has made another error of it, or none.
     """
 
     def answer(_number: int, _frame: object) -> None:

@@ -41,7 +41,7 @@ GPU_LANES = 4
 # How long Python lets one thread run while others wait. A job in a thread comes back to Python after every product, and
 # would wait for the default of 5 ms each time while the thread that tracks is busy.
 SWITCH_SECONDS = 2e-4
-HEAR_SECONDS = 0.7  # for jobs to hear that they should stop
+HEAR_SECONDS = 0.9  # for jobs to hear that they should stop
 # What a process tells the one that it was forked from.
 TOLD, VALUE, FAILED, ENDED = range(4)
 

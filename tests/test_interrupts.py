@@ -130,32 +130,42 @@ def test_descent_is_interrupted_and_goes_on(workplace, number, fork):
     Path("grid.yaml").write_text(LONG_GRID)
     command = ("sweep", "--grid", "grid.yaml", "--vectors", SHIPPED)
     with running(*command, fork=fork) as (process, lines):
-        wait_until(lambda: found_runs("cell"), process)
-        time.sleep(2)
+        wait_until(lambda: len(list(Path("results/.spool").glob("*.stack"))) == 2, process)
         interrupt(process, lines, number)
     [parent], cells = found_runs("sweep"), found_runs("cell")
     assert {run.info.status for run in (parent, *cells)} == {"KILLED"}
     assert not [tag for tag in parent.data.tags if tag.startswith("worker.")]
-    kept = sorted(Path("results/.spool").iterdir())
-    assert [path.suffix for path in kept] == [".stack"] * len(kept)
-    assert kept
+    assert {path.suffix for path in Path("results/.spool").iterdir()} == {".stack"}
 
 
-def test_loading_and_extraction_are_interrupted_and_go_on(workplace):
+def test_loading_and_extraction_are_interrupted(workplace):
     command = ("extract", "--teacher", "smollm2-135m", "--concepts", CATALOGUE, "--layers", "29", "--output",
-               "out.safetensors", "--template", "Tell me about {concept}", "--template", "What is {concept}",
-               "--no-vocabulary")  # fmt: skip
-    with running(*command) as (process, lines):
-        wait_until(lambda: any("loading smollm2" in line for line in lines), process)
-        interrupt(process, lines, signal.SIGTERM)
+               "out.safetensors")  # fmt: skip
+    for number, later in ((signal.SIGTERM, 0), (signal.SIGINT, 4)):
+        with running(*command) as (process, lines):
+            wait_until(lambda lines=lines: any("loading smollm2" in line for line in lines), process)
+            time.sleep(later)
+            interrupt(process, lines, number)
+    assert not Path("out.safetensors").exists()
+    assert not list(Path().rglob("*.part"))
+    assert [run.info.status for run in found_runs("extract")] == ["KILLED"] * 2
+
+
+def test_an_interrupted_extraction_goes_on(workplace, tiny_folder):
+    templates = [part for verb in ("see", "hear", "know", "want") for part in ("--template", f"I {verb} {{concept}}")]
+    command = ("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "wordfreq:en:14000", *templates, "--output",
+               "out.safetensors")  # fmt: skip
     with running(*command) as (process, lines):
         wait_until(lambda: list(Path().glob("*.parts-*/*.safetensors")), process)
         interrupt(process, lines, signal.SIGINT)
-    assert not Path("out.safetensors").exists()
-    assert {run.info.status for run in found_runs("extract")} == {"KILLED"}
+    parts = {path: path.stat().st_mtime_ns for path in Path().glob("*.parts-*/*.safetensors")}
     with running(*command) as (process, lines):
         wait_until(lambda: any("parts were extracted before" in line for line in lines), process)
         interrupt(process, lines, signal.SIGTERM)
+    assert parts
+    assert all(path.stat().st_mtime_ns == when for path, when in parts.items())
+    assert not list(Path().rglob("*.part"))
+    assert [run.info.status for run in found_runs("extract")] == ["KILLED"] * 2
 
 
 def test_report_evaluation_and_prediction_are_interrupted(workplace, run, small_grid):
