@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 # What tests start runs this checkout, on the Python that the tests were started with (see elsewhere/sitecustomize.py).
 given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(str(Path(path).absolute()) for path in given if path)])
+ELSEWHERE = os.pathsep.join([str(ROOT / "tests" / "elsewhere"), os.environ["PYTHONPATH"]])
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Tests run side by side: each worker, with the processes that it starts, takes its share of the cores.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):

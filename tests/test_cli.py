@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import CATALOGUE, ROOT, SHIPPED
+from conftest import CATALOGUE, ELSEWHERE, ROOT, SHIPPED
 from mlflow import MlflowClient
 
 from pipeline.vectors import read_vectors
@@ -282,20 +282,38 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(workplace, ru
     assert "evaluate: 4/4, " in err.splitlines()[-1]
 
 
-def test_a_sweep_needs_no_call_that_only_linux_has(workplace, small_grid):
-    code = "import os, sys\n" \
-           "del os.sched_getaffinity, os.fork\n" \
-           "from pipeline.cli import main\n" \
-           f"sys.argv = ['x', 'sweep', '--grid', '{small_grid}', '--vectors', '{SHIPPED}', '--no-report']\n" \
-           "main()"  # fmt: skip
+# Each line is a command; the libraries are loaded once.
+COMMANDS = """
+import shlex, sys
+from pipeline.cli import main
+
+for line in sys.stdin:
+    sys.argv = ["pipeline", *shlex.split(line)]
+    main()
+"""
+
+
+def test_no_command_needs_a_call_that_only_linux_has(workplace, tiny_folder, small_grid):
+    vectors, teacher = "--vectors v.safetensors", f"--teacher {tiny_folder('gpt2')}"
+    lines = [
+        f"extract {teacher} --concepts {CATALOGUE} --num-concepts 150 --output v.safetensors",
+        f"sweep --grid {small_grid} {vectors} --no-report",
+        f"train --student ridge --concepts 40 {vectors} --no-report --output student",
+        f"report {vectors}",
+        f"evaluate {vectors} {teacher}",
+        "predict --run student volcano --nearest 2",
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        check=False,
+        [sys.executable, "-c", COMMANDS], env={**os.environ, "PYTHONPATH": ELSEWHERE}, input="\n".join(lines),
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    [path] = Path("results").glob("*.json")
+    [path] = Path("results").glob("small_results_*Z.json")
     assert len(json.loads(path.read_text())["cells"]) == 4
+    assert list(Path("results").glob("*_evaluation_*.md"))
+    assert list(Path("results").glob("*.png"))
+    assert "volcano" in done.stdout
 
 
 def test_a_dry_run_shows_the_cells_and_trains_nothing(workplace, run, small_grid):

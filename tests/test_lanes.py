@@ -21,7 +21,10 @@ class OddError(Exception):
         super().__init__(f"{place}: {reason}")
 
 
-@pytest.fixture(params=[False, True], ids=["threads", "processes"])
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_fork)], ids=["threads", "processes"])
 def fork(request):
     return request.param
 
@@ -116,6 +119,7 @@ def test_an_error_of_a_job_is_raised_as_itself(fork, error):
         assert "in job" in "".join(raised.value.__notes__)
 
 
+@needs_fork
 def test_an_error_that_cannot_travel_is_told_with_its_way():
     def job(handle):
         raise OddError("cell", "broken")
@@ -125,6 +129,7 @@ def test_an_error_that_cannot_travel_is_told_with_its_way():
         heard_and_brought(lanes, [job])
 
 
+@needs_fork
 def test_a_process_that_is_killed_is_one_clear_line_and_the_others_go_on():
     def job(handle):
         yield "before"
@@ -137,6 +142,7 @@ def test_a_process_that_is_killed_is_one_clear_line_and_the_others_go_on():
     assert issubclass(LaneError, WorkError)
 
 
+@needs_fork
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_that_reaches_the_whole_group_is_the_parents_to_act_on(number):
     def job(handle):
@@ -147,6 +153,7 @@ def test_a_stop_that_reaches_the_whole_group_is_the_parents_to_act_on(number):
         assert heard_and_brought(lanes, [job]) == ["went on"]
 
 
+@needs_fork
 def test_processes_end_with_a_parent_that_was_killed():
     reader, writer = os.pipe()
     parent = os.fork()
@@ -171,6 +178,7 @@ def test_processes_end_with_a_parent_that_was_killed():
     os.close(reader)
 
 
+@needs_fork
 def test_processes_compute_on_several_threads_though_the_parent_has_done_so():
     a = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     torch.set_num_threads(2)
