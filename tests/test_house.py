@@ -38,8 +38,8 @@ LAUNCHER = {"processes"}
 # A room imports only from rooms before it.
 ROOMS = [
     "errors", "interrupts", "options", "storage", "families", "tokenization", "reading", "inference", "card", "hub",
-    "gguf", "precision", "processes", "concepts", "vectors", "teachers", "request", "prompts", "trees", "forward",
-    "plan", "extraction", "vocabulary", "function", "audit", "metrics", "objectives", "features", "students",
+    "gguf", "precision", "processes", "concepts", "legacy", "vectors", "teachers", "request", "prompts", "trees",
+    "forward", "plan", "extraction", "vocabulary", "function", "audit", "metrics", "objectives", "features", "students",
     "identity", "bulk", "folders",
     "student", "served", "publish", "curriculum", "noise", "stack", "training", "export", "schedule", "grid", "lanes",
     "spool", "engine", "tracking", "claims", "recorder", "scaling", "transition", "results", "tables", "sweep", "plots",
