@@ -117,6 +117,17 @@ def tracking_uri() -> str:
     return uri if path in (uri, "") or path.startswith(":") else f"sqlite:///{Path(path).resolve()}"
 
 
+def own_name(path: Path) -> str:
+    """The last part of a path, also of ``.`` and ``..``; a link has a name of its own."""
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
+def file_name(name: str) -> str:
+    """A name as files can begin with it: in no folder, and not hidden."""
+    name = name.replace("/", "--")
+    return name if name and not name.startswith(".") else f"_{name}"
+
+
 def is_remote(place: str | Path) -> bool:
     """Whether a place is in S3."""
     return str(place).startswith(S3)
