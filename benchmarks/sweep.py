@@ -219,7 +219,7 @@ class Benchmark:
             subprocess.run(
                 [*command, f"--output={number}", "--no-report"], check=True, capture_output=True, env=variables
             )
-        for run in connect().finished_cells().values():
+        for run in connect().finished_cells()[0].values():
             best = max(best, run.data.metrics["val_cosine"])
         shutil.rmtree(folder / "results")
         return best

@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -63,10 +63,12 @@ class Claims:
         tracker: the tracking server.
         sweep_id: the sweep.
         version: of the code that this worker runs.
+        gone: finished runs whose student is gone from MLflow, whose cells are to be trained again.
     """
 
-    def __init__(self, tracker: Tracker, sweep_id: str, version: str) -> None:
+    def __init__(self, tracker: Tracker, sweep_id: str, version: str, gone: Iterable[MlflowRun] = ()) -> None:
         self.tracker, self.sweep_id, self.version = tracker, sweep_id, version
+        self._gone = {(run.info.run_id, run.info.end_time) for run in gone}  # once finished again they have another
         self.me = worker_name()
         self.parent: Run | None = None
         self._seen: dict[str, tuple[str, float]] = {}  # of each worker the last beat, and when we first saw it
@@ -156,7 +158,7 @@ class Claims:
         for key, name in cells:
             check()
             runs = known.get(key, [])
-            if any(run.info.status == "FINISHED" or self._is_held(run) for run in runs):
+            if any(self.is_finished(run) or self._is_held(run) for run in runs):
                 continue
             claimed.add(key)
             own = {"owner": self.me}
@@ -172,11 +174,11 @@ class Claims:
         for key, runs in self.runs().items():
             if key not in claimed:
                 continue
-            chosen = min(runs, key=lambda run: (run.info.status != "FINISHED", _id(run)))
+            chosen = min(runs, key=lambda run: (not self.is_finished(run), _id(run)))
             for run in runs:  # what lost, and what crashes have left
                 if run is not chosen and not self._is_held(run):
                     self.tracker.discard(run, "claimed by another worker")
-            if chosen.info.status != "FINISHED" and chosen.data.tags["owner"] == self.me:
+            if not self.is_finished(chosen) and chosen.data.tags["owner"] == self.me:
                 ours[key] = chosen
         return ours
 
@@ -188,6 +190,10 @@ class Claims:
             found.setdefault(run.data.tags["cell_key"], []).append(run)
         return found
 
+    def is_finished(self, run: MlflowRun) -> bool:
+        """Whether a cell's run is finished, and its student was not found gone."""
+        return run.info.status == "FINISHED" and (run.info.run_id, run.info.end_time) not in self._gone
+
     def unfinished(self) -> list[Run]:
         """The runs that we have claimed, also those of a claim that was cut short, and not finished."""
         return [
@@ -197,9 +203,10 @@ class Claims:
         ]
 
     def still_ours(self, run: Run) -> MlflowRun | None:
-        """A run that we claimed as it stands now; None if it was taken over while we were thought dead, or finished."""
+        """A run that we claimed as it stands now; None if another took it over or finished it, or it was deleted."""
         now = self.tracker.client.get_run(run.id)
-        return now if now.info.status != "FINISHED" and now.data.tags["owner"] == self.me else None
+        is_open = now.info.status != "FINISHED" and now.info.lifecycle_stage == "active"
+        return now if is_open and now.data.tags["owner"] == self.me else None
 
     def others_at_work(self) -> bool:
         """Whether another worker of the sweep lives."""

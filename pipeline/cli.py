@@ -195,7 +195,7 @@ def _sweep(
     cells = prepare(cells, data, options.grid if isinstance(options, SweepOptions) else None)
     for path in (*([student_folder / "config.json"] if student_folder else []), output / "results.json"):
         writable(path)
-    tracker, accelerator = connect(), start()
+    tracker, accelerator = connect("sweep"), start()
     bar = display.counting("vocabulary", "tokens")
 
     def vocabulary() -> Vocabulary | None:

@@ -25,12 +25,12 @@ from pipeline.loading import load_teacher
 from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_error
 from pipeline.options import Cell, EvaluateOptions
 from pipeline.results import newest_results, read_results, vectors_for
-from pipeline.storage import is_remote, writable, write_atomically
+from pipeline.storage import file_name, is_remote, own_name, writable, write_atomically
 from pipeline.student import Student
 from pipeline.students.baselines import BASELINES
 from pipeline.tables import markdown_table
 from pipeline.teachers import Teacher, find_teacher, warn_of_another
-from pipeline.tracking import closing, connect
+from pipeline.tracking import Run, Tracker, closing, connect, patiently
 from pipeline.vocabulary import Bar
 
 FREQUENCIES = (3.0, 4.0, 5.0)  # Zipf scale: 3 is once in a million words, 5 is a hundred times that
@@ -223,7 +223,8 @@ def run_evaluate(
         InputError: no such run, students of other vectors, or an unknown teacher.
     """
     folder = writable(Path(options.output) / "evaluation.json").parent
-    name, grid, recorded, found = _find_students(options.run)
+    tracker = connect("evaluate")
+    name, grid, recorded, found = _find_students(options.run, tracker)
     data = Catalogued(vectors_for(grid, options.vectors, recorded))
     students = _by_configuration(found, data)
     teacher = None
@@ -234,30 +235,35 @@ def run_evaluate(
         teacher = load_teacher(source, accelerator.device, options.device_map)
     with bar(sum(len(seeds) for seeds in students.values())) as advance:
         rows = evaluate(students, data, teacher, advance)
-    stem = folder / f"{name}_evaluation_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    stem = folder / f"{file_name(name)}_evaluation_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     contents = {".json": json.dumps(rows, indent=1), ".md": markdown(rows)}
     written = []
     for suffix, text in contents.items():
         path = stem.with_name(stem.name + suffix)
         write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))  # type: ignore[misc]
         written.append(path)
-    with closing(connect().open_run(f"evaluate {name}", {"role": "evaluate", "teacher": data.vectors.teacher})) as run:
-        run.log_params(asdict(options))
-        for path in written:
-            run.log_artifact(path)
-        own = [row for row in rows if "val_cosine" in row]
-        for key, (_, suffix) in section_names(own).items():
-            best = max((row for row in own if section_of(row) == key), key=lambda row: row["val_cosine"])
-            run.set_tags({f"best_student{suffix}": best["student"]})
-            run.log_metrics({f"{key}{suffix}": value for key, value in best.items() if isinstance(value, float)})
+    tags = {"role": "evaluate", "teacher": data.vectors.teacher}
+    with closing(patiently(lambda: tracker.open_run(f"evaluate {name}", tags))) as run:
+        patiently(lambda: _log(run, asdict(options), rows, written))
     return *evaluation_table(rows, brief=True), written
 
 
-def _find_students(run: str | None) -> tuple[str, str, str | None, list[Student]]:
+def _log(run: Run, params: Mapping[str, object], rows: Sequence[Row], written: Sequence[Path]) -> None:
+    run.log_params(params)
+    for path in written:
+        run.log_artifact(path)
+    own = [row for row in rows if "val_cosine" in row]
+    for key, (_, suffix) in section_names(own).items():
+        best = max((row for row in own if section_of(row) == key), key=lambda row: row["val_cosine"])
+        run.set_tags({f"best_student{suffix}": best["student"]})
+        run.log_metrics({f"{key}{suffix}": value for key, value in best.items() if isinstance(value, float)})
+
+
+def _find_students(run: str | None, tracker: Tracker) -> tuple[str, str, str | None, list[Student]]:
     """A name, the grid, the place of the vectors where it is recorded, and the students."""
     if run is not None and (is_remote(run) or Path(run).is_dir()):
-        return Path(run).name, "", None, [Student.load(run)]
-    tracker, recorded = connect(), None
+        return own_name(Path(run)), "", None, [Student.load(run)]
+    recorded = None
     if run is None:
         results = read_results(newest_results(Path("results")))
         found = [row["run_id"] for row in results["cells"]]

@@ -23,7 +23,7 @@ import yaml
 from pipeline import lists
 from pipeline.errors import InputError, choices
 from pipeline.options import SHIPPED, Cell, check
-from pipeline.storage import fetch
+from pipeline.storage import fetch, file_name
 from pipeline.students import KINDS
 
 KEYS = ("vectors", "axes", "fixed", "include", "exclude", "seeds")
@@ -66,7 +66,7 @@ def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = 
         cells = [replace(cell, epochs=epochs) for cell in cells]
     number = grid.content.get("seeds", 1) if seeds is None else seeds
     seeded = [canonical(replace(cell, seed=cell.seed + offset)) for offset in range(number) for cell in cells]
-    return grid.path.stem, list(dict.fromkeys(seeded))
+    return file_name(grid.path.stem), list(dict.fromkeys(seeded))
 
 
 def pointing(error: InputError, cell: Cell, name_or_path: str) -> InputError:

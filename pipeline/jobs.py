@@ -26,7 +26,7 @@ from pipeline.plan import Plan, merge
 from pipeline.precision import hint
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
 from pipeline.request import Request, as_merged, check_output, check_prompts, header_of, is_extracted, make_request
-from pipeline.storage import Output, put
+from pipeline.storage import Output, file_name, put
 from pipeline.teachers import Source, Teacher, find_teacher
 from pipeline.tracking import Run, closing, connect, patiently
 from pipeline.vectors import read_header
@@ -57,8 +57,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
     _check(options)
     catalogue = read_catalogue(options.concepts, options.language)
     source = find_teacher(options.teacher, options.dtype, accelerator.device, options.trust_remote_code)
-    slug = source.name.replace("/", "--")
-    output = Output.at(options.output or f"data/vectors/{slug}.safetensors")
+    output = Output.at(options.output or f"data/vectors/{file_name(source.name)}.safetensors")
     request = make_request(
         source, catalogue, layers=options.layers, templates=options.template, pool=options.pool,
         count=options.num_concepts, token_block=options.token_block,
@@ -76,7 +75,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
     for line in divide(catalogue).warnings:
         log.warning("warning: %s", line)
     tags = {"role": "extract", "teacher": source.name, "revision": source.revision, "extraction_key": request.key}
-    tracker = connect()
+    tracker = connect("extract")
     with closing(patiently(lambda: tracker.open_run(f"extract {source.name}", tags))) as run:
         patiently(lambda: run.log_params(asdict(options)))
         if held:

@@ -45,10 +45,11 @@ class ProjectExperiment:
     def get_experiment_id(self) -> str:
         """The experiment, where the user names none; leaves with one line of advice where the run could not begin."""
         from pipeline.errors import InputError
-        from pipeline.tracking.server import artifact_folder, reach
+        from pipeline.tracking.experiment import artifact_folder, find_experiment
+        from pipeline.tracking.server import reach
 
         try:
-            client, experiment_id = reach()
+            client, experiment_id = reach(find_experiment)
             artifacts = artifact_folder(client.get_experiment(experiment_id).artifact_location)
             if _is_in_container() and artifacts is not None:
                 _check_visible(artifacts, _folder(), "the experiment's artifacts")

@@ -12,6 +12,7 @@ from pipeline.errors import InputError
 from pipeline.families import UNSTATED, licence_of
 from pipeline.folders import CARD
 from pipeline.hub import FILES, SCHEME, told
+from pipeline.storage import own_name
 from pipeline.student import Student
 from pipeline.vectors import read_header
 
@@ -38,7 +39,9 @@ def push(source: Path, repo: str, licence: str | None = None, private: bool = Fa
         with told(f"hf://{repo}"):
             api = HfApi()
             api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, repo_type=kind, folder_path=home, commit_message=f"Upload {source.name}")
+            api.upload_folder(
+                repo_id=repo, repo_type=kind, folder_path=home, commit_message=f"Upload {own_name(source)}"
+            )
     return f"{SCHEME}{repo}" if kind == "model" else f"{SCHEME}datasets/{repo}/{source.name}"
 
 

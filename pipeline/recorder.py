@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pipeline.claims import Claims
+from pipeline.errors import InputError
 from pipeline.features import Catalogued
 from pipeline.options import Cell
 from pipeline.spool import Spool
@@ -141,7 +142,7 @@ class Recorder:
                 self.keys[cell]: read_row(self.claims.tracker, run)
                 for cell in cells
                 for run in runs.get(self.keys[cell], [])
-                if run.info.status == "FINISHED"
+                if self.claims.is_finished(run)
             }
 
         return patiently(look)
@@ -153,8 +154,23 @@ class Recorder:
                 run.end(status)
 
 
+def finished_rows(tracker: Tracker, keys: Collection[str]) -> tuple[dict[str, Row], list[MlflowRun]]:
+    """The rows of finished cells by key, and the runs of those whose row or student is gone from MLflow."""
+    found, gone = tracker.finished_cells(keys)
+    rows = {}
+    for key, run in found.items():
+        try:
+            rows[key] = read_row(tracker, run)
+        except (InputError, ValueError):  # the file was removed, or is no JSON
+            gone.append(run)
+    return rows, gone
+
+
 def read_row(tracker: Tracker, run: MlflowRun) -> Row:
-    """The row of a finished cell's run."""
-    text = tracker.artifact(run.info.run_id, "cell.json")
-    row: Row = json.loads(text) | {"run_id": run.info.run_id}
+    """The row of a finished cell's run.
+
+    Raises:
+        InputError: it is gone from MLflow.
+    """
+    row: Row = json.loads(tracker.artifact(run, "cell.json")) | {"run_id": run.info.run_id}
     return row

@@ -253,7 +253,7 @@ def load_sweep(
         tracker = connect()
         if (run := tracker.find_sweep(sweep_id)) is None:
             raise InputError(f"--sweep-id {sweep_id}: MLflow knows no such sweep")
-        stem, text = tracker.newest_artifact(run.info.run_id, "_results_")
+        stem, text = tracker.newest_artifact(run, "_results_")
         found = _checked(text, stem)
         return stem, found, [tracker.student_of(part.results["best"]["run_id"]) for part in sections(found)]
     path = fetch(results) if results else newest_results(folder)

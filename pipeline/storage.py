@@ -2,7 +2,8 @@
 
 A place is a local path or ``s3://bucket/key``. S3 is whatever boto3 finds in the environment: credentials, region,
 and with ``AWS_ENDPOINT_URL`` (or MLflow's ``MLFLOW_S3_ENDPOINT_URL``) a store other than Amazon's. An object appears
-when its upload is complete; its SHA-256 travels with it and is checked by the store and by whoever reads it.
+when its upload is complete; its SHA-256 travels with it and is checked by whoever reads it, and by the store unless
+boto3 is told that the store knows no checksums (``AWS_REQUEST_CHECKSUM_CALCULATION=when_required``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import logging
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -24,14 +27,23 @@ from typing import Any
 from pipeline.errors import InputError, WorkError
 from pipeline.interrupts import undone_by
 
+log = logging.getLogger(__name__)
 S3 = "s3://"
 ATTEMPTS = 8  # of each request, with exponential backoff: about a minute in all
 PART_BYTES = 16 << 20  # of an upload or download in parts; four are in flight
 TRANSFER = {"multipart_threshold": PART_BYTES, "multipart_chunksize": PART_BYTES, "max_concurrency": 4}
+MISSING = ("NoSuchKey", "NotFound", "404")  # codes of what is not there
+FIRST = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")  # of a condition: another one was first
+NO_CONDITIONS = ("NotImplemented", "501", "InvalidArgument", "InvalidRequest", "400")  # of a store that knows none
+# What stores say of the checksum headers that boto3 sends since 2025, and of the encoding that comes with them.
+UNKNOWN_CHECKSUM = re.compile(r"checksum|trailer|aws-chunked|content-sha256|header you provided", re.IGNORECASE)
+SETTINGS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")  # as boto3 documents them
+OFF = "when_required"
 CHANGED = "the copy is not what was uploaded; try again"
 ADVICE: dict[str, tuple[type[Exception], str]] = {
     "NoSuchBucket": (InputError, "no such bucket; make it or name another"),
     "NoSuchKey": (InputError, "not found"),
+    "NotFound": (InputError, "not found"),
     "404": (InputError, "not found"),
     "AccessDenied": (InputError, "access denied; the credentials lack the right"),
     "403": (InputError, "access denied; the credentials are wrong or lack the right"),
@@ -127,6 +139,17 @@ def tracking_uri() -> str:
     return uri if path in (uri, "") or path.startswith(":") else f"sqlite:///{Path(path).resolve()}"
 
 
+def own_name(path: Path) -> str:
+    """The last part of a path, also of ``.`` and ``..``; a link has a name of its own."""
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
+def file_name(name: str) -> str:
+    """A name as files can begin with it: in no folder, and not hidden."""
+    name = name.replace("/", "--")
+    return name if name and not name.startswith(".") else f"_{name}"
+
+
 def is_remote(place: str | Path) -> bool:
     """Whether a place is in S3."""
     return str(place).startswith(S3)
@@ -137,20 +160,23 @@ def create(place: str, text: str) -> str:
     if not is_remote(place):
         return _create_here(Path(place), text)
     bucket, key = _split(place)
+    condition = {"IfNoneMatch": "*"}
     with _told(place):
         client = _client()
-        for condition in ({"IfNoneMatch": "*"}, {}):
+        for _ in range(ATTEMPTS):
             try:
                 return str(client.get_object(Bucket=bucket, Key=key)["Body"].read().decode())
-            except client.exceptions.NoSuchKey:
-                pass
+            except client.exceptions.ClientError as error:
+                if _code(error) not in MISSING:
+                    raise
             try:
                 client.put_object(Bucket=bucket, Key=key, Body=text.encode(), **condition)
             except client.exceptions.ClientError as error:
-                # Another one was first, or the store knows no conditions: workers that start together write the same.
-                if error.response["Error"]["Code"] not in ("PreconditionFailed", "NotImplemented", "412", "501"):
+                if condition and _code(error) in NO_CONDITIONS:
+                    condition = {}  # workers that start together write the same
+                elif _code(error) not in FIRST:
                     raise
-        return str(client.get_object(Bucket=bucket, Key=key)["Body"].read().decode())
+    raise WorkError(f"{place}: the store shows nothing of what it took; try again")
 
 
 def _create_here(path: Path, text: str) -> str:
@@ -197,6 +223,8 @@ def get(url: str, path: Path) -> None:
             told = _client().head_object(Bucket=bucket, Key=key)
             _client().download_file(bucket, key, str(part), Config=TransferConfig(**TRANSFER))
         claimed = {name.lower(): value for name, value in told["Metadata"].items()}.get("sha256")
+        if claimed is None and _client().meta.config.response_checksum_validation == OFF:
+            _warn_once(f"files from elsewhere are checked by their size alone ({SETTINGS[1]}={OFF})")
         if part.stat().st_size != told["ContentLength"] or claimed not in (None, sha256_of(part)):
             raise WorkError(f"{url}: {CHANGED}")
 
@@ -209,8 +237,12 @@ def put(path: Path, url: str) -> None:
     from boto3.s3.transfer import TransferConfig
 
     bucket, key = _split(url)
-    extra = {"Metadata": {"sha256": sha256_of(path)}, "ChecksumAlgorithm": "SHA256"}
+    extra: dict[str, Any] = {"Metadata": {"sha256": sha256_of(path)}}
     with _told(url):
+        if _client().meta.config.request_checksum_calculation == OFF:
+            _warn_once(f"the store does not check what it receives ({SETTINGS[0]}={OFF}); whoever reads it does")
+        else:
+            extra["ChecksumAlgorithm"] = "SHA256"
         try:
             _client().upload_file(str(path), bucket, key, ExtraArgs=extra, Config=TransferConfig(**TRANSFER))
         except S3UploadFailedError as error:
@@ -224,10 +256,10 @@ def beginning(url: str, number: int) -> bytes | None:
         client = _client()
         try:
             found = client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{number - 1}")
-        except client.exceptions.NoSuchKey:
-            return None
         except client.exceptions.ClientError as error:
-            if error.response["Error"]["Code"] == "InvalidRange":  # an empty object
+            if _code(error) in MISSING:
+                return None
+            if _code(error) in ("InvalidRange", "416"):  # an empty object
                 return b""
             raise
         return bytes(found["Body"].read(number))
@@ -361,6 +393,16 @@ def _client() -> Any:
     return session.client("s3", endpoint_url=endpoint, region_name=session.region_name or "us-east-1", config=config)
 
 
+def _code(error: Any) -> str:
+    """The store's code of an error of boto3."""
+    return str(error.response["Error"].get("Code", ""))
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    log.warning("warning: %s", line)
+
+
 @contextmanager
 def _told(place: str) -> Iterator[None]:
     """Turn boto3's errors into ours: one line that says what to do."""
@@ -368,9 +410,13 @@ def _told(place: str) -> Iterator[None]:
     from botocore.exceptions import (
         BotoCoreError,
         ClientError,
+        ConfigParseError,
         FlexibleChecksumError,
+        InvalidChecksumConfigError,
+        InvalidConfigError,
         NoCredentialsError,
         PartialCredentialsError,
+        ProfileNotFound,
     )
 
     try:
@@ -380,10 +426,18 @@ def _told(place: str) -> Iterator[None]:
             f"{place}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile in ~/.aws"
         ) from error
     except ClientError as error:
-        code, message = (str(error.response["Error"].get(name, "")) for name in ("Code", "Message"))
+        code, message = _code(error), str(error.response["Error"].get("Message", ""))
         kind, advice = ADVICE.get(code, (WorkError, f"the store answers {code}: {message}"))
+        if code in NO_CONDITIONS and UNKNOWN_CHECKSUM.search(message):
+            kind, advice = InputError, f"{advice}; set {' and '.join(f'{name}={OFF}' for name in SETTINGS)}"
         raise kind(f"{place}: {advice}") from error
     except FlexibleChecksumError as error:
         raise WorkError(f"{place}: {CHANGED}") from error
+    except (ProfileNotFound, ConfigParseError, InvalidConfigError, InvalidChecksumConfigError) as error:
+        raise InputError(f"{place}: {error}") from error
+    except ValueError as error:  # of boto3, for an address that is none
+        if "endpoint" not in str(error):
+            raise
+        raise InputError(f"{place}: {error}; check AWS_ENDPOINT_URL") from error
     except (BotoCoreError, Boto3Error, ConnectionError, TimeoutError) as error:
         raise WorkError(f"{place}: the store does not answer ({error})") from error

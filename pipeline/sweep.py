@@ -31,7 +31,7 @@ from pipeline.objectives import terms
 from pipeline.options import RESULTS_VERSION, Cell
 from pipeline.precision import hint, of_training
 from pipeline.processes import Worker
-from pipeline.recorder import Recorder, read_row
+from pipeline.recorder import Recorder, finished_rows
 from pipeline.results import baseline_student, best_exportable, results_of, sections
 from pipeline.schedule import shares, stacks_of, training_flops
 from pipeline.spool import Spool
@@ -40,7 +40,7 @@ from pipeline.storage import write_atomically
 from pipeline.student import Student
 from pipeline.students import KINDS
 from pipeline.students.transformer import HEAD_DIM
-from pipeline.tracking import Run, Tracker, TrackingError, patiently
+from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, patiently
 
 WORDS = {
     "student": tuple(KINDS),
@@ -230,14 +230,13 @@ def run_sweep(
     identity = _identity(name, sweep_id, asked, resume)
     automatic = _agreed(patiently(lambda: _precision(tracker, identity, accelerator.device)))
     keys = {cell: cell_key(cell, data.vectors.identity, automatic) for cell in cells}
-    finished = tracker.finished_cells() if resume else {}
-    rows = {key: read_row(tracker, finished[key]) for key in keys.values() if key in finished}
+    rows, gone = _finished(tracker, set(keys.values()), accelerator) if resume else ({}, [])
     if shard.index and _agreed(
         len(rows) == len(cells) and patiently(lambda: tracker.is_concluded(identity, len(cells)))
     ):  # of many shards that find all done, the first is enough
         return Incomplete(identity, len(cells), len(cells)) if accelerator.is_main_process else None
     version, work = str(RESULTS_VERSION), work_key(cells, data.vectors.identity)
-    spool, claims = Spool(output / SPOOL), Claims(tracker, identity, version)
+    spool, claims = Spool(output / SPOOL), Claims(tracker, identity, version, gone)
     check_version = functools.partial(_check_version, claims, work, accelerator, resume and len(rows) < len(cells))
     check_version()
     price = functools.partial(training_flops, data=data)
@@ -285,6 +284,15 @@ def run_sweep(
             parent.end("FINISHED")
             spool.clear(keys.values())
             return sweep
+
+
+def _finished(tracker: Tracker, keys: set[str], accelerator: Accelerator) -> tuple[dict[str, Row], list[MlflowRun]]:
+    """The rows of cells that are finished, by key, and the runs of those of which MLflow has not all that was there."""
+    rows, gone = patiently(lambda: finished_rows(tracker, keys))
+    again = {run.data.tags["cell_key"] for run in gone} - set(rows)
+    if again and accelerator.is_main_process:
+        log.warning("%d finished cells are trained again: their students or rows are gone from MLflow", len(again))
+    return rows, gone
 
 
 def _identity(name: str, sweep_id: str | None, keys: Sequence[str], resume: bool) -> str:
@@ -392,9 +400,9 @@ def _conclude(
     write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
     parts = sections(results)
     best = [part.results["best"] for part in parts]
-    files = report(results, path.stem, patiently(lambda: [tracker.student_of(row["run_id"]) for row in best]))
+    files = report(results, path.stem, [tracker.student_of(row["run_id"]) for row in best])
     folder = student_folder or path.with_name(f"{path.stem}_student")
-    made = [leave(part.results, folder.with_name(_inserted(folder.name, part.suffix))) for part in parts]
+    made = [leave(part.results, folder.parent / _inserted(folder.name, part.suffix)) for part in parts]
 
     def log() -> None:
         tags: dict[str, str] = {}
@@ -439,7 +447,7 @@ def _leave(
     """
     choice = best_exportable(results, baselines)
     run_id = choice.row.get("run_id")
-    trained = baseline_student(choice.row, data) if run_id is None else patiently(lambda: tracker.student_of(run_id))
+    trained = baseline_student(choice.row, data) if run_id is None else tracker.student_of(run_id)
     can_stand_alone = not needs_teacher(Cell(**trained.config["cell"]))
     student = export(trained) if export is not None and can_stand_alone else trained
     student.save(folder)

@@ -34,7 +34,7 @@ from pipeline import hub
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.families import HUB_IDS, TESTED
 from pipeline.precision import of_teacher
-from pipeline.storage import fetch, is_remote
+from pipeline.storage import fetch, is_remote, own_name
 from pipeline.teacher_tokenizer import fingerprint
 
 # Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
@@ -226,9 +226,8 @@ def _locate(name: str) -> tuple[Path | str, list[Path]]:
         return HUB_IDS[name], []
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name, []
-    for file in Path().glob("*"):  # a GGUF file of the current folder under its recorded name, as a folder is found
-        if file.name.lower() == f"{name}{GGUF}".lower() and file.is_file():
-            return file, [file]
+    if (here := _recorded_here(name)) is not None:
+        return _locate(here)
     raise InputError(f"{choices('teacher', name, HUB_IDS)}; or a hub id (owner/model), a local folder, a .gguf file")
 
 
@@ -249,10 +248,17 @@ def _files_of(name: str, folder: Path) -> list[Path]:
     return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
+def _recorded_here(name: str) -> str | None:
+    """A GGUF file of the current folder, or that folder itself, by its recorded name, as a folder below is found."""
+    for file in Path().glob("*"):
+        if file.name.lower() == f"{name}{GGUF}".lower() and file.is_file():
+            return file.name
+    return "." if name == Path.cwd().name and Path("config.json").is_file() else None
+
+
 def _local_name(path: Path) -> str:
     """The name of a teacher from a folder, in full, or from a GGUF file, without that suffix alone."""
-    named = path if path.name not in ("", "..") else path.resolve()  # only then, for a link has a name of its own
-    return named.stem if named.is_file() else named.name
+    return path.stem if path.is_file() else own_name(path)
 
 
 def _packaged_weights(package: str) -> Path | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.concepts import SPLITS, Catalogue, split
 from pipeline.errors import InputError
+from pipeline.legacy import read_table
 from pipeline.storage import write_atomically
 
 FORMAT = "activation-vectors-3"
@@ -214,7 +214,7 @@ def read_vectors(path: Path) -> Vectors:
     """Read and check a vectors file.
 
     Raises:
-        InputError: missing, truncated or changed, a pickle that is not a table of tensors, another format, or values
+        InputError: missing, truncated or changed, another format, a table of older work that makes no sense, or values
             that are not finite.
     """
     if not path.is_file():
@@ -315,20 +315,10 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def _read_pt(path: Path) -> Vectors:
-    """A table of older work: ``{concept: vector}`` or ``{"concepts": [...], "vectors": [concepts, d_model]}``."""
-    try:
-        table = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"vectors file {path}: not a table of tensors, or one that could run code") from error
-    try:
-        if set(table) == {"concepts", "vectors"}:
-            concepts, vectors = tuple(table["concepts"]), torch.as_tensor(table["vectors"])
-        else:
-            concepts, vectors = tuple(table), torch.stack([torch.as_tensor(v).flatten() for v in table.values()])
-        values = vectors.to(torch.float32).numpy().reshape(len(concepts), 1, 1, -1)
-        catalogue = Catalogue(tuple(map(str, concepts)), ("unknown",) * len(concepts))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"vectors file {path}: expected a dict of concept to vector ({error})") from error
+    """The vectors of a table of older work, of which nothing else is known."""
+    concepts, table = read_table(path)
+    values = table[:, None, None]  # [concepts, 1, 1, d_model]
+    catalogue = Catalogue(concepts, ("unknown",) * len(concepts))
     return Vectors(
         vectors=values,
         token_ids=np.zeros(0, np.int64),

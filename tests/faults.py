@@ -1,6 +1,7 @@
 """An HTTP proxy in front of a real server, with the faults that networks and stores have, or with a lock."""
 
 import http.client
+import re
 import threading
 import time
 from datetime import UTC, datetime
@@ -8,6 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 SKEWED = b"<?xml version='1.0'?><Error><Code>RequestTimeTooSkewed</Code><Message>Skewed.</Message></Error>"
+UNSUPPORTED = b"<Error><Code>InvalidArgument</Code><Message>Unsupported header '%s' received.</Message></Error>"
+CHECKSUM = re.compile("x-amz-(checksum-(?!mode)|sdk-checksum-algorithm|trailer)", re.IGNORECASE)
 HOPS = {"transfer-encoding", "expect", "connection", "content-length"}
 
 
@@ -26,6 +29,8 @@ class Faulty(ThreadingHTTPServer):
         punctual: whether requests are refused whose date is a quarter of an hour from the store's, as stores do.
         authorization: the header without which each request is refused with 401; None lets all through.
         refused: how many were.
+        strict: whether requests are refused that have a checksum header of 2022, as some stores do.
+        unconditional: the error with which uploads are refused that have a condition; None lets them through.
         absent: whether the answer is an empty 404, as of an ingress whose server is not ready.
     """
 
@@ -36,6 +41,7 @@ class Faulty(ThreadingHTTPServer):
         self.url, self.target = f"http://127.0.0.1:{self.server_address[1]}", target
         self.every, self.delay, self.after, self.flip = 0, 0.0, None, False
         self.authorization, self.punctual, self.absent = None, False, False
+        self.strict, self.unconditional = False, None
         self.count = self.uploaded = self.refused = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -62,6 +68,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, [("Content-Type", "text/html"), ("WWW-Authenticate", "Bearer")], b"<html>\nNo.\n</html>")
         elif proxy.punctual and self._is_skewed():
             self._answer(403, [("Content-Type", "application/xml")], SKEWED)
+        elif proxy.strict and (name := next(filter(CHECKSUM.match, self.headers), None)):
+            self._answer(400, [("Content-Type", "application/xml")], UNSUPPORTED % name.encode())
+        elif proxy.unconditional and "If-None-Match" in self.headers:
+            status, code = proxy.unconditional
+            self._answer(status, [("Content-Type", "application/xml")], f"<Error><Code>{code}</Code></Error>".encode())
         elif proxy.every and proxy.count % proxy.every == 0:
             self._answer(503, [("Content-Type", "application/xml")], BUSY)
         else:

@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from conftest import SECRET, SHIPPED
 from mlflow import MlflowClient
 
 from pipeline import storage
-from pipeline.errors import WorkError
+from pipeline.errors import InputError, WorkError
 from pipeline.student import Student
 
 CSV = "concept,category\n" + "".join(f"{name},any\n" for name in ("ice", "fire", "slow cooking", "rain", "sun", "moon"))
@@ -51,6 +53,9 @@ def test_of_several_that_create_the_first_one_wins(s3, tmp_path):
         ("s3://", {}, "expected s3://bucket/key"),
         ("s3://bucket/x", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "AWS_SECRET_ACCESS_KEY does not fit"),
         ("s3://bucket/x", {"AWS_ACCESS_KEY_ID": "someone-else"}, "does not know the AWS_ACCESS_KEY_ID"),
+        ("s3://bucket/x", {"AWS_REQUEST_CHECKSUM_CALCULATION": "never"}, "request_checksum_calculation"),
+        ("s3://bucket/x", {"AWS_PROFILE": "nobody"}, "profile (nobody) could not be found"),
+        ("s3://bucket/x", {"AWS_ENDPOINT_URL": "nowhere"}, "Invalid endpoint: nowhere"),
         ("s3://bucket/x", {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "no credentials"),
     ],
 )
@@ -69,6 +74,50 @@ def test_a_store_that_fails_every_third_request_or_is_slow_costs_only_time(s3, b
         storage.put(big, "s3://bucket/big.bin")
         storage.get("s3://bucket/big.bin", tmp_path / "back")
         assert storage.sha256_of(tmp_path / "back") == storage.sha256_of(big)
+
+
+def test_a_store_without_checksum_headers_takes_what_boto3_is_told_not_to_check(s3, big, tmp_path, monkeypatch, caplog):
+    s3.strict = True
+    for make in (lambda: storage.put(big, "s3://bucket/big.bin"), lambda: storage.create("s3://bucket/plan", "first")):
+        with pytest.raises(InputError, match="set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"):
+            make()
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    storage._client.cache_clear()
+    storage._warn_once.cache_clear()
+    (tmp_path / "small").write_text("small")
+    for name in ("big.bin", "small"):
+        storage.put(tmp_path / name, f"s3://bucket/{name}")
+        storage.get(f"s3://bucket/{name}", tmp_path / "back")
+        assert storage.sha256_of(tmp_path / "back") == storage.sha256_of(tmp_path / name)
+    assert storage.create("s3://bucket/plan", "first") == "first"
+    assert caplog.text.count("the store does not check what it receives") == 1
+    assert "by their size alone" not in caplog.text  # for their SHA-256 travels with them
+    for name in ("c.csv", "d.csv"):
+        storage._client().put_object(Bucket="bucket", Key=name, Body=CSV.encode())  # as other programs do
+        assert storage.fetch(f"s3://bucket/{name}").read_text() == CSV
+    assert caplog.text.count("by their size alone") == 1
+    s3.flip = True
+    with pytest.raises(WorkError, match="not what was uploaded"):
+        storage.get("s3://bucket/small", tmp_path / "back")
+
+
+@pytest.mark.parametrize("error", [(501, "NotImplemented"), (400, "InvalidArgument"), (400, "InvalidRequest")])
+def test_a_store_without_conditions_keeps_what_is_there(s3, error):
+    s3.unconditional = error
+    assert storage.create("s3://bucket/plan.json", "first") == "first"
+    assert storage.create("s3://bucket/plan.json", "second") == "first"
+
+
+@pytest.mark.parametrize("error", [(412, "PreconditionFailed"), (409, "ConditionalRequestConflict")])
+def test_of_several_that_create_at_once_those_that_lose_find_the_first_one(s3, error):
+    s3.unconditional = error
+    with ThreadPoolExecutor(1) as other:
+        made = other.submit(storage.create, "s3://bucket/plan.json", "second")
+        while not s3.count:
+            time.sleep(0.01)
+        storage._client().put_object(Bucket="bucket", Key="plan.json", Body=b"first")
+        assert made.result() == "first"
 
 
 def test_a_store_that_dies_in_mid_upload_shows_no_partial_object(s3, big, tmp_path, monkeypatch):

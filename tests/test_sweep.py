@@ -175,6 +175,30 @@ def test_train_is_a_sweep_of_one_cell(workplace, run):
     assert Student.load("linear").config["student"] == "ridge"
 
 
+def test_a_name_with_dots_and_quotes_is_whole_in_all_that_is_left_and_hides_nothing(workplace, run, monkeypatch):
+    grid = Path(".it's 0.1.v2.yaml")
+    grid.write_text("fixed: {student: ridge, concepts: 30}")
+    code, _, err = run("sweep", "--grid", grid, "--vectors", SHIPPED, "--no-report", "--output", "out.v1")
+    assert code == 0, err
+    [path] = Path("out.v1").glob("*.json")
+    assert path.name.startswith("_.it's 0.1.v2_results_")
+    student = f"{path.name.removesuffix('.json')}_student"
+    assert {left.name for left in Path("out.v1").iterdir()} == {path.name, student}
+    code, _, err = run("report", "--sweep-id", json.loads(path.read_text())["sweep_id"], "--vectors", SHIPPED)
+    assert code == 0, err
+    monkeypatch.chdir(Path("out.v1", student))
+    code, _, err = run("evaluate", "--run", ".", "--vectors", SHIPPED, "--output", "../../told")
+    assert code == 0, err
+    assert {left.name.partition("_evaluation_")[0] for left in (workplace / "told").iterdir()} == {student}
+
+
+def test_a_student_may_be_left_in_the_current_folder(workplace, run):
+    code, _, err = run("train", "--vectors", SHIPPED, "--student", "ridge", "--concepts", 30, "--no-report", "--output",
+                       ".")  # fmt: skip
+    assert code == 0, err
+    assert Student.load(".").config["student"] == "ridge"
+
+
 GRID_OF_MANY = """
 fixed: {concepts: 300, epochs: 20, hidden_dim: 512}
 axes: {layers: [0, 1, 2, 3, 4, 5]}

@@ -32,7 +32,26 @@ def test_a_folder_is_known_by_the_last_part_of_its_path(workplace, tiny_folder, 
     (workplace / "Qwen2.5-0.5B.v1").symlink_to(tiny_folder("qwen3"))
     assert find_teacher(place.format("Qwen2.5-0.5B.v1")).name == "Qwen2.5-0.5B.v1"
     monkeypatch.chdir(workplace / "Qwen2.5-0.5B.v1")
-    assert find_teacher(".").name in (tiny_folder("qwen3").name, "Qwen2.5-0.5B.v1")
+    for own in (".", "./", "../" + Path.cwd().name, "generation/.."):
+        Path("generation").mkdir(exist_ok=True)
+        assert find_teacher(own).name in (tiny_folder("qwen3").name, "Qwen2.5-0.5B.v1")
+    assert find_teacher(find_teacher(".").name).location == "."  # by what is recorded
+    Path("generation").rmdir()
+
+
+def test_no_file_is_hidden_and_none_is_of_two_models(workplace, run, tiny_folder, monkeypatch):
+    folders = {".llama": "llama", "llama": "gpt2", "Q3.v1": "qwen3", "Q3.v1/in": "gemma3"}
+    for name, architecture in folders.items():
+        shutil.copytree(tiny_folder(architecture), workplace / name)
+    monkeypatch.chdir(workplace / "Q3.v1" / "in")
+    for place in (workplace / ".llama", workplace / "llama", "..", "."):
+        code, _, err = run(*EXTRACT, "--teacher", place, "--no-vocabulary")
+        assert code == 0, err
+    found = {path.name: read_vectors(path).teacher for path in Path("data/vectors").iterdir()}
+    assert found == {
+        "_.llama.safetensors": ".llama", "llama.safetensors": "llama", "Q3.v1.safetensors": "Q3.v1",
+        "in.safetensors": "in",
+    }  # fmt: skip
 
 
 def test_of_a_files_name_the_suffix_alone_is_left_out_in_any_case(workplace):

@@ -123,3 +123,80 @@ def test_tables_of_older_work_are_read_and_written(tmp_path):
     np.testing.assert_array_equal(read_vectors(tmp_path / "again.pt").vectors, one_layer.vectors)
     with pytest.raises(InputError, match="one layer"):
         write_vectors(SMALL, tmp_path / "two.pt")
+
+
+ONES, ZEROS = torch.ones(4), torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"ice": np.ones(4), "fire": np.zeros(4, np.float32)},
+        {"ice": ONES.bfloat16(), "fire": ZEROS.double()},
+        {"ice": ONES[None], "fire": ZEROS[None]},
+        {"ice": [1.0] * 4, "fire": [0] * 4},
+        {"ice": torch.nn.Parameter(ONES), "fire": ZEROS},
+        {"concepts": ["ice", "fire"], "vectors": [ONES, ZEROS]},
+        {"concepts": np.array(["ice", "fire"]), "vectors": np.stack([ONES, ZEROS]).astype(np.float16)},
+        {"concepts": ("ice", "fire"), "vectors": torch.stack([ONES, ZEROS])[:, None], "layer": 8},
+        {"vectors": ONES, "concepts": ZEROS},  # which are names of concepts too
+        [("ice", ONES), ("fire", ZEROS)],
+        (["ice", "fire"], [ONES, ZEROS]),
+        [torch.stack([ONES, ZEROS]), ["ice", "fire"]],
+    ],
+)
+def test_a_table_of_older_work_is_read_in_any_form_whose_meaning_is_clear(tmp_path, table):
+    torch.save(table, tmp_path / "old.pt")
+    back = read_vectors(tmp_path / "old.pt")
+    assert back.concepts in (("ice", "fire"), ("vectors", "concepts"))
+    assert back.vectors.dtype == np.float32
+    np.testing.assert_array_equal(back.vectors, np.array([[1] * 4, [0] * 4])[:, None, None])
+
+
+@pytest.mark.parametrize(
+    ("table", "found"),
+    [
+        ([ONES, ZEROS], "a list of 2 values without their concepts"),
+        ([np.ones(4)], "a list of 1 values without their concepts"),
+        (torch.ones(3, 4), "a tensor of float32 [3, 4] without concepts"),
+        (np.ones((3, 4)), "a tensor of float64 [3, 4] without concepts"),
+        ("a text", "a value of type str"),
+        (None, "a value of type NoneType"),
+        ([], "a list of 0 values"),
+        ({}, "no concepts"),
+        ({"ice": ONES, "fire": torch.ones(5)}, "'fire' has a vector of 5 numbers, and 'ice' one of 4"),
+        ({"ice": torch.ones(2, 4)}, "'ice' has a tensor of float32 [2, 4]"),
+        ({"ice": torch.tensor(1.0)}, "'ice' has a tensor of float32 []"),
+        ({"ice": torch.ones(0)}, "'ice' has a tensor of float32 [0]"),
+        ({"ice": "cold"}, "'ice' has a value of type str"),
+        ({"ice": {"8": ONES}}, "'ice' has a value of type dict"),
+        ({"ice": torch.ones(4, dtype=torch.complex64)}, "'ice' has a tensor of complex64 [4]"),
+        ({"concepts": ["ice", "fire"], "vectors": torch.ones(3, 4)}, "2 concepts and 3 vectors"),
+        ({"concepts": ["ice", "fire"], "vectors": torch.ones(2, 3, 4)}, "'ice' has a tensor of float32 [3, 4]"),
+        ({"concepts": ["ice", "ice"], "vectors": torch.ones(2, 4)}, "the concept 'ice' twice"),
+        ({"concepts": ["ice"], "vectors": torch.tensor(1.0)}, "a tensor of float32 [] for vectors"),
+        ({"concepts": ["ice"]}, "a value of type NoneType for vectors"),
+        ({"concepts": ["ice", None], "vectors": torch.ones(2, 4)}, "concepts that are not all texts"),
+    ],
+)
+def test_a_table_whose_meaning_is_not_clear_is_refused_in_one_line_that_says_what_is_expected(tmp_path, table, found):
+    torch.save(table, tmp_path / "old.pt")
+    with pytest.raises(InputError) as refused:
+        read_vectors(tmp_path / "old.pt")
+    message = str(refused.value)
+    assert found in message
+    assert "expected {concept: vector}" in message
+    assert "\n" not in message
+
+
+def test_a_pt_file_that_is_damaged_is_refused_in_one_line(tmp_path):
+    torch.save({"ice": ONES, "fire": ZEROS}, tmp_path / "whole.pt")
+    content = tmp_path.joinpath("whole.pt").read_bytes()
+    for share in range(0, len(content), 97):
+        tmp_path.joinpath("cut.pt").write_bytes(content[:share])
+        with pytest.raises(InputError):
+            read_vectors(tmp_path / "cut.pt")
+    for text in (b"", b"not at all", bytes(range(256)), b"\x80\x02}q\x00."):
+        tmp_path.joinpath("other.pt").write_bytes(text)
+        with pytest.raises(InputError):
+            read_vectors(tmp_path / "other.pt")

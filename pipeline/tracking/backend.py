@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import replace
 from typing import Any
 
 from mlflow import MlflowClient
@@ -50,7 +49,7 @@ class HostBackend(AbstractBackend):
         """
         os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri)
         try:
-            tracker = replace(connect(), experiment_id=experiment_id)
+            tracker = connect(experiment_id=experiment_id)
         except InputError as error:
             raise ExecutionException(str(error)) from None
         work_dir = fetch_and_validate_project(project_uri, version, entry_point, params)

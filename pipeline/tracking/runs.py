@@ -23,6 +23,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from pipeline.tracking.server import without_password
+from pipeline.tracking.students import STUDENT_PLACE, logged_models
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of the two the one in C takes a tenth of the time
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
@@ -33,7 +34,6 @@ STUDENT_CODE = (
 )  # fmt: skip
 DOOR = "served.py"  # what MLflow loads
 EXAMPLE = ("volcano", "slow cooking")  # what a logged student may be asked
-STUDENT_PLACE = "artifacts/student"  # in the folder of a logged model
 STUDENT_NEEDS = ("mlflow", "numpy", "safetensors", "tokenizers")
 
 
@@ -125,8 +125,8 @@ class Run:
         What `mlflow.pyfunc.log_model` does, with the parts that all students share made once. A model of that name that
         an earlier try has begun is used again: ``there`` is the run as it stands.
         """
-        outputs = there.outputs.model_outputs if there.outputs else []
-        begun = [self.client.get_logged_model(output.model_id) for output in outputs]
+        has_begun = there.outputs and there.outputs.model_outputs
+        begun = logged_models(self.client, [there])[self.id] if has_begun else []  # none of those that were deleted
         model = next((model for model in begun if model.name == name), None)
         if model is None:
             model = self.client.create_logged_model(self.experiment_id, name, self.id)

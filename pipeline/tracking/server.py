@@ -1,4 +1,4 @@
-"""The tracking server: reaching it, its experiment, and patience while it is away."""
+"""The tracking server: reaching it, and patience while it is away."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
@@ -23,7 +22,6 @@ from pipeline import interrupts
 from pipeline.errors import InputError, WorkError
 from pipeline.storage import tracking_uri, write_atomically
 
-EXPERIMENT = "activation-distillation"
 MOST_PAUSE_SECONDS = 10.0  # between two tries
 NOTICE_SECONDS = 15.0  # between two lines that say that it is waited
 PATIENCE = "TRACKING_PATIENCE_SECONDS"
@@ -35,14 +33,17 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def reach() -> tuple[MlflowClient, str]:
+def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
     """Reach the tracking server of the environment, or ``sqlite:///mlflow.db`` without one.
 
     A server that is not there yet is waited for if TRACKING_PATIENCE_SECONDS is set: in a cluster it may start together
     with those who need it; at a terminal an address that is wrong is better said at once.
 
+    Args:
+        look_up: what to ask of it first, which may be asked again.
+
     Returns:
-        The server's client, and the id of the project's experiment.
+        The server's client, and what it answered.
 
     Raises:
         InputError: it does not answer, or it refuses.
@@ -59,11 +60,11 @@ def reach() -> tuple[MlflowClient, str]:
     mlflow.set_tracking_uri(uri)
     patience = float(os.environ.get(PATIENCE, "0"))
 
-    def look() -> tuple[MlflowClient, str]:
+    def look() -> tuple[MlflowClient, T]:
         _make_sqlite_file(uri)
         with _impatient():
             client = MlflowClient()
-            return client, _experiment(client)
+            return client, look_up(client)
 
     try:
         return _retry(look, patience, Exception, f"waiting for the tracking server {without_password(uri)}")
@@ -112,8 +113,23 @@ def _is_final(error: Exception) -> bool:
         return True
     if not isinstance(error, MlflowException):
         return False
-    no_answer_of_mlflow = not isinstance(error, RestException) and str(error).startswith("API request to endpoint")
-    return error.error_code in DENIED or not (error.error_code in PASSING or no_answer_of_mlflow)
+    return error.error_code in DENIED or not (error.error_code in PASSING or not _is_of_mlflow(error))
+
+
+def _is_of_mlflow(error: MlflowException) -> bool:
+    """Whether MLflow itself has answered, and not something before it."""
+    return isinstance(error, RestException) or not str(error).startswith("API request to endpoint")
+
+
+def is_unknown(error: MlflowException) -> bool:
+    """Whether MLflow says that it has nothing of the id that it was asked for, or that it is no id."""
+    return _is_of_mlflow(error) and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def _is_deleted(error: MlflowException) -> bool:
+    """Whether MLflow says that what it was to change was deleted."""
+    is_inactive = "must be in the 'active' state" in str(error)
+    return _is_of_mlflow(error) and (error.error_code == "RESOURCE_DOES_NOT_EXIST" or is_inactive)
 
 
 def _reason(error: Exception) -> str:
@@ -170,7 +186,7 @@ def patiently(work: Callable[[], T]) -> T:
         work: may be done again after it has failed half-way.
 
     Raises:
-        WorkError: the server stayed away, or artifacts cannot be written.
+        WorkError: the server stayed away, artifacts cannot be written, or what is written to was deleted.
     """
     patience = float(os.environ.get(PATIENCE, "300"))
     try:
@@ -178,6 +194,8 @@ def patiently(work: Callable[[], T]) -> T:
     except MlflowException as error:
         if error.error_code in DENIED:  # a token that has expired meanwhile
             raise WorkError(_refusal(mlflow.get_tracking_uri(), error)) from error
+        if _is_deleted(error):
+            raise WorkError(f"deleted from MLflow meanwhile ({_reason(error)}); run the command again") from error
         raise
     except RequestException:
         raise
@@ -204,51 +222,3 @@ def _impatient() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def artifact_folder(location: str) -> Path | None:
-    """The local folder of an artifact location; None where a server or a store has it."""
-    url = urlsplit(location)
-    return Path(unquote(url.path) if url.scheme else location) if url.scheme in ("", "file") else None
-
-
-def _check_artifacts(location: str) -> None:
-    """Check that the folder of a database's artifacts is there: a project folder that was renamed takes it away.
-
-    Raises:
-        InputError: they are not.
-    """
-    folder = artifact_folder(location)
-    uri = mlflow.get_tracking_uri()
-    if folder is None or not uri.startswith("sqlite:///"):
-        return
-    if not folder.parents[1].exists():
-        raise InputError(
-            f"MLFLOW_TRACKING_URI {uri}: its runs keep their artifacts in {folder}, which is gone; give the folder its "
-            "old name again, or begin a new database: remove mlflow.db, or name another with MLFLOW_TRACKING_URI"
-        )
-
-
-def _artifact_location(name: str) -> str | None:
-    """Beside an SQLite database, wherever the command runs; None where MLflow does so itself, or a server does."""
-    path = Path(mlflow.get_tracking_uri().removeprefix("sqlite:///"))
-    if not path.is_absolute() or path.parent == Path.cwd():
-        return None
-    return str(path.parent / "mlruns" / name)
-
-
-def _experiment(client: MlflowClient) -> str:
-    """The experiment's id; whoever comes first creates it."""
-    if named := os.environ.get("MLFLOW_EXPERIMENT_ID"):
-        return named
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name, _artifact_location(name)))
-        except MlflowException:  # another process was faster
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    _check_artifacts(found.artifact_location)
-    return str(found.experiment_id)

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking.context import registry as context
 from mlflow.utils.mlflow_tags import (
     MLFLOW_PARENT_RUN_ID,
@@ -30,8 +31,10 @@ from pipeline import hub, interrupts, storage
 from pipeline.errors import InputError
 from pipeline.interrupts import closed_by
 from pipeline.student import Student
-from pipeline.tracking.runs import STUDENT_PLACE, Run
+from pipeline.tracking.experiment import RUN, find_experiment, held
+from pipeline.tracking.runs import Run
 from pipeline.tracking.server import TrackingError, patiently, reach
+from pipeline.tracking.students import read_student, student_folder, whole_students
 
 SETTLE_SECONDS = 1.0  # longer than it takes a worker to look for a run and, where there is none, to make one
 
@@ -47,7 +50,7 @@ class Tracker:
 
     def open_run(self, name: str, tags: Mapping[str, str]) -> Run:
         """The run of this command: the one that ``mlflow run`` opened, where it did, or a new one."""
-        if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        if run_id := os.environ.get(RUN):
             self.client.update_run(run_id, name=name)
             run = self._reopen(self.client.get_run(run_id))
             run.set_tags(tags)
@@ -69,8 +72,9 @@ class Tracker:
             is_at_work: whether somebody works below a parent run.
         """
         begin = time.monotonic()
-        opened = os.environ.get("MLFLOW_RUN_ID")
+        opened = os.environ.get(RUN)
         before = self._parents(sweep_id)
+        self._check_opened(opened, sweep_id)
         known = {run.info.run_id for run in before}
         going_on = before if opened is None or opened in known else [run for run in before if is_at_work(run)]
         if going_on:
@@ -88,13 +92,21 @@ class Tracker:
             run.set_tags({key: value for key, value in tags.items() if key not in parent.data.tags} | {"role": "sweep"})
             for candidate in self._candidates(sweep_id):
                 self.discard(candidate, f"took part in sweep {sweep_id}, whose cells are below run {run.id}")
-            unfinished = {old.info.run_id for old in before if old.info.status != "FINISHED"} - {run.id}
-            for cell in self.cells(sweep_id) if unfinished else []:
-                if cell.data.tags[MLFLOW_PARENT_RUN_ID] in unfinished:
+            finished = {old.info.run_id for old in before if old.info.status == "FINISHED"} | {run.id}
+            # Only where no parent is left, or one that was left before it was finished.
+            has_orphans = not before or not {old.info.run_id for old in before} <= finished
+            for cell in self.cells(sweep_id) if has_orphans else []:
+                if cell.data.tags[MLFLOW_PARENT_RUN_ID] not in finished:
                     self.client.set_tag(cell.info.run_id, MLFLOW_PARENT_RUN_ID, run.id)
             if opened not in (None, run.id):
                 self.discard(self.client.get_run(opened), f"sweep {sweep_id} goes on in run {run.id}")
         return run
+
+    def _check_opened(self, run_id: str | None, sweep_id: str) -> None:
+        """Check that the run of the environment does not hold another sweep that is finished."""
+        run = self.client.get_run(run_id) if run_id else None
+        if run and run.info.status == "FINISHED" and run.data.tags.get("sweep_id", sweep_id) != sweep_id:
+            raise held(run)
 
     def _elect(self, sweep_id: str, known: set[str], is_at_work: Callable[[MlflowRun], bool]) -> MlflowRun:
         """One parent of several workers that have each made a candidate.
@@ -147,13 +159,13 @@ class Tracker:
 
     def cells(self, sweep_id: str) -> list[MlflowRun]:
         """All runs of a sweep's cells, whatever has become of them."""
-        return self._search(f"tags.sweep_id = '{sweep_id}' and tags.role = 'cell'")
+        return self._search(f"tags.sweep_id = {_quoted(sweep_id)} and tags.role = 'cell'")
 
     def _parents(self, sweep_id: str) -> list[MlflowRun]:
-        return self._search(f"tags.sweep_id = '{sweep_id}' and tags.role = 'sweep'")
+        return self._search(f"tags.sweep_id = {_quoted(sweep_id)} and tags.role = 'sweep'")
 
     def _candidates(self, sweep_id: str) -> list[MlflowRun]:
-        return self._search(f"tags.sweep_id = '{sweep_id}' and tags.role = 'candidate'")
+        return self._search(f"tags.sweep_id = {_quoted(sweep_id)} and tags.role = 'candidate'")
 
     def under_way(self, work_key: str) -> list[MlflowRun]:
         """The RUNNING parent runs of sweeps of the same cells and data, whatever their ids."""
@@ -170,10 +182,20 @@ class Tracker:
             return False
         return any(tag.startswith("best_run_id") for tag in parent.data.tags)  # one for each block and split
 
-    def finished_cells(self) -> dict[str, MlflowRun]:
-        """All finished cells of the experiment by their ``cell_key``."""
+    def finished_cells(self, keys: Collection[str] | None = None) -> tuple[dict[str, MlflowRun], list[MlflowRun]]:
+        """Finished cells of the experiment: by ``cell_key`` those with a student, and a list of those without.
+
+        A student may have been deleted, or its files removed.
+
+        Args:
+            keys: of the cells to look for; all by default.
+        """
         found = self._search("attributes.status = 'FINISHED' and tags.role = 'cell'")
-        return {run.data.tags["cell_key"]: run for run in found}
+        if keys is not None:
+            found = [run for run in found if run.data.tags["cell_key"] in keys]
+        there = whole_students(self.client, found)
+        whole = {run.data.tags["cell_key"]: run for run in found if run.info.run_id in there}
+        return whole, [run for run in found if run.info.run_id not in there]
 
     def _search(self, query: str) -> list[MlflowRun]:
         found: list[MlflowRun] = []
@@ -184,18 +206,35 @@ class Tracker:
             if not (token := page.token):
                 return found
 
-    def artifact(self, run_id: str, name: str) -> str:
-        """The text of one of a run's artifacts."""
-        with tempfile.TemporaryDirectory() as folder:
-            return Path(self.client.download_artifacts(run_id, name, folder)).read_text(encoding="utf-8")
+    def artifact(self, run: MlflowRun, name: str) -> str:
+        """The text of one of a run's artifacts.
 
-    def newest_artifact(self, run_id: str, part: str) -> tuple[str, str]:
-        """Stem and text of the JSON artifact whose name contains ``part`` and sorts last."""
-        names = [item.path for item in self.client.list_artifacts(run_id) if part in item.path]
+        Raises:
+            InputError: it is gone.
+        """
+        store = get_artifact_repository(run.info.artifact_uri, tracking_uri=self.client.tracking_uri)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return Path(store.download_artifacts(name, folder)).read_text(encoding="utf-8")
+            except (*TrackingError, OSError) as error:
+                if name in [item.path for item in store.list_artifacts()]:
+                    raise
+                raise InputError(f"run {run.info.run_id}: its artifact {name} is gone from MLflow") from error
+
+    def newest_artifact(self, run: MlflowRun, part: str) -> tuple[str, str]:
+        """Stem and text of the JSON artifact whose name contains ``part`` and sorts last.
+
+        Raises:
+            InputError: there is none.
+        """
+        names = [item.path for item in self.client.list_artifacts(run.info.run_id) if part in item.path]
         names = sorted(name for name in names if name.endswith(".json"))
         if not names:
-            raise InputError(f"run {run_id} has no results file; the sweep did not finish")
-        return Path(names[-1]).stem, self.artifact(run_id, names[-1])
+            raise InputError(
+                f"run {run.info.run_id} has no results file: the sweep did not finish, or its artifacts were removed; "
+                "run it again"
+            )
+        return Path(names[-1]).stem, self.artifact(run, names[-1])
 
     def students_below(self, run_id: str) -> tuple[str, str, list[str]]:
         """Of a cell's run or a sweep's: its name, its grid, and the run of each finished cell.
@@ -214,18 +253,8 @@ class Tracker:
         return name, run.data.tags["grid"], [own.info.run_id for own in below]
 
     def student_of(self, run_id: str) -> Student:
-        """The student that a run logged."""
-        outputs = self.client.get_run(run_id).outputs
-        models = outputs.model_outputs if outputs else []
-        if not models:
-            raise InputError(f"run {run_id} has no logged student")
-        if len(models) > 1:  # a sweep of several blocks or splits
-            named = {self.client.get_logged_model(model.model_id).name: model.model_id for model in models}
-            listed = ", ".join(f"models:/{model_id} ({name})" for name, model_id in named.items())
-            raise InputError(f"run {run_id} has several logged students; name one of {listed}")
-        with tempfile.TemporaryDirectory() as folder:
-            path = mlflow.artifacts.download_artifacts(f"models:/{models[0].model_id}", dst_path=folder)
-            return Student.load(_student_folder(Path(path)))
+        """The student that a run has logged; see `read_student`."""
+        return patiently(lambda: read_student(self.client, run_id))
 
     def register(self, name: str, model_id: str, alias: str) -> str:
         """Make a logged model the newest version of a registered one, and give it an alias; the version.
@@ -250,6 +279,15 @@ class Tracker:
         return Run(self.client, run.info.run_id, run.info.experiment_id)
 
 
+def _quoted(sweep_id: str) -> str:
+    """A sweep's id in MLflow's query language, which knows two kinds of quotes and nothing that escapes them."""
+    if "'" not in sweep_id:
+        return f"'{sweep_id}'"
+    if '"' in sweep_id:
+        raise InputError(f"--sweep-id {sweep_id}: MLflow cannot look for what has both kinds of quotes; name another")
+    return f'"{sweep_id}"'
+
+
 @functools.cache
 def _context(client: MlflowClient) -> dict[str, str]:
     """MLflow's tags of who runs what here: user, source, commit. Asked once: finding them takes as long as a run.
@@ -257,15 +295,29 @@ def _context(client: MlflowClient) -> dict[str, str]:
     Under ``mlflow run`` they are those of the run that it opened: a container knows neither its user nor a repository.
     """
     found = dict(context.resolve_tags())
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+    if run_id := os.environ.get(RUN):
         opened = client.get_run(run_id).data.tags
         found |= {key: value for key, value in opened.items() if key == MLFLOW_USER or key.startswith("mlflow.source.")}
     return found
 
 
-def connect() -> Tracker:
-    """The project's experiment on the tracking server of the environment; see `server.reach`."""
-    return Tracker(*reach())
+def connect(role: str | None = None, experiment_id: str | None = None) -> Tracker:
+    """The project's experiment on the tracking server of the environment; see `server.reach`.
+
+    Args:
+        role: of the run that the command will write; None where it only reads.
+        experiment_id: another experiment than that of the environment.
+
+    Raises:
+        InputError: the server does not answer, or the environment names what is not there; see `find_experiment`.
+    """
+    return Tracker(*reach(lambda client: find_experiment(client, experiment_id, role)))
+
+
+def _client() -> MlflowClient:
+    """The tracking server, for what belongs to no experiment in particular."""
+    client, _ = reach(lambda client: client.search_experiments(max_results=1))
+    return client
 
 
 @contextmanager
@@ -312,12 +364,12 @@ def fetch(uri: str) -> Path:
                 "models:/<name>@<alias>"
             )
         return storage.fetch(uri)
-    connect()
+    _client()
     try:
         path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(storage.folder_of_copies())))
     except (MlflowException, OSError) as error:
         raise InputError(f"{uri}: MLflow has no such artifact ({error})") from error
-    return _student_folder(path) if (path / "MLmodel").is_file() else path
+    return student_folder(path) if (path / "MLmodel").is_file() else path
 
 
 def student_at(place: str) -> Student:
@@ -328,14 +380,6 @@ def student_at(place: str) -> Student:
     """
     run_id = place.removeprefix("runs:/")
     if place.startswith("runs:/") and "/" not in run_id:
-        tracker = connect()
-        try:
-            return tracker.student_of(run_id)
-        except MlflowException as error:
-            raise InputError(f"{place}: MLflow has no such run ({error})") from error
+        client = _client()
+        return patiently(lambda: read_student(client, run_id))
     return Student.load(fetch(place))
-
-
-def _student_folder(model: Path) -> Path:
-    """The student in the folder of a logged model."""
-    return model / STUDENT_PLACE

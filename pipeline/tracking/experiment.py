@@ -1,0 +1,138 @@
+"""The experiment and the run that a command tracks to: what the environment names, once it is known to be there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, LifecycleStage
+from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
+
+from pipeline.errors import InputError
+from pipeline.tracking.server import is_unknown
+
+EXPERIMENT = "activation-distillation"
+ID, NAME, RUN = "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"
+SWEEPS = ("sweep", "candidate", "worker")  # roles of runs that are or might have been a sweep's parent
+ROLES = (*SWEEPS, "cell", "extract", "evaluate")
+
+
+def find_experiment(client: MlflowClient, experiment_id: str | None = None, role: str | None = None) -> str:
+    """The id of the experiment to track to; the project's own is made by whoever comes first.
+
+    Args:
+        client: the tracking server's.
+        experiment_id: the experiment, where the caller knows it; else the one that the environment names, or that of
+            the run that it names, or the project's own.
+        role: of the run that the command will write; None where it writes none, and the environment's run is nothing
+            to it.
+
+    Raises:
+        InputError: an experiment or a run that is not there, was deleted, or does not go with the other; or a run that
+            holds the work of another command.
+    """
+    run_id = os.environ.get(RUN) if role else None
+    run = _run(client, run_id) if run_id else None
+    named, name = experiment_id or os.environ.get(ID), os.environ.get(NAME)
+    if named or (run is not None and not name):
+        variable = f"{ID} {named}" if named else f"{RUN} {run_id}"
+        found = _by_id(client, named or run.info.experiment_id, variable)  # type: ignore[union-attr]
+    else:
+        found = _by_name(client, name or EXPERIMENT)
+    _check_experiment(client, found)
+    if run is not None:
+        _check_run(run, found, str(role))
+    elif experiment_id is None and named and name not in (None, "", found.name) and RUN not in os.environ:
+        raise InputError(f"{ID} {named}: is the experiment {found.name!r}, and {NAME} {name!r} another; unset one")
+    return str(found.experiment_id)
+
+
+def _run(client: MlflowClient, run_id: str) -> MlflowRun:
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if not is_unknown(error):
+            raise
+        raise InputError(f"{RUN} {run_id}: {client.tracking_uri} has no such run; unset the variable") from error
+
+
+def _by_id(client: MlflowClient, experiment_id: str, variable: str) -> Experiment:
+    try:
+        return client.get_experiment(experiment_id)
+    except MlflowException as error:
+        if not is_unknown(error):
+            raise
+        raise InputError(
+            f"{variable}: {client.tracking_uri} has no experiment {experiment_id}; unset the variable"
+        ) from error
+
+
+def _by_name(client: MlflowClient, name: str) -> Experiment:
+    if (found := client.get_experiment_by_name(name)) is not None:
+        return found
+    try:
+        return client.get_experiment(client.create_experiment(name, _artifact_location(client, name)))
+    except MlflowException:  # another process was faster
+        if (found := client.get_experiment_by_name(name)) is None:
+            raise
+        return found
+
+
+def _check_experiment(client: MlflowClient, found: Experiment) -> None:
+    """Check that the experiment takes runs: it was not deleted, and the folder of a database's artifacts is there.
+
+    A project folder that was renamed takes that away.
+    """
+    if found.lifecycle_stage == LifecycleStage.DELETED:
+        raise InputError(
+            f"experiment {found.name!r}: was deleted; bring it back with: mlflow experiments restore --experiment-id "
+            f"{found.experiment_id}, or name another with {NAME}"
+        )
+    folder, uri = artifact_folder(found.artifact_location), client.tracking_uri
+    if folder is not None and uri.startswith("sqlite:///") and not folder.absolute().parent.parent.exists():
+        raise InputError(
+            f"MLFLOW_TRACKING_URI {uri}: its runs keep their artifacts in {folder}, which is gone; give the folder its "
+            "old name again, or begin a new database: remove mlflow.db, or name another with MLFLOW_TRACKING_URI"
+        )
+
+
+def _check_run(run: MlflowRun, experiment: Experiment, role: str) -> None:
+    """Check that the environment's run can take what the command has to track."""
+    run_id, before = run.info.run_id, run.data.tags.get("role")
+    if run.info.experiment_id != experiment.experiment_id:
+        raise InputError(
+            f"{RUN} {run_id}: is a run of experiment {run.info.experiment_id}, and not of {experiment.name!r} "
+            f"({experiment.experiment_id}); unset the variable, or name its experiment with {ID}"
+        )
+    if run.info.lifecycle_stage == LifecycleStage.DELETED:
+        raise InputError(
+            f"{RUN} {run_id}: was deleted; bring it back with: mlflow runs restore --run-id {run_id}, or unset the "
+            "variable"
+        )
+    is_same = before == role or (role in SWEEPS and before in SWEEPS)
+    if before in ROLES and (not is_same or (role not in SWEEPS and run.info.status == "FINISHED")):
+        raise held(run)
+
+
+def held(run: MlflowRun) -> InputError:
+    """The error for a run that the environment names and that holds finished work or that of another command."""
+    return InputError(
+        f"{RUN} {run.info.run_id}: holds what an earlier command tracked ({run.info.run_name}); unset the variable"
+    )
+
+
+def artifact_folder(location: str) -> Path | None:
+    """The local folder of an artifact location; None where a server or a store has it."""
+    url = urlsplit(location)
+    return Path(unquote(url.path) if url.scheme else location) if url.scheme in ("", "file") else None
+
+
+def _artifact_location(client: MlflowClient, name: str) -> str | None:
+    """Beside an SQLite database, wherever the command runs; None where MLflow does so itself, or a server does."""
+    path = Path(client.tracking_uri.removeprefix("sqlite:///"))
+    if not path.is_absolute() or path.parent == Path.cwd():
+        return None
+    return str(path.parent / "mlruns" / name)
