@@ -7,7 +7,8 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -42,7 +43,9 @@ def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., 
         def command(**values: Any) -> None:
             chosen = settings(**{item.name: values.pop(item.name) for item in fields(settings)})
             check(chosen)
-            function(chosen, **values)
+            with _ending_with_the_reader():
+                function(chosen, **values)
+                print_lines()
 
         types = get_type_hints(settings)
         command = _verbose(command)
@@ -61,6 +64,19 @@ def _verbose(command: Any) -> Any:
 
     text = "Also show the libraries' messages and bars, and reasons."
     return click.option("--verbose", is_flag=True, expose_value=False, callback=show, help=text)(command)
+
+
+@contextmanager
+def _ending_with_the_reader() -> Iterator[None]:
+    """End quietly where standard output is a pipe that nobody reads any more, as after ``| head``."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not poll.poll(0):
+            raise WorkError(f"a connection was closed by the other side ({error})") from error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
 
 
 class _Optional(click.ParamType[Any]):
@@ -349,11 +365,6 @@ def main() -> None:
     try:
         with interrupts.watching():
             cli(standalone_mode=False)
-            print_lines()
-    except BrokenPipeError:
-        if not _reader_has_gone():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
     except InputError as error:
         _leave(f"error: {error}", 2)
     except WorkError as error:
@@ -363,13 +374,6 @@ def main() -> None:
         _leave(f"error: {error.format_message()} (see {command} --help)", 2)
     except (KeyboardInterrupt, click.Abort):
         interrupts.leave()
-
-
-def _reader_has_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more, as after ``| head``."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return bool(poll.poll(0))
 
 
 def _leave(line: str, code: int) -> None:

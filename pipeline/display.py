@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,20 +28,12 @@ from rich.text import Text
 from pipeline.identity import section_of
 from pipeline.options import Cell
 from pipeline.stack import Progress as Epoch
+from pipeline.storage import print_lines
 from pipeline.sweep import Watcher
 from pipeline.tables import WIDTH, title
 from pipeline.training import epochs
 
 NOTICE_SECONDS = 15.0  # between two lines where there is no terminal
-
-
-class _Output(Console):
-    """Standard output, which may have a reader that has seen enough."""
-
-    def on_broken_pipe(self) -> None:
-        """Called where the error is handled; the command line ends quietly for this one as for any other."""
-        raise
-
 
 console = Console(stderr=True, highlight=False)
 BEYOND = 2.0  # no cosine is better: there is no best across blocks or splits
@@ -152,7 +145,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         shown.add_column(title(name), justify="left" if name in ("student", "cell") else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row, style="dim" if row[0].startswith("(") else "")
-    out = _Output(highlight=False)
-    if not out.is_terminal:  # in a file or a pipe
-        out.width = max(out.width, WIDTH)
-    out.print(shown)
+    out = Console(highlight=False)
+    if out.is_terminal:
+        out.print(shown)
+        return
+    text = io.StringIO()
+    Console(file=text, highlight=False, width=max(out.width, WIDTH)).print(shown)
+    print_lines([text.getvalue()])

@@ -69,7 +69,7 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
     student = _student_at(options.run or _newest_student())
     compare = _comparison(student, options) if options.compare else None
     shown: list[list[str]] = []
-    holds = kind in (".csv", ".jsonl") or (output is None and not (options.nearest or options.compare))
+    holds = kind in (".csv", ".jsonl") or not (options.nearest or options.compare)
 
     def chunks(source: Iterable[list[str]], advance: Callable[[float], None]) -> Iterator[Chunk]:
         for some in source:

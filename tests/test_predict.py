@@ -2,14 +2,20 @@
 
 import csv
 import json
+import os
+import random
+import shlex
 import subprocess
 import sys
+import threading
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED
 from safetensors.numpy import load_file
+from test_lists import damaged, decoded
 
 from pipeline import Student
 
@@ -64,6 +70,100 @@ def test_files_go_in_and_out(workplace, run, folder, predicted, name, source):
     assert not list(Path().glob("*.part"))
 
 
+def give(content, monkeypatch):
+    """Put bytes into standard input."""
+    Path("given").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", Path("given").open(encoding="ascii"))  # noqa: SIM115 (of a poor locale)
+
+
+def test_a_text_is_the_same_from_anywhere_in_any_form(workplace, run, folder, predicted, monkeypatch):
+    lines = "\n".join(TEXTS)
+    table = 'n;"Term "\r\n' + "".join(f'{n};"{text.replace(chr(34), chr(34) * 2)}"\r\n' for n, text in enumerate(TEXTS))
+    for place, content in (
+        ("-", b"\xef\xbb\xbf" + lines.encode()),
+        ("-", lines.encode("utf-16")),
+        ("texts.txt", unicodedata.normalize("NFD", lines).replace("\n", "\r").encode("utf-16")),
+        ("texts.CSV", table.encode("utf-8-sig")),
+        ("texts.tsv", table.replace(";", "\t").encode("utf-16")),
+        ("pipe", lines.encode()),
+        ("pipe.csv", table.encode()),
+    ):
+        for output in ((), ("--output", "vectors.JSONL")):
+            if place == "-":
+                give(content, monkeypatch)
+            elif place.startswith("pipe"):
+                Path(place).unlink(missing_ok=True)
+                os.mkfifo(place)
+                threading.Thread(target=Path(place).write_bytes, args=(content,)).start()
+            else:
+                Path(place).write_bytes(content)
+            code, out, err = run("predict", "--run", folder, "--file", place, "--column", "term", *output)
+            assert code == 0, err
+            text = Path("vectors.JSONL").read_text(encoding="utf-8") if output else out
+            found = [json.loads(line) for line in text.splitlines()]
+            assert [line["text"] for line in found] == TEXTS
+            np.testing.assert_allclose([line["vector"] for line in found], predicted, atol=1e-5)
+
+
+def test_the_same_word_in_another_unicode_form_is_the_same(folder, data):
+    student = Student.load(folder)
+    word = "\u1f55\u03b2\u03c1\u03b9\u03c2 caf\u00e9"
+    np.testing.assert_array_equal(student.encode(word), student.encode(unicodedata.normalize("NFD", word)))
+
+
+def test_a_list_without_texts_gives_none(workplace, run, folder, monkeypatch):
+    for content in (b"", b"\xef\xbb\xbf\r\n \r\n"):
+        for output in ((), ("--output", "none.csv"), ("--output", "none.npy")):
+            give(content, monkeypatch)
+            assert run("predict", "--run", folder, "--file", "-", *output)[:2] == (0, "")
+    assert np.load("none.npy").shape == (0, 576)
+    assert Path("none.csv").read_text().startswith("text,v0,v1,")
+
+
+def test_a_damaged_list_gives_its_vectors_or_one_line(workplace, run, folder, monkeypatch):
+    draw = random.Random(0)
+    codes = []
+    for number in range(24):
+        content = damaged(draw)
+        lines = decoded(content)
+        place = ("-", "list.txt", "list.csv")[number % 3]
+        if place == "-":
+            give(content, monkeypatch)
+        else:
+            Path(place).write_bytes(content)
+        before = set(Path().iterdir())
+        code, out, err = run("predict", "--run", folder, "--file", place, "--output", "vectors.npy")
+        codes.append(code)
+        assert out == ""
+        if code == 0:
+            if place != "list.csv":
+                assert len(np.load("vectors.npy")) == sum(bool(line.strip()) for line in lines)
+            Path("vectors.npy").unlink()
+        else:
+            assert code == 2
+            assert len([line for line in err.splitlines() if line]) == 1
+            assert err.startswith(f"error: {'standard input' if place == '-' else f'--file {place}'}, line ")
+        assert set(Path().iterdir()) == before
+    assert set(codes) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "into", "expected"),
+    [
+        ((), "| head -1 | cut -c 1-16; exit ${PIPESTATUS[0]}", (0, '{"text": "word 0\n', "")),
+        (("--nearest", 2), "> /dev/full", (1, "", "error: cannot write to standard output: No space left on device\n")),
+    ],
+)
+def test_an_output_that_is_closed_or_full_ends_it(workplace, folder, options, into, expected):
+    Path("many.txt").write_text("".join(f"word {number}\n" for number in range(2000)))
+    command = [sys.executable, "-m", "pipeline", "predict", "--run", folder, "--file", "many.txt", *options]
+    done = subprocess.run(
+        ["bash", "-c", f"{shlex.join(map(str, command))} {into}"], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
 @pytest.mark.parametrize("name", ["", "many.npy"])
 def test_standard_input_of_any_length(workplace, run, folder, monkeypatch, name):
     many = "".join(f"word {number}\n" for number in range(20_000))
@@ -104,7 +204,11 @@ def test_the_nearest_concepts_and_the_teachers_own_vectors(workplace, run, folde
         (("a", "--file", "b"), "expected texts as arguments, or --file"),
         (("a", "--output", "x.parquet"), "unknown kind of --output '.parquet'; available: .csv, .jsonl, .npy"),
         (("--file", "none.txt"), "--file none.txt: No such file"),
-        (("--file", "binary"), "not UTF-8"),
+        (("--file", "binary"), "--file binary, line 1: not UTF-8"),
+        (("--file", "latin.txt"), "--file latin.txt, line 2: not UTF-8 text (byte 0xe9, 'é' in Windows-1252); save it"),
+        (("--file", "long.txt"), "--file long.txt, line 3: 10,001 characters; expected 10,000 at the most"),
+        (("--file", "open.csv"), "--file open.csv, line 2: a quote that is not closed"),
+        (("--file", "."), "--file .: Is a directory"),
         (("--file", "texts.csv"), "no column 'concept'; it has rank, term"),
         (("fine", " "), "text 2: empty"),
         (("a", "--run", "nowhere"), "not a student folder"),
@@ -114,6 +218,9 @@ def test_the_nearest_concepts_and_the_teachers_own_vectors(workplace, run, folde
 )
 def test_what_is_wrong_is_said_in_one_line(workplace, run, folder, arguments, complaint):
     Path("binary").write_bytes(b"\xff\xfe\x00")
+    Path("latin.txt").write_bytes("ice\ncaf\xe9\n".encode("latin-1"))
+    Path("long.txt").write_text("ice\n\n" + "x" * 10_001)
+    Path("open.csv").write_text('concept,kind\n"ice,Food\nfire,"Nature"\n')
     Path("texts.csv").write_text("rank,term\n1,a\n")
     if "--run" not in arguments:
         arguments = ("--run", folder, *arguments)
