@@ -72,6 +72,7 @@ def load_tokenizer(
     """
     packed = options.get("gguf_file")
     folder = None if packed else _folder(location)
+    cause: BaseException | None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, config=config, **options)
         fault = _fault_of(tokenizer, folder)
@@ -81,16 +82,21 @@ def load_tokenizer(
         found = folder and _fault_in(folder, error)
         if "trust_remote_code" in str(error) or (isinstance(error, OSError) and not found):
             raise
-        raise _refusal(name, folder or Path(location, packed or ""), found or _brief(error)) from error
-    if fault:
-        found = folder and _fault_in(folder, None)
-        raise _refusal(name, folder or Path(location, packed or ""), found or fault)
-    return tokenizer
-
-
-def _refusal(name: str, place: Path, fault: str) -> InputError:
-    own = "take a file with the model's own in it" if place.suffix == ".gguf" else "put the model's own tokenizer there"
-    return InputError(f"--teacher {name}: the tokenizer in {place} cannot be used: {fault}; {own}")
+        fault, cause = found or _brief(error), error
+    else:
+        if not fault:
+            return tokenizer
+        fault, cause = (folder and _fault_in(folder, None)) or fault, None
+    if packed:
+        way_out = "name a file with the model's own in it"
+    elif Path(location).is_dir():
+        way_out = "put the model's own tokenizer there"
+    else:
+        way_out = (
+            "remove that folder to fetch it from the hub again, or name a local one with the model's own tokenizer"
+        )
+    place = folder or Path(location, packed or "")
+    raise InputError(f"--teacher {name}: the tokenizer in {place} cannot be used: {fault}; {way_out}") from cause
 
 
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -232,6 +238,6 @@ def _fault_without_whole(folder: Path, kind: object, error: BaseException | None
     if found["vocab.json"] and not (folder / "merges.txt").is_file():
         return "vocab.json has no merges.txt beside it"
     names = ", ".join(path.name for paths in [*found.values(), sorted(folder.glob("merges.txt"))] for path in paths)
-    if not kind:
+    if not kind and not found["*.model"]:
         return f"no {WHOLE}, and no tokenizer_class in {SETTINGS} that says how to read {names}"
-    return f"{kind} does not read {names} ({_brief(error)})" if error else None
+    return f"{kind or 'transformers'} does not read {names} ({_brief(error)})" if error else None

@@ -38,12 +38,12 @@ LAUNCHER = {"processes"}
 # A room imports only from rooms before it.
 ROOMS = [
     "errors", "interrupts", "options", "storage", "families", "tokenization", "reading", "inference", "card", "hub",
-    "gguf", "precision", "processes", "concepts", "vectors", "teachers", "request", "prompts", "trees", "forward",
-    "plan", "extraction", "vocabulary", "function", "audit", "metrics", "objectives", "features", "students",
-    "identity", "bulk", "folders",
-    "student", "served", "publish", "curriculum", "noise", "stack", "training", "export", "schedule", "grid", "lanes",
-    "spool", "engine", "tracking", "claims", "recorder", "scaling", "transition", "results", "tables", "sweep", "plots",
-    "jobs", "report", "evaluation", "predict", "display", "project", "cli", "__main__",
+    "teacher_tokenizer", "gguf", "precision", "processes", "concepts", "vectors", "teachers", "request", "prompts",
+    "trees", "forward", "plan", "extraction", "vocabulary", "function", "audit", "metrics", "objectives",
+    "features", "students", "identity", "bulk", "folders", "student", "served", "publish", "curriculum", "noise",
+    "stack", "training", "export", "schedule", "grid", "lanes", "spool", "engine", "tracking", "claims", "recorder",
+    "scaling", "transition", "results", "tables", "sweep", "plots", "jobs", "report", "evaluation", "predict",
+    "display", "project", "cli", "__main__",
 ]  # fmt: skip
 SOURCES = sorted((ROOT / "pipeline").rglob("*.py"))
 
