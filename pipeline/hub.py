@@ -19,6 +19,14 @@ def cache() -> Path:
     return Path(HF_HOME)
 
 
+def cached_folder(model: str) -> Path | None:
+    """The folder of the cache with what is here of a model's newest files; None where nothing is."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def fetch(place: str) -> Path:
     """A student folder or a vectors file of the hub, on this machine.
 

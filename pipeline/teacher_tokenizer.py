@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from pipeline import hub
 from pipeline.errors import InputError
 
 WHOLE = "tokenizer.json"
@@ -71,7 +72,8 @@ def load_tokenizer(
         OSError: the hub cannot be reached.
     """
     packed = options.get("gguf_file")
-    folder = None if packed else _folder(location)
+    local = Path(location) if Path(location).is_dir() else None
+    folder = None if packed else local or hub.cached_folder(location)
     cause: BaseException | None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, config=config, **options)
@@ -89,7 +91,7 @@ def load_tokenizer(
         fault, cause = (folder and _fault_in(folder, None)) or fault, None
     if packed:
         way_out = "name a file with the model's own in it"
-    elif Path(location).is_dir():
+    elif local:
         way_out = "put the model's own tokenizer there"
     else:
         way_out = (
@@ -156,16 +158,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[l
 def _brief(error: BaseException) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def _folder(location: str) -> Path | None:
-    """The folder with the files, that of the hub's cache for a hub id; None where there is none yet."""
-    if Path(location).is_dir():
-        return Path(location)
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(location, "config.json")
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _fault_of(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> str | None:
@@ -238,6 +230,8 @@ def _fault_without_whole(folder: Path, kind: object, error: BaseException | None
     if found["vocab.json"] and not (folder / "merges.txt").is_file():
         return "vocab.json has no merges.txt beside it"
     names = ", ".join(path.name for paths in [*found.values(), sorted(folder.glob("merges.txt"))] for path in paths)
-    if not kind and not found["*.model"]:
+    if found["*.model"]:
+        return f"{found['*.model'][0].name} is damaged, or no SentencePiece model" if error else None
+    if not kind:
         return f"no {WHOLE}, and no tokenizer_class in {SETTINGS} that says how to read {names}"
-    return f"{kind or 'transformers'} does not read {names} ({_brief(error)})" if error else None
+    return f"{kind} does not read {names} ({_brief(error)})" if error else None
