@@ -19,12 +19,12 @@ def cache() -> Path:
     return Path(HF_HOME)
 
 
-def cached(repository: str, name: str) -> Path | None:
-    """A file of a repository, where it was fetched before."""
+def cached_folder(model: str) -> Path | None:
+    """The folder of the cache with what is here of a model's newest files; None where nothing is."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, name)
-    return Path(found) if isinstance(found, str) else None
+    config = try_to_load_from_cache(model, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def show_bars() -> None:

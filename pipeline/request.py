@@ -62,7 +62,7 @@ class Request:
     @property
     def _said(self) -> dict[str, Any]:
         """Its values, without those that keys and headers leave out."""
-        return {name: value for name, value in asdict(self).items() if UNSAID.get(name) != value}
+        return {name: value for name, value in asdict(self).items() if (name, value) not in UNSAID.items()}
 
     def is_answered_by(self, header: Mapping[str, str] | None) -> bool:
         """Whether a vectors file with this header answers the request; of its tokenizer an older file says nothing."""

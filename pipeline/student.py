@@ -197,7 +197,7 @@ class Student:
         folders.write(folder, contents)
 
     def files(self) -> dict[str, bytes]:
-        """The folder's files by name, from which the student was assembled again.
+        """The folder's files by name, which are known to make a student again.
 
         Raises:
             InputError: it does not fit together.
@@ -225,7 +225,10 @@ class Student:
             config["tokenization"] = {name: getattr(self.tokenization, name) for name in ("prompt", "whole", "by_word")}
         contents = folders.packed(folders.Folder(config, tensors, tokenizer, self.card))
         with _refused():
-            _assembled(folders.unpacked(contents.__getitem__, self.card))
+            if self.tokenization is None:
+                _check(self)  # of these a sweep keeps thousands, and reading one takes longer than writing it
+            else:
+                _assembled(folders.unpacked(contents.__getitem__, self.card))
         return contents
 
     def _tables(self) -> dict[str, Table]:

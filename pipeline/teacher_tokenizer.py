@@ -72,7 +72,9 @@ def load_tokenizer(
         OSError: the hub cannot be reached.
     """
     packed = options.get("gguf_file")
-    folder = None if packed else _folder(location)
+    local = Path(location) if Path(location).is_dir() else None
+    folder = None if packed else local or hub.cached_folder(location)
+    cause: BaseException | None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, config=config, **options)
         fault = _fault_of(tokenizer, folder)
@@ -82,16 +84,21 @@ def load_tokenizer(
         found = folder and _fault_in(folder, error)
         if "trust_remote_code" in str(error) or (isinstance(error, OSError) and not found):
             raise
-        raise _refusal(name, folder or Path(location, packed or ""), found or _brief(error)) from error
-    if fault:
-        found = folder and _fault_in(folder, None)
-        raise _refusal(name, folder or Path(location, packed or ""), found or fault)
-    return tokenizer
-
-
-def _refusal(name: str, place: Path, fault: str) -> InputError:
-    own = "take a file with the model's own in it" if place.suffix == ".gguf" else "put the model's own tokenizer there"
-    return InputError(f"--teacher {name}: the tokenizer in {place} cannot be used: {fault}; {own}")
+        fault, cause = found or _brief(error), error
+    else:
+        if not fault:
+            return tokenizer
+        fault, cause = (folder and _fault_in(folder, None)) or fault, None
+    if packed:
+        way_out = "name a file with the model's own in it"
+    elif local:
+        way_out = "put the model's own tokenizer there"
+    else:
+        way_out = (
+            "remove that folder to fetch it from the hub again, or name a local one with the model's own tokenizer"
+        )
+    place = folder or Path(location, packed or "")
+    raise InputError(f"--teacher {name}: the tokenizer in {place} cannot be used: {fault}; {way_out}") from cause
 
 
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -151,14 +158,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[l
 def _brief(error: BaseException) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def _folder(location: str) -> Path | None:
-    """The folder with the files, that of the hub's cache for a hub id; None where there is none yet."""
-    if Path(location).is_dir():
-        return Path(location)
-    found = hub.cached(location, "config.json")
-    return found and found.parent
 
 
 def _fault_of(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> str | None:
@@ -231,6 +230,8 @@ def _fault_without_whole(folder: Path, kind: object, error: BaseException | None
     if found["vocab.json"] and not (folder / "merges.txt").is_file():
         return "vocab.json has no merges.txt beside it"
     names = ", ".join(path.name for paths in [*found.values(), sorted(folder.glob("merges.txt"))] for path in paths)
+    if found["*.model"]:
+        return f"{found['*.model'][0].name} is damaged, or no SentencePiece model" if error else None
     if not kind:
         return f"no {WHOLE}, and no tokenizer_class in {SETTINGS} that says how to read {names}"
     return f"{kind} does not read {names} ({_brief(error)})" if error else None
