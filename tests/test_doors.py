@@ -59,6 +59,18 @@ def test_mlflow_run_says_what_is_wrong_in_one_line(workplace):
     assert "Traceback" not in err
 
 
+def test_mlflow_run_in_a_deleted_experiment_says_what_brings_it_back(workplace, monkeypatch):
+    client = MlflowClient()
+    deleted = client.create_experiment("mine")
+    client.delete_experiment(deleted)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    with mlflow_run(workplace, "dry_run=dry-run") as process:
+        _, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert f"bring it back with: mlflow experiments restore --experiment-id {deleted}" in err
+    assert "Traceback" not in err
+
+
 def test_interrupting_mlflow_run_closes_its_runs(workplace):
     grid = workplace / "long.yaml"
     grid.write_text("fixed: {epochs: 2000, concepts: 700}\naxes: {layers: [0, 2]}\n")
