@@ -341,9 +341,9 @@ class PredictOptions:
         "[default: newest in results/]",
     )
     file: str | None = option(
-        None, "A file with a text a line, a .csv file, or - for standard input; instead of texts as arguments."
+        None, "A file with a text a line, a .csv or .tsv file, or - for standard input; instead of texts as arguments."
     )
-    column: str = option("concept", "The column of a .csv file that holds the texts.")
+    column: str = option("concept", "The column of a .csv or .tsv file that holds the texts.")
     output: str | None = option(
         None, "Where to write: .safetensors, .npy, .csv or .jsonl.  [default: JSON lines on standard output]"
     )
