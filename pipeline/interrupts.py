@@ -158,9 +158,11 @@ def _stop() -> None:
 
 def _close() -> None:
     time.sleep(CLOSE_SECONDS)
+    is_open = bool(_closers or _undoers)
     for close in reversed(_closers.copy()):
         close()
-    if not _answered.is_set():  # the main thread is in one long call, and nothing more will come of it
+    # Nothing more will come of a main thread that is in one long call, or that has nothing left to close.
+    if not (is_open and _answered.is_set()):
         atexit._run_exitfuncs()
 
 

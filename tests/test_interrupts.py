@@ -211,7 +211,11 @@ def work():
                 raise
 
 try:
-    with interrupts.watching(), interrupts.undone_by(Path("half").unlink), interrupts.closed_by(close):
+    with interrupts.watching():
+        if float(sys.argv[2]):
+            with interrupts.undone_by(Path("half").unlink), interrupts.closed_by(close):
+                Path("ready").touch()
+                work()
         Path("ready").touch()
         work()
 except KeyboardInterrupt:
@@ -240,6 +244,11 @@ def test_an_interruption_that_a_library_swallows_ends_the_process(workplace):
     with interrupted_program(1.5, 0.1, "swallow"):
         pass
     assert Path("closed").exists()
+
+
+def test_an_interruption_that_a_library_swallows_while_nothing_is_open_ends_the_process_soon(workplace):
+    with interrupted_program(60, 0, "swallow") as process:
+        assert process.wait(timeout=GONE_SECONDS) == 130
 
 
 def test_closing_that_takes_too_long_is_not_waited_for(workplace):
