@@ -10,13 +10,44 @@ from typing import Any
 
 import torch
 import transformers
+from gguf import GGUFReader
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from pipeline import hub
+from pipeline.errors import InputError
 from pipeline.teacher_tokenizer import load_tokenizer
 
+FORM = 2  # of what is kept; raised when a file that was kept before should be looked at again
+# Architectures whose vectors differ from those of the same weights in a folder (docs/families.md).
+READ_WRONGLY = ("mamba", "starcoder2")
 MOST_BYTES = 500_000_000  # of a file that is kept unpacked, in which it takes up to eight times as many
+
+
+def _check_readable(path: Path) -> None:
+    """Check that `transformers` reads all of a GGUF file that decides vectors.
+
+    Raises:
+        InputError: it does not.
+    """
+    reader = GGUFReader(path)
+    architecture = _text(reader, "general.architecture")
+    scaling = _text(reader, f"{architecture}.rope.scaling.type")
+    factors = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    if architecture in READ_WRONGLY:
+        reason = f"a file of this architecture ({architecture}) rightly"
+    elif scaling not in ("", "none") or any((own != 1).any() for own in factors):
+        reason = f"its rotary scaling ({scaling or 'rope_freqs.weight'})"
+    else:
+        return
+    raise InputError(
+        f"--teacher {path}: transformers does not read {reason}; give the model's folder or hub id instead"
+    )
+
+
+def _text(reader: GGUFReader, field: str) -> str:
+    found = reader.get_field(field)
+    return str(found.contents()) if found is not None else ""
 
 
 def unpacked(
@@ -33,12 +64,16 @@ def unpacked(
 
     Returns:
         None where the file is large or the cache cannot be written: then it is read anew each time.
+
+    Raises:
+        InputError: the library would read the file wrongly.
     """
-    if path.stat().st_size > MOST_BYTES:
-        return None
-    folder = hub.cache() / "unpacked" / f"{revision[:32]}-{transformers.__version__}"
+    folder = hub.cache() / "unpacked" / f"{revision[:32]}-{transformers.__version__}-{FORM}"
     if folder.is_dir():
         return folder
+    _check_readable(path)
+    if path.stat().st_size > MOST_BYTES:
+        return None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=folder.parent))
