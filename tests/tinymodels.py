@@ -1,0 +1,150 @@
+"""Tiny random models of every family, saved as folders as their owners' are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+# What configurations call their sizes, and the tiny ones.
+SIZES = {
+    # widths
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "emb_dim": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
+    "intermediate_size": 48, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "ffn_dim": 48, "dim_ff": 48, "dff": 48,
+    "d_ff": 48, "n_inner": 48, "ffn_hidden_size": 48, "intermediate_size_mlp": 48, "d_inner": 32,
+    # depths
+    "num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "encoder_layers": 4, "decoder_layers": 4,
+    "num_encoder_layers": 4, "num_decoder_layers": 4,
+    # heads
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "attention_heads": 4, "num_encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "dim_head": 8, "d_kv": 8,
+    "attention_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+    "v_head_dim": 8, "index_head_dim": 8, "index_n_heads": 2, "rotary_dim": 8,
+    # experts
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "moe_topk": 2, "moe_k": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+    "shared_intermediate_size": 24, "expert_ffn_hidden_size": 24, "n_group": 1, "topk_group": 1,
+    # state-space models and linear attention
+    "state_size": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_head_dim": 8, "linear_num_heads": 4, "mamba_n_heads": 8, "mamba_d_head": 8,
+    "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_d_ssm": 64, "mamba_num_heads": 8, "mamba_head_dim": 8,
+    "ssm_state_size": 8, "chunk_size": 8, "mamba_dt_rank": 4, "time_step_rank": 4, "conv_kernel": 3,
+    # lengths
+    "vocab_size": 600, "max_position_embeddings": 128, "n_positions": 128, "max_target_positions": 128,
+    "max_source_positions": 128, "n_ctx": 128, "sliding_window": 6, "attention_window": 6, "window_size": 6,
+    "attention_chunk_size": 6, "index_topk": 6,
+    "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0, "decoder_start_token_id": 1, "unk_token_id": 0,
+    # pictures
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table.
+
+    Attributes:
+        name: what the row is called.
+        special: what distinguishes it.
+        save: makes the model below a folder; gives what a user names as the teacher, and the folder of the plain pass.
+        load: loads the plain pass's model; `AutoModelForCausalLM.from_pretrained` by default.
+        blocks: the name of the list of blocks, where the library's hidden states do not tell.
+    """
+
+    name: str
+    special: str
+    save: Callable[[Path, Any], tuple[Path, Path]]
+    load: Any = None
+    blocks: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def tiny_config(kind: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration with the tiny sizes wherever it names one, and ``own`` values over them."""
+    try:
+        plain = kind()
+    except Exception:  # noqa: BLE001 (a class without defaults)
+        plain = None
+    renamed = getattr(kind, "attribute_map", {})
+    given = {}
+    for name, value in SIZES.items():
+        if name in renamed or isinstance(getattr(kind, name, None), property):
+            continue
+        try:
+            has = name in getattr(kind, "__annotations__", {}) or hasattr(plain, name)
+        except Exception:  # noqa: BLE001 (one that differs between blocks)
+            has = True
+        if has:
+            given[name] = value
+    if "kv_lora_rank" in given:
+        given["num_key_value_heads"] = given["num_attention_heads"]
+    inner = getattr(kind, "sub_configs", {})
+    for name, declared in inner.items():
+        default = getattr(plain, name, None)
+        found = type(default) if isinstance(default, PreTrainedConfig) else declared
+        if found is not None and found.__name__ != "AutoConfig":
+            given[name] = tiny_config(found, own.get(name, {})).to_dict()
+    given |= {name: value for name, value in own.items() if name not in inner or name not in given}
+    return kind(**{name: value for name, value in given.items() if value is not ...})
+
+
+def randomise(model: Any) -> None:
+    """Weights by which attention, norms and biases all matter, so that nothing is right by accident."""
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if not value.is_floating_point():
+                continue
+            if value.dim() > 1 and not any(part in name for part in ("A_log", "conv", "decay", "norm")):
+                embeds = any(part in name for part in ("embed", "wte", "wpe"))
+                value.normal_(0, 1.0 if embeds else value.shape[-1] ** -0.5)
+            else:
+                value.add_(0.1 * torch.randn_like(value))
+
+
+def causal(kind: str, own: dict[str, Any], model_class: Any = None) -> Callable[[Path, Any], tuple[Path, Path]]:
+    def save(place: Path, tokenizer: Any) -> tuple[Path, Path]:
+        torch.manual_seed(0)
+        config = tiny_config(CONFIG_MAPPING[kind], own)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in (model_class or AutoModelForCausalLM.from_config)(config).parameters())
+        assert size < 3e6, f"{kind}: {size:,} parameters"
+        model = (model_class or AutoModelForCausalLM.from_config)(config).float()
+        randomise(model)
+        folder = place / kind
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder, folder
+
+    return save
+
+
+HYBRID = ["linear_attention", "full_attention"] * 2
+WINDOWS = ["sliding_attention", "full_attention"] * 2
+
+# What the tiny sizes alone do not give.
+OWN: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_types": HYBRID, "qk_rope_head_dim": 8},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {"layer_types": WINDOWS},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0, "layer_types": WINDOWS, "vocab_size_per_layer_input": 600,
+        "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+    },
+    "gemma4_text": {"vocab_size_per_layer_input": 600, "hidden_size_per_layer_input": 8, "layer_types": WINDOWS},
+    "granitemoehybrid": {"layer_types": HYBRID},
+    "kimi_linear": {"layer_types": HYBRID},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "n_groups": 2},
+}  # fmt: skip
+
+FAMILIES = {
+    kind: Family(kind, "", causal(kind, OWN.get(kind, {}))) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+}
