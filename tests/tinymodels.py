@@ -74,7 +74,7 @@ def tiny_config(kind: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrained
     renamed = getattr(kind, "attribute_map", {})
     given = {}
     for name, value in SIZES.items():
-        if name in renamed or isinstance(getattr(kind, name, None), property):
+        if renamed.get(name) in SIZES or isinstance(getattr(kind, name, None), property):
             continue
         try:
             has = name in getattr(kind, "__annotations__", {}) or hasattr(plain, name)
@@ -127,22 +127,80 @@ def causal(kind: str, own: dict[str, Any], model_class: Any = None) -> Callable[
 HYBRID = ["linear_attention", "full_attention"] * 2
 WINDOWS = ["sliding_attention", "full_attention"] * 2
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+GEMMA_4 = {
+    "vocab_size_per_layer_input": 600, "hidden_size_per_layer_input": 8, "layer_types": WINDOWS, "global_head_dim": 16,
+}  # fmt: skip
+GEMMA_3N = {
+    "num_kv_shared_layers": 0, "layer_types": WINDOWS, "vocab_size_per_layer_input": 600, "laurel_rank": 8,
+    "hidden_size_per_layer_input": 8,
+}  # fmt: skip
+QWEN_4 = {
+    "layer_types": ["linear_attention", "indexed_attention"] * 2, "ple_layer_ids": [1, 2], "ple_embed_dim": 32,
+    "heads_per_ngram": 4, "ngram_vocab_size_base": 100, "split_ngram_parts": 1, "hc_lowrank": 8,
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+}  # fmt: skip
+DOTS_3 = {
+    "layer_types": ["indexed_attention", "sliding_attention"] * 2, "head_dim": 16, "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "shared_experts_intermediate_size": 24,
+}  # fmt: skip
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+GEMMA_4 = {
+    "vocab_size_per_layer_input": 600, "hidden_size_per_layer_input": 8, "layer_types": WINDOWS, "global_head_dim": 16,
+}  # fmt: skip
+GEMMA_3N = {
+    "num_kv_shared_layers": 0, "layer_types": WINDOWS, "vocab_size_per_layer_input": 600, "laurel_rank": 8,
+    "hidden_size_per_layer_input": 8,
+}  # fmt: skip
+QWEN_4 = {
+    "layer_types": ["linear_attention", "indexed_attention"] * 2, "ple_layer_ids": [0, 2], "ple_embed_dim": 32,
+    "heads_per_ngram": 4, "ngram_vocab_size_base": 100, "split_ngram_parts": 1, "hc_lowrank": 8,
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+}  # fmt: skip
+DOTS_3 = {
+    "layer_types": ["indexed_attention", "sliding_attention"] * 2, "head_dim": 16, "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "shared_experts_intermediate_size": 24,
+}  # fmt: skip
+
 # What the tiny sizes alone do not give.
 OWN: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"layer_types": HYBRID, "qk_rope_head_dim": 8},
+    "bailing_hybrid": {"layer_types": HYBRID, "n_group": 1},
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
-    "cohere_compass_text": {"layer_types": WINDOWS},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "gemma3n_text": {
-        "num_kv_shared_layers": 0, "layer_types": WINDOWS, "vocab_size_per_layer_input": 600,
-        "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+    "cohere_compass_text": {
+        "layer_types": WINDOWS, "rope_parameters": {"sliding_attention": ROPE, "full_attention": None}
     },
-    "gemma4_text": {"vocab_size_per_layer_input": 600, "hidden_size_per_layer_input": 8, "layer_types": WINDOWS},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": DOTS_3,
+    "gemma3n_text": GEMMA_3N,
+    "gemma4_text": GEMMA_4,
+    "gemma4": {"text_config": GEMMA_4, "vision_config": {"position_embedding_size": 16}},
+    "gemma4_unified_text": GEMMA_4,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": HYBRID},
     "kimi_linear": {"layer_types": HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "n_groups": 2},
+    "qwen4_exp_text": QWEN_4,
+    "reformer": {
+        "is_decoder": True, "attn_layers": ["local", "local", "lsh", "local"], "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [16, 16], "attention_head_size": 8, "feed_forward_size": 48,
+        "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 4, "hash_seed": 0,
+    },
+    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 600},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "adapter_rank": 8, "mamba_d_state": 8},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip
 
 FAMILIES = {
