@@ -156,7 +156,7 @@ GEMMA_3N = {
     "hidden_size_per_layer_input": 8,
 }  # fmt: skip
 QWEN_4 = {
-    "layer_types": ["linear_attention", "indexed_attention"] * 2, "ple_layer_ids": [0, 2], "ple_embed_dim": 32,
+    "layer_types": ["linear_attention", "indexed_attention"] * 2, "ple_layer_ids": [1, 3], "ple_embed_dim": 32,
     "heads_per_ngram": 4, "ngram_vocab_size_base": 100, "split_ngram_parts": 1, "hc_lowrank": 8,
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
     "indexer_compress_ratio": 2,
