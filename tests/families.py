@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 import tempfile
@@ -220,7 +221,7 @@ def examine(family: Family, place: Path) -> Finding:
     load = family.load or AutoModelForCausalLM.from_pretrained
     truth: dict[str, Any] = {}
     try:
-        truth = _truth(load, plain_folder, family, finding)
+        truth = _truth(load, plain_folder, teacher, family, finding)
     except Exception as error:  # noqa: BLE001 (the plain pass of a model that is no causal one)
         finding.notes.append(f"plain pass: {type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
     for dtype in ("float32", "bfloat16"):
@@ -261,8 +262,9 @@ def examine(family: Family, place: Path) -> Finding:
     return finding
 
 
-def _truth(load: Any, folder: Path, family: Family, finding: Finding) -> dict[str, Any]:
-    names = AutoTokenizer.from_pretrained(folder)
+def _truth(load: Any, folder: Path, teacher: Path, family: Family, finding: Finding) -> dict[str, Any]:
+    named = {"gguf_file": teacher.name} if teacher.is_file() else {}  # whose tokenizer is its own matter
+    names = AutoTokenizer.from_pretrained(teacher.parent if named else folder, **named)
     prompts = [names(template.replace("{concept}", c))["input_ids"] for template in TEMPLATES for c in CONCEPTS]
     longest = max(prompts, key=len)
     models = {dtype: load(folder, dtype=getattr(torch, dtype)).eval() for dtype in ("float32", "bfloat16")}
@@ -314,7 +316,8 @@ def main() -> None:
         raise TimeoutError
 
     signal.signal(signal.SIGALRM, late)
-    for name in sys.argv[1:] or FAMILIES:
+    chosen = [name for name in FAMILIES if not sys.argv[1:] or any(re.fullmatch(one, name) for one in sys.argv[1:])]
+    for name in chosen:
         signal.alarm(100)
         with tempfile.TemporaryDirectory() as place:
             try:

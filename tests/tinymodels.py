@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tinygguf
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 # What configurations call their sizes, and the tiny ones.
 SIZES = {
@@ -41,7 +52,8 @@ SIZES = {
     "attention_chunk_size": 6, "index_topk": 6,
     "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0, "decoder_start_token_id": 1, "unk_token_id": 0,
     # pictures
-    "image_size": 16, "patch_size": 8,
+    "image_size": 16, "patch_size": 8, "out_hidden_size": 32, "embed_dim": 32, "depth": 4, "text_hidden_size": 32,
+    "alignment_intermediate_size": 32, "projection_dim": 32,
 }  # fmt: skip
 
 
@@ -107,14 +119,14 @@ def randomise(model: Any) -> None:
                 value.add_(0.1 * torch.randn_like(value))
 
 
-def causal(kind: str, own: dict[str, Any], model_class: Any = None) -> Callable[[Path, Any], tuple[Path, Path]]:
+def causal(kind: str, own: dict[str, Any], auto: Any = AutoModelForCausalLM) -> Callable[[Path, Any], tuple[Path, Path]]:
     def save(place: Path, tokenizer: Any) -> tuple[Path, Path]:
         torch.manual_seed(0)
         config = tiny_config(CONFIG_MAPPING[kind], own)
         with torch.device("meta"):
-            size = sum(p.numel() for p in (model_class or AutoModelForCausalLM.from_config)(config).parameters())
+            size = sum(p.numel() for p in auto.from_config(config).parameters())
         assert size < 3e6, f"{kind}: {size:,} parameters"
-        model = (model_class or AutoModelForCausalLM.from_config)(config).float()
+        model = auto.from_config(config).float()
         randomise(model)
         folder = place / kind
         model.save_pretrained(folder)
@@ -167,6 +179,14 @@ DOTS_3 = {
     "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "shared_experts_intermediate_size": 24,
 }  # fmt: skip
 
+YARN = {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}}
+LLAMA_3 = {
+    "rope_parameters": ROPE | {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+}  # fmt: skip
+
 # What the tiny sizes alone do not give.
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_types": HYBRID, "n_group": 1},
@@ -203,6 +223,110 @@ OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip
 
-FAMILIES = {
-    kind: Family(kind, "", causal(kind, OWN.get(kind, {}))) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+# One family in several ways: the name of the row, the kind, and its values.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, linear rotary scaling": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4.0}}),
+    "llama, dynamic rotary scaling": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 4.0}}),
+    "llama, YaRN": ("llama", YARN),
+    "llama, Llama 3 rotary scaling": ("llama", LLAMA_3),
+    "phi3, LongRoPE": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 16,
+            "rope_parameters": ROPE | {
+                "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0],
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "bert, as a decoder": ("bert", {"is_decoder": True}),
+    "roberta, as a decoder": ("roberta", {"is_decoder": True}),
+    "xlm, causal": ("xlm", {"causal": True}),
+    "falcon, ALiBi": ("falcon", {"alibi": True}),
+    "falcon, grouped heads": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, blocks in sequence": ("falcon", {"parallel_attn": False, "multi_query": False, "bias": True}),
+    "gpt_neox, blocks in sequence": ("gpt_neox", {"use_parallel_residual": False}),
+    "opt, narrow embeddings, norms after": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "qwen2, sliding windows": ("qwen2", {"use_sliding_window": True, "layer_types": WINDOWS}),
+    "mistral, without windows": ("mistral", {"sliding_window": None}),
+    "gpt_bigcode, a head of keys for each": ("gpt_bigcode", {"multi_query": False}),
+    "gemma4_text, shared keys and experts": (
+        "gemma4_text",
+        GEMMA_4 | {
+            "num_kv_shared_layers": 2, "attention_k_eq_v": True, "enable_moe_block": True, "num_experts": 4,
+            "top_k_experts": 2, "moe_intermediate_size": 24,
+        },
+    ),
+    "llama4_text, attention scaled by position": (
+        "llama4_text", {"attn_scale": 0.5, "floor_scale": 4, "no_rope_layers": [1, 0, 1, 0]},
+    ),
+    "granitemoehybrid, rotary": ("granitemoehybrid", {"layer_types": HYBRID, "position_embedding_type": "rope"}),
+    "deepseek_v3, whole queries": ("deepseek_v3", {"q_lora_rank": None}),
+}  # fmt: skip
+
+
+# GGUF files: with values that are not the library's own, as far as files tell them.
+ROTARY = ("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2", "gpt_oss", "starcoder2", "phi3")
+FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"rms_norm_eps": 1e-3}),
+    "llama, Llama 3 rotary scaling": ("llama", LLAMA_3),
+    "llama, YaRN": ("llama", YARN),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "gemma2": ("gemma2", {}),
+    "gemma3_text": ("gemma3_text", {"layer_types": ["sliding_attention"] * 4}),
+    "phi3": ("phi3", {"sliding_window": None}),
+    "falcon": ("falcon", {}),
+    "bloom": ("bloom", {}),
+    "gpt2": ("gpt2", {}),
+    "starcoder2": ("starcoder2", {"sliding_window": None}),
+    "stablelm": ("stablelm", {}),
+    "mamba": ("mamba", {}),
+    "nemotron": ("nemotron", {}),
+    "lfm2": ("lfm2", {}),
+    "gpt_oss": ("gpt_oss", {}),
+    "minimax_m2": ("minimax_m2", {}),
+    "granite": ("granite", {}),
+    "olmo2": ("olmo2", {}),
+    "cohere": ("cohere", {}),
+    "phi": ("phi", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "smollm3": ("smollm3", {}),
 }
+
+
+def _families() -> Iterator[Family]:
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        yield Family(kind, "", causal(kind, OWN.get(kind, {})))
+    for name, (kind, own) in VARIANTS.items():
+        yield Family(name, "", causal(kind, own))
+    for kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        name = f"{kind}, with images"
+        made = causal(kind, OWN.get(name, {}), AutoModelForImageTextToText)
+        yield Family(name, "", made, AutoModelForImageTextToText.from_pretrained)
+    for kind in ("bart", "t5", "mt5", "pegasus", "marian", "mbart", "m2m_100", "umt5", "led", "blenderbot"):
+        made = causal(kind, {}, AutoModelForSeq2SeqLM)
+        yield Family(f"{kind}, whole", "", made, AutoModelForSeq2SeqLM.from_pretrained)
+    for name, (kind, own) in FILES.items():
+        yield Family(f"{name}, GGUF", "", packed(kind, own))
+    for kind in ("albert", "deberta-v2", "distilbert", "modernbert", "mpnet", "esm", "longformer"):
+        yield Family(kind, "", causal(kind, {}, AutoModelForMaskedLM), AutoModelForMaskedLM.from_pretrained)
+
+
+def packed(kind: str, own: dict[str, Any]) -> Callable[[Path, Any], tuple[Path, Path]]:
+    """A GGUF file, beside the folder of the same model."""
+
+    def save(place: Path, tokenizer: Any) -> tuple[Path, Path]:
+        theta = {"rope_theta": 50000.0}
+        _, folder = causal(kind, {"rope_parameters": ROPE | theta, **own} if kind in ROTARY else own)(place, tokenizer)
+        path = place / f"{kind}.gguf"
+        tinygguf.write(AutoModelForCausalLM.from_pretrained(folder), tokenizer, path)
+        return path, folder
+
+    return save
+
+
+FAMILIES = {family.name: family for family in _families()}
