@@ -57,7 +57,7 @@ def write(model: Any, tokenizer: Any, path: Path) -> None:
         for norm in kinds:
             writer.add_float32(f"{architecture}.attention.layer_norm_{norm}epsilon", epsilon)
     _add_rotary(writer, architecture, config)
-    _add_tokenizer(writer, tokenizer)
+    (_add_sentencepiece if kind.startswith("gemma") else _add_tokenizer)(writer, tokenizer)
     blocks = config.num_hidden_layers
     names = gguf.get_tensor_name_map(_arch(architecture), blocks)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -115,6 +115,26 @@ def _add_tokenizer(writer: Any, tokenizer: Any) -> None:
     writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in held["merges"]])
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.pad_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(True)
+
+
+def _add_sentencepiece(writer: Any, tokenizer: Any) -> None:
+    """The same vocabulary as far as it is ASCII, in the manner of SentencePiece."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    tokens = [token.replace("\u0120", "\u2581") for token, _ in vocabulary]
+    tokens = [token if token.replace("\u2581", " ").isascii() else f"<unused{n}>" for n, token in enumerate(tokens)]
+    unused = [number for number, token in enumerate(tokens) if token.startswith("<unused")]
+    tokens[unused[0]], tokens[unused[1]] = "<unk>", "<eos>"
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(number) for number in range(len(tokens))])
+    writer.add_token_types([control if token.startswith("<") and len(token) > 2 else normal for token in tokens])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_unk_token_id(unused[0])
+    writer.add_eos_token_id(unused[1])
     writer.add_add_bos_token(True)
 
 
@@ -123,11 +143,17 @@ def _converted(kind: str, config: Any, name: str, value: Any, names: Any) -> lis
     if re.search(r"\.attn\.(masked_)?bias$|rotary_emb", name):
         return []
     block = re.search(r"\.(\d+)\.", name)
-    if "experts.gate_up_proj" in name:
-        gate, up = np.split(value, 2, axis=1)
-        return [(f"blk.{block[1]}.ffn_{part}_exps.weight", held) for part, held in (("gate", gate), ("up", up))]
-    if name.endswith("experts.down_proj"):
-        return [(f"blk.{block[1]}.ffn_down_exps.weight", value)]
+    if "experts." in name and (weight := re.search(r"experts\.(gate_up|down)_proj(_bias)?$", name)):
+        suffix = "bias" if weight[2] else "weight"
+        if kind == "gpt_oss" and not weight[2]:
+            value = value.swapaxes(1, 2)
+        if weight[1] == "down":
+            return [(f"blk.{block[1]}.ffn_down_exps.{suffix}", value)]
+        half = value.shape[1] // 2  # gpt-oss alternates between the two
+        gate, up = (value[:, ::2], value[:, 1::2]) if kind == "gpt_oss" else (value[:, :half], value[:, half:])
+        return [(f"blk.{block[1]}.ffn_{part}_exps.{suffix}", held) for part, held in (("gate", gate), ("up", up))]
+    if name.endswith("self_attn.sinks"):
+        return [(f"blk.{block[1]}.attn_sinks.weight", value)]
     if name.endswith("e_score_correction_bias"):
         return [(f"blk.{block[1]}.exp_probs_b.bias", value)]
     if kind == "mamba" and name.endswith("A_log"):
