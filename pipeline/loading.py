@@ -49,7 +49,7 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
         _check_loaded(source.name, causal, found)
 
     if "gguf_file" in own:
-        with advised(source.name, location), quiet():
+        with advised(source.name, location), quiet(downloads=False):
             folder = unpacked(Path(location, own["gguf_file"]), source.revision, source.config, own, check)
         if folder is not None:
             location = str(folder)
@@ -65,7 +65,7 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
         options["dtype"] = torch.float32 if "gguf_file" in source.options else DTYPES[source.dtype]
     if device_map:
         options["device_map"] = device_map
-    with advised(source.name, source.location), quiet():
+    with advised(source.name, source.location), quiet(downloads=not source.files):
         tokenizer = load_tokenizer(source.name, location, source.config, own)
         causal, found = _model_class(source).from_pretrained(
             location, config=source.config, output_loading_info=True, ignore_mismatched_sizes=True, **options

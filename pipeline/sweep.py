@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -297,7 +298,8 @@ def _finished(tracker: Tracker, keys: set[str], accelerator: Accelerator) -> tup
 
 def _identity(name: str, sweep_id: str | None, keys: Sequence[str], resume: bool) -> str:
     """The sweep's id, the same in all processes; one that repeats finished work is a new sweep."""
-    identity = sweep_id or f"{name}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:8]}"
+    plain = re.sub(r"[^\w.-]+", "-", name)  # which stands in queries
+    identity = sweep_id or f"{plain}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:8]}"
     if not resume:
         identity += f"-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     return _agreed(identity)

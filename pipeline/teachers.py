@@ -7,11 +7,12 @@ import importlib.util
 import inspect
 import json
 import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,7 +181,7 @@ def find_teacher(
     weights = tuple(_weight_files(name, source))
     for file in weights:
         _check_whole(name, file)
-    with advised(name, location), quiet():
+    with advised(name, location), quiet(downloads=not files):
         config = AutoConfig.from_pretrained(location, **options)
     depth, d_model = _text_sizes(name, config)
     known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
@@ -380,8 +381,12 @@ def _advice(name: str, location: str, error: Exception) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No word of the libraries, except with ``--verbose``; downloads have their bars, on a terminal."""
+def quiet(downloads: bool) -> Iterator[None]:
+    """No word of the libraries, except with ``--verbose``.
+
+    Args:
+        downloads: whether something may be fetched, which has its bars on a terminal.
+    """
     if log.isEnabledFor(logging.DEBUG):
         yield
         return
@@ -390,11 +395,14 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if sys.stderr.isatty():
+    shown = downloads and sys.stderr.isatty()
+    if shown:
         hub.show_bars()
     try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
+        # Logging goes on: its handlers hold the stream itself.
+        with warnings.catch_warnings(action="ignore"), open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            with nullcontext() if shown else redirect_stderr(nowhere):
+                yield
     finally:
         transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         for logger, level in zip(loggers, levels, strict=True):

@@ -1,7 +1,7 @@
 """Every family of models as a tiny random one: how far our vectors are from those of its plain forward pass.
 
-    python tests/families.py NAME ...                each family whose name fits a pattern, in a line
-    python tests/families.py > docs/families.md      all of them, as the table of the documentation
+python tests/families.py NAME ...                each family whose name fits a pattern, in a line
+python tests/families.py > docs/families.md      all of them, as the table of the documentation
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Reading:
 
     @property
     def verdict(self) -> str:
-        """"right", "refused", "wrong", or "fails"."""
+        """ "right", "refused", "wrong", or "fails"."""
         if self.refused or self.failed:
             return "refused" if self.refused else "fails"
         if not math.isfinite(self.largest[0]):
@@ -338,7 +338,14 @@ def row(finding: Finding) -> list[str]:
 
     shares = "" if first.verdict != "right" else "no" if first.is_whole else "yes"
     same = first.verdict == "refused" and first.refused == second.refused
-    return [finding.family.name, finding.class_name, finding.special, shares, cell(first), "the same" if same else cell(second)]
+    return [
+        finding.family.name,
+        finding.class_name,
+        finding.special,
+        shares,
+        cell(first),
+        "the same" if same else cell(second),
+    ]
 
 
 def table(findings: Sequence[Finding]) -> str:

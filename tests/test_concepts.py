@@ -217,7 +217,7 @@ def test_a_concept_of_several_lines_is_one_phrase(tmp_path):
     assert read_catalogue(str(path)).concepts == ("longing for a place that never was", "a b")
 
 
-def test_extract_says_what_the_split_lacks_and_reads_no_wrong_list(workplace, run, tiny_folder):
+def test_extract_says_what_the_split_lacks_and_reads_no_wrong_list(workplace, run, tiny_folder, caplog):
     common = ("extract", "--teacher", tiny_folder("gpt2"), "--layers", 2, "--no-vocabulary", "--concepts")
     Path("wrong.csv").write_text('concept,category\n"ice,Food\nfire,"Nature"\n')
     before = set(Path().iterdir())
@@ -232,7 +232,7 @@ def test_extract_says_what_the_split_lacks_and_reads_no_wrong_list(workplace, ru
         Path(f"{name}.csv").write_text("concept,category\n" + "".join(f"{concept},a\n" for concept in listed))
         code, _, err = run(*common, f"{name}.csv", "--output", f"{name}.safetensors")
         assert code == 0, err
-        assert expected in err
+        assert expected in caplog.text
     with safe_open("descriptions.safetensors", "np") as file:
         assert Counter(file.metadata()["splits"].split('"'))["val"] == 15
     code, _, err = run("train", "--vectors", "families.safetensors", "--no-report", "--student", "ridge")

@@ -4,8 +4,8 @@ import re
 
 import pytest
 from conftest import ROOT
-from familylist import FAMILIES
 from families import COLUMNS, examine, exponent, line, row
+from familylist import FAMILIES
 
 PAGE = ROOT / "docs" / "families.md"
 DOCUMENTED = {

@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from pipeline.folders import CARD, CONFIG, MODEL, TOKENIZER
 from pipeline.tracking.server import without_password
 from pipeline.tracking.students import STUDENT_PLACE, logged_models
 
@@ -133,7 +134,9 @@ class Run:
             self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
         store = self._store(model.artifact_location)
         store.log_artifacts(_frame().name)
-        store.log_artifacts(str(folder), STUDENT_PLACE)
+        for part in (MODEL, TOKENIZER, CARD, CONFIG):  # and nothing else that stands in the folder
+            if (folder / part).is_file():
+                store.log_artifact(str(folder / part), STUDENT_PLACE)
         described = _description(self.id, model.model_id, model.artifact_location)
         self._upload(model.artifact_location, "MLmodel", described)
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
