@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -399,10 +399,11 @@ def quiet(downloads: bool) -> Iterator[None]:
     if shown:
         hub.show_bars()
     try:
-        # Logging goes on: its handlers hold the stream itself.
-        with warnings.catch_warnings(action="ignore"), open(os.devnull, "w") as nowhere:  # noqa: PTH123
-            with nullcontext() if shown else redirect_stderr(nowhere):
-                yield
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings(action="ignore"))
+            if not shown:  # logging goes on: its handlers hold the stream itself
+                stack.enter_context(redirect_stderr(stack.enter_context(Path(os.devnull).open("w"))))
+            yield
     finally:
         transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         for logger, level in zip(loggers, levels, strict=True):

@@ -194,7 +194,7 @@ def test_what_a_server_has_lost_is_found_out_in_a_few_requests(workplace, run, m
         client = MlflowClient(proxy.url)
         sweep = sweeping(run)
         before = models(client)
-        lost, deleted, *_ = sorted(before)
+        lost, deleted, *_ = sorted(cell.info.run_id for cell in cells(client))
         shutil.rmtree(next(Path("artifacts").rglob(before[lost].model_id)))
         client.delete_logged_model(before[deleted].model_id)
         sweep()
