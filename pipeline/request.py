@@ -36,7 +36,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be extracted, with all that decides the vectors."""
+    """What is to be extracted, with all that decides the vectors.
+
+    ``reader`` is 2 for teachers that the program once read otherwise: in some batches a state ran from one prompt into
+    the next, and GGUF files lost the token in front. What was extracted then does not answer the request.
+    """
 
     concepts: tuple[str, ...]
     categories: tuple[str, ...]
@@ -51,6 +55,7 @@ class Request:
     token_block: int | None = None
     language: str = "en"
     tokenizer: str = ""
+    reader: int = 1
 
     @cached_property
     def key(self) -> str:
@@ -62,7 +67,8 @@ class Request:
     @property
     def _said(self) -> dict[str, Any]:
         """Its values, without those that keys and headers leave out."""
-        return {name: value for name, value in asdict(self).items() if (name, value) not in UNSAID.items()}
+        left_out = UNSAID | {"reader": 1}
+        return {name: value for name, value in asdict(self).items() if (name, value) not in left_out.items()}
 
     def is_answered_by(self, header: Mapping[str, str] | None) -> bool:
         """Whether a vectors file with this header answers the request; of its tokenizer an older file says nothing."""
@@ -123,6 +129,7 @@ def make_request(
         token_block=token_block,
         language=catalogue.language,
         tokenizer=source.tokenizer,
+        reader=1 if source.was_read_rightly else 2,
     )
 
 

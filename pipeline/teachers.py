@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline import hub
 from pipeline.errors import InputError, WorkError, choices
-from pipeline.families import HUB_IDS, TESTED
+from pipeline.families import HUB_IDS, SHARED, TESTED
 from pipeline.precision import of_teacher
 from pipeline.storage import fetch, is_remote, own_name
 from pipeline.teacher_tokenizer import fingerprint
@@ -81,6 +81,19 @@ class Source:
         """Whether the suite compares models of this family with the plain pass; never where they bring own code."""
         own_code = getattr(self.config, "auto_map", None) or getattr(self.config, "quantization_config", None)
         return not own_code and self.config.model_type in TESTED
+
+    @property
+    def was_read_rightly(self) -> bool:
+        """Whether all versions of the program give its vectors: attention alone mixes tokens, and no GGUF file is kept.
+
+        The teachers that packages carry are known to have been right.
+        """
+        return self.is_tested and self.config.model_type in SHARED and (not self.is_packed or self.name in PACKAGED)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its weights are a GGUF file."""
+        return "gguf_file" in self.options
 
 
 @dataclass(frozen=True)
