@@ -4,13 +4,16 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export GIT_PYTHON_REFRESH := quiet
 
-.PHONY: sweep test lint ui bench image client vectors env clean
+.PHONY: sweep test families lint ui bench image client vectors env clean
 
 sweep: env ## train the scaling grid on the shipped vectors
 	mlflow run . -e sweep -P epochs=100 --backend host
 
 test: env ## run the whole test suite
 	pytest
+
+families: env ## write docs/families.md: every family of models, compared with its own forward pass
+	python tests/families.py > docs/families.md
 
 lint: env ## check style and types
 	ruff check .

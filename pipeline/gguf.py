@@ -12,15 +12,15 @@ import torch
 import transformers
 from gguf import GGUFReader
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import hub
 from pipeline.errors import InputError
 from pipeline.teacher_tokenizer import load_tokenizer
 
-FORM = 2  # of what is kept; raised when a file that was kept before should be looked at again
+FORM = 3  # of what is kept; raised when a file that was kept before should be looked at again
 # Architectures whose vectors differ from those of the same weights in a folder (docs/families.md).
-READ_WRONGLY = ("mamba", "starcoder2")
+READ_WRONGLY = ("starcoder2",)  # whose rotary base is not read
 MOST_BYTES = 500_000_000  # of a file that is kept unpacked, in which it takes up to eight times as many
 
 
@@ -33,11 +33,11 @@ def _check_readable(path: Path) -> None:
     reader = GGUFReader(path)
     architecture = _text(reader, "general.architecture")
     scaling = _text(reader, f"{architecture}.rope.scaling.type")
-    factors = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
+    factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
     if architecture in READ_WRONGLY:
         reason = f"a file of this architecture ({architecture}) rightly"
-    elif scaling not in ("", "none") or any((own != 1).any() for own in factors):
-        reason = f"its rotary scaling ({scaling or 'rope_freqs.weight'})"
+    elif scaling not in ("", "none") or any((own.data != 1).any() for own in factors):
+        reason = f"its rotary scaling ({scaling or factors[0].name})"
     else:
         return
     raise InputError(
@@ -48,6 +48,13 @@ def _check_readable(path: Path) -> None:
 def _text(reader: GGUFReader, field: str) -> str:
     found = reader.get_field(field)
     return str(found.contents()) if found is not None else ""
+
+
+def _save_as_it_is(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer by a class that adds nothing: its own might make it anew, without the <bos> in front."""
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    plain: Any = PreTrainedTokenizerFast
+    plain(tokenizer_object=tokenizer.backend_tokenizer, **special).save_pretrained(folder)
 
 
 def unpacked(
@@ -88,7 +95,7 @@ def unpacked(
         check(read, found)
         whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         whole.load_state_dict(read.state_dict())  # what was read counts as quantised, and cannot be saved
-        tokenizer.save_pretrained(part)
+        _save_as_it_is(tokenizer, part)
         whole.save_pretrained(part)
         for file in part.iterdir():
             file.chmod(0o644)  # as the hub's files: for every user of the cache

@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline import hub
 from pipeline.errors import InputError, WorkError, choices
-from pipeline.families import HUB_IDS, SHARED, TESTED
+from pipeline.families import HUB_IDS, SHARED, SINKS, TESTED
 from pipeline.precision import of_teacher
 from pipeline.storage import fetch, is_remote, own_name
 from pipeline.teacher_tokenizer import fingerprint
@@ -84,11 +84,13 @@ class Source:
 
     @property
     def was_read_rightly(self) -> bool:
-        """Whether all versions of the program give its vectors: attention alone mixes tokens, and no GGUF file is kept.
+        """Whether all versions of the program give its vectors.
 
-        The teachers that packages carry are known to have been right.
+        Attention alone mixes its tokens, without sinks; it reads no images; and it is no GGUF file, except those that
+        packages carry, which are known to have been right.
         """
-        return self.is_tested and self.config.model_type in SHARED and (not self.is_packed or self.name in PACKAGED)
+        has_plain_attention = self.config.model_type in SHARED - SINKS and self.config.get_text_config() is self.config
+        return self.is_tested and has_plain_attention and (not self.is_packed or self.name in PACKAGED)
 
     @property
     def is_packed(self) -> bool:

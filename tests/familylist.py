@@ -68,6 +68,14 @@ LLAMA_3 = {
     }
 }  # fmt: skip
 
+LONG_ROPE = {
+    "original_max_position_embeddings": 16,
+    "rope_parameters": ROPE | {
+        "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
 # What a model's parts do not tell of how it is special.
 SIDE_BY_SIDE = "attention and MLP side by side"
 DECODER = "decoder of an encoder-decoder by itself"
@@ -157,16 +165,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, dynamic rotary scaling": ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 4.0}}),
     "llama, YaRN": ("llama", YARN),
     "llama, Llama 3 rotary scaling": ("llama", LLAMA_3),
-    "phi3, LongRoPE": (
-        "phi3",
-        {
-            "original_max_position_embeddings": 16,
-            "rope_parameters": ROPE | {
-                "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0],
-                "original_max_position_embeddings": 16,
-            },
-        },
-    ),
+    "phi3, LongRoPE": ("phi3", LONG_ROPE),
     "bert, as a decoder": ("bert", {"is_decoder": True}),
     "roberta, as a decoder": ("roberta", {"is_decoder": True}),
     "xlm, causal": ("xlm", {"causal": True}),
@@ -229,6 +228,7 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "phi": ("phi", {}),
     "phi3": ("phi3", BASE | {"sliding_window": None}),
+    "phi3, LongRoPE": ("phi3", LONG_ROPE | {"sliding_window": None}),
     "qwen2": ("qwen2", BASE),
     "qwen2_moe": ("qwen2_moe", BASE | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}),
     "qwen3": ("qwen3", BASE | {"head_dim": 128}),

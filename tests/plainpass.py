@@ -32,7 +32,7 @@ class Plain:
         return len(self.model.get_submodule(self.blocks))
 
     def streams(self, prompts: Sequence[Sequence[int]], layers: Sequence[int]) -> np.ndarray:
-        """The residual stream at the last token of each prompt, ``[prompts, layers, d_model]``; 0 is the first input."""
+        """The residual stream at each prompt's last token, ``[prompts, layers, d_model]``; 0 is what comes in."""
         read = []
         for ids in prompts:
             calls = self._run(ids)

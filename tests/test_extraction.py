@@ -17,7 +17,7 @@ from conftest import ARCHITECTURES, CATALOGUE, WHOLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import hub
+from pipeline import gguf, hub
 from pipeline.concepts import Catalogue, split
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import read_parts
@@ -199,7 +199,7 @@ def test_the_embedded_teacher_agrees_with_its_plain_forward_pass(smollm2, tmp_pa
 
 def test_a_packed_teacher_is_kept_unpacked_with_the_same_weights(smollm2, tmp_path, monkeypatch):
     source, model = smollm2
-    [kept] = (hub.cache() / "unpacked").glob(f"{source.revision[:32]}-*")
+    [kept] = (hub.cache() / "unpacked").glob(f"{source.revision[:32]}-*-{gguf.FORM}")
     assert (kept / "model.safetensors").stat().st_mode & 0o777 == 0o644
     (tmp_path / "file").touch()
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file"))  # no cache can be made there

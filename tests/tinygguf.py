@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ KEYS = {
     "ssm.time_step_rank": "time_step_rank", "shortconv.l_cache": "conv_L_cache", "vocab_size": "vocab_size",
 }  # fmt: skip
 EXPERTS = ("num_experts", "num_local_experts")
+EPSILONS = ("layer_norm_eps", "norm_eps", "norm_epsilon")
+OWN_NAMES = {"e_score_correction_bias": "exp_probs_b.bias", "self_attn.sinks": "attn_sinks.weight"}
 NORMS_FROM_ZERO = ("gemma", "gemma2", "gemma3", "nemotron")  # whose files hold the whole factor
 
 
@@ -37,39 +40,38 @@ def write(model: Any, tokenizer: Any, path: Path) -> None:
     architecture = ARCHITECTURES.get(kind, kind)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
+    _add_sizes(writer, architecture, config)
+    _add_rotary(writer, architecture, config)
+    (_add_sentencepiece if kind.startswith("gemma") else _add_tokenizer)(writer, tokenizer)
+    names = gguf.get_tensor_name_map(_arch(architecture), config.num_hidden_layers)
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name, tensor in model.state_dict().items():
+        if not (is_tied and name.startswith("lm_head")) and not re.search(r"\.attn\.(masked_)?bias$", name):
+            for named, value in _converted(config, name, tensor.float().numpy(), names):
+                writer.add_tensor(named, np.ascontiguousarray(value, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_sizes(writer: Any, architecture: str, config: Any) -> None:
     for key, named in KEYS.items():
         value = getattr(config, named, None)
-        if key == "feed_forward_length" and value is None:
-            value = 4 * config.hidden_size
         if isinstance(value, list):
             value = value[0]
-        if kind == "lfm2" and key.endswith("head_count_kv"):
+        if architecture == "lfm2" and key.endswith("head_count_kv"):
             writer.add_array(f"lfm2.{key}", [value if "full" in layer else 0 for layer in config.layer_types])
         elif isinstance(value, float):
             writer.add_float32(f"{architecture}.{key}", value)
         elif isinstance(value, int):
             writer.add_uint32(f"{architecture}.{key}", value)
-    for named in EXPERTS:
-        if value := getattr(config, named, None):
-            writer.add_uint32(f"{architecture}.expert_count", value)
-    if epsilon := next((v for n in ("layer_norm_eps", "norm_eps", "norm_epsilon") if (v := getattr(config, n, 0))), 0):
-        kinds = ("rms_",) if kind == "lfm2" else ("", "rms_") if kind == "nemotron" else ("",)
-        for norm in kinds:
-            writer.add_float32(f"{architecture}.attention.layer_norm_{norm}epsilon", epsilon)
-    _add_rotary(writer, architecture, config)
-    (_add_sentencepiece if kind.startswith("gemma") else _add_tokenizer)(writer, tokenizer)
-    blocks = config.num_hidden_layers
-    names = gguf.get_tensor_name_map(_arch(architecture), blocks)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    for name, tensor in model.state_dict().items():
-        if tied and name.startswith(("lm_head", "output_projection")):
-            continue
-        for named, value in _converted(kind, config, name, tensor.float().numpy(), names):
-            writer.add_tensor(named, np.ascontiguousarray(value, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for value in filter(None, (getattr(config, named, None) for named in EXPERTS)):
+        writer.add_uint32(f"{architecture}.expert_count", value)
+    norms = {"lfm2": ("rms_",), "nemotron": ("", "rms_")}.get(architecture, ("",))  # what some files call the norm
+    for value in filter(None, (getattr(config, named, None) for named in EPSILONS)):
+        for norm in norms:
+            writer.add_float32(f"{architecture}.attention.layer_norm_{norm}epsilon", value)
 
 
 def _arch(name: str) -> gguf.MODEL_ARCH:
@@ -96,6 +98,12 @@ def _add_rotary(writer: Any, architecture: str, config: Any) -> None:
         between = 1 / ((1 - smooth) / rotary["factor"] + smooth)
         factors = np.where(length > low, rotary["factor"], np.where(length < high, 1.0, between))
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+    elif scaling == "longrope":  # its type is not named
+        writer.add_uint32(
+            f"{architecture}.rope.scaling.original_context_length", config.original_max_position_embeddings
+        )
+        for length in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rotary[f"{length}_factor"], np.float32))
     elif scaling != "default":
         writer.add_string(f"{architecture}.rope.scaling.type", scaling)
         writer.add_float32(f"{architecture}.rope.scaling.factor", float(rotary["factor"]))
@@ -138,41 +146,45 @@ def _add_sentencepiece(writer: Any, tokenizer: Any) -> None:
     writer.add_add_bos_token(True)
 
 
-def _converted(kind: str, config: Any, name: str, value: Any, names: Any) -> list[tuple[str, Any]]:
+def _converted(config: Any, name: str, value: Any, names: Any) -> Iterator[tuple[str, Any]]:
     """A weight under the file's names and in its layout."""
-    if re.search(r"\.attn\.(masked_)?bias$|rotary_emb", name):
-        return []
     block = re.search(r"\.(\d+)\.", name)
-    if "experts." in name and (weight := re.search(r"experts\.(gate_up|down)_proj(_bias)?$", name)):
-        suffix = "bias" if weight[2] else "weight"
-        if kind == "gpt_oss" and not weight[2]:
-            value = value.swapaxes(1, 2)
-        if weight[1] == "down":
-            return [(f"blk.{block[1]}.ffn_down_exps.{suffix}", value)]
-        half = value.shape[1] // 2  # gpt-oss alternates between the two
-        gate, up = (value[:, ::2], value[:, 1::2]) if kind == "gpt_oss" else (value[:, :half], value[:, half:])
-        return [(f"blk.{block[1]}.ffn_{part}_exps.{suffix}", held) for part, held in (("gate", gate), ("up", up))]
-    if name.endswith("self_attn.sinks"):
-        return [(f"blk.{block[1]}.attn_sinks.weight", value)]
-    if name.endswith("e_score_correction_bias"):
-        return [(f"blk.{block[1]}.exp_probs_b.bias", value)]
-    if kind == "mamba" and name.endswith("A_log"):
+    if expert := re.search(r"experts\.(gate_up|down)_proj(_bias)?$", name):
+        suffix = "bias" if expert[2] else "weight"
+        parts = {"down": value}
+        if config.model_type == "gpt_oss" and not expert[2]:
+            parts["down"] = value = value.swapaxes(1, 2)
+        if expert[1] == "gate_up":
+            half = value.shape[1] // 2
+            parts = {"gate": value[:, :half], "up": value[:, half:]}
+            if config.model_type == "gpt_oss":  # which alternates between the two
+                parts = {"gate": value[:, ::2], "up": value[:, 1::2]}
+        yield from ((f"blk.{block[1]}.ffn_{part}_exps.{suffix}", held) for part, held in parts.items())
+    elif own := next((own for ending, own in OWN_NAMES.items() if name.endswith(ending)), None):
+        yield f"blk.{block[1]}.{own}", value
+    else:
+        stem, _, suffix = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
+        found = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))
+        assert found is not None, f"{config.model_type}: no name for {name} in GGUF files"
+        yield f"{found}.{suffix}" if suffix else found, _laid_out(config, name, value)
+
+
+def _laid_out(config: Any, name: str, value: Any) -> Any:
+    kind = config.model_type
+    architecture = ARCHITECTURES.get(kind, kind)
+    if name.endswith("A_log"):
         value = -np.exp(value)
-    if name.endswith(("conv1d.weight", "conv.conv.weight")):
+    elif name.endswith(("conv1d.weight", "conv.conv.weight")):
         value = value.squeeze(1)
-    if kind == "gpt2" and re.search(r"(c_attn|c_proj|c_fc)\.weight$", name):
+    elif kind == "gpt2" and re.search(r"(c_attn|c_proj|c_fc)\.weight$", name):
         value = value.T
-    if ARCHITECTURES.get(kind, kind) == "llama" and re.search(r"[qk]_proj\.weight$", name):
+    elif architecture == "llama" and re.search(r"[qk]_proj\.weight$", name):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         value = value.reshape(heads, 2, -1, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
-    if kind == "bloom" and "query_key_value" in name:
-        split = value.reshape(config.n_head, 3, -1, *value.shape[1:])
-        value = split.swapaxes(0, 1).reshape(value.shape)
-    if ARCHITECTURES.get(kind, kind) in NORMS_FROM_ZERO and name.endswith("norm.weight"):
+    elif kind == "bloom" and "query_key_value" in name:
+        value = value.reshape(config.n_head, 3, -1, *value.shape[1:]).swapaxes(0, 1).reshape(value.shape)
+    elif architecture in NORMS_FROM_ZERO and name.endswith("norm.weight"):
         value = value + 1
-    if name.endswith("shared_expert_gate.weight"):
+    elif name.endswith("shared_expert_gate.weight"):
         value = value[0]
-    stem, _, suffix = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
-    found = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))
-    assert found is not None, f"{kind}: no name for {name} in GGUF files"
-    return [(f"{found}.{suffix}" if suffix else found, value)]
+    return value
