@@ -55,7 +55,7 @@ TESTED = SHARED.union(
     """
     afmoe axk1 axk2 bailing_hybrid bamba bart bigbird_pegasus blenderbot blenderbot-small bloom codegen
     deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots3_note dots3_note_text falcon falcon_h1 falcon_mamba
-    gemma4 git glm4_moe_lite glm_moe_dsa got_ocr2 gpt_neo gpt_neox_japanese gptj granitemoehybrid inkling2_text
+    gemma4 git glm4_moe_lite glm_moe_dsa got_ocr2 gpt_neo gpt_neox_japanese gptj granitemoehybrid
     inkling_text jamba jetmoe kimi_k25 kimi_linear lfm2 lfm2_moe lfm3 llama4 llama4_text mamba mamba2 marian
     mbart minicpm3 minicpmv4_6 minimax moshi mpt mvp nemotron_h olmo_hybrid openai-gpt pegasus phimoe plbart
     qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen3_vl_moe recurrent_gemma rwkv trocr xglm

@@ -54,8 +54,8 @@ TINY = 1e-8
 COLUMNS = ("family", "class", "special", "shared", "float32", "bfloat16")
 INTRODUCTION = """# Families of models
 
-`make families` writes this page, and `make test` compares a quarter of its rows, of every kind, with it. Of each family they make a tiny random
-model, read it as `extract` reads a teacher, and compare the vectors with those of the untouched model of transformers
+`make families` writes this page, and `make test` compares a quarter of the families, of every kind, with it. Of each
+they make a tiny random model, read it as `extract` reads a teacher, and compare the vectors with those of the untouched model of transformers
 {version}, which runs one prompt at a time: at the embeddings, halfway and after the last block, for short and long
 prompts and for single tokens. Of {total} families {right} are read and {refused} are refused.
 
@@ -347,7 +347,8 @@ def largest_exponent(cell: str) -> int | None:
 def _cell(reading: Reading, errors: Sequence[float]) -> str:
     if reading.verdict == "right":
         return " to ".join(dict.fromkeys(map(power, errors)))
-    return f"{reading.verdict}: {reading.refused or reading.failed}".replace("|", "/")
+    told = re.sub(r"https?://[^\s|]+", "(a link)", f"{reading.refused or reading.failed}")
+    return f"{reading.verdict}: {told}".replace("|", "/")
 
 
 def row(finding: Finding) -> list[str]:
