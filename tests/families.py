@@ -55,7 +55,8 @@ COLUMNS = ("family", "class", "special", "shared", "float32", "bfloat16")
 INTRODUCTION = """# Families of models
 
 `make families` writes this page, and `make test` compares a quarter of the families, of every kind, with it. Of each
-they make a tiny random model, read it as `extract` reads a teacher, and compare the vectors with those of the untouched model of transformers
+they make a tiny random model, read it as `extract` reads a teacher, and compare the vectors with those of the
+untouched model of transformers
 {version}, which runs one prompt at a time: at the embeddings, halfway and after the last block, for short and long
 prompts and for single tokens. Of {total} families {right} are read and {refused} are refused.
 
