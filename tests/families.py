@@ -1,7 +1,7 @@
 """Every family of models as a tiny random one: how far our vectors are from those of its plain forward pass.
 
-python tests/families.py NAME ...                each family whose name fits a pattern, in a line
-python tests/families.py > docs/families.md      all of them, as the table of the documentation
+``python tests/families.py NAME ...`` tells of each family whose name fits a pattern, in a line; without names it writes
+the page of the documentation.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ prompts and for single tokens. Of {total} families {right} are read and {refused
   ten.
 - **bfloat16**: the same of the median prompt, and of the farthest where that is another power of ten: in mixtures of
   experts rounding sends a token to another expert now and then. Both are distances from the float32 pass, and the
-  model's own bfloat16 pass is as far from it. The row of `--dtype int8` has that precision here.
+  model's own bfloat16 pass is as far from it. The row of `--dtype int8` has that precision here; the figures of *8-bit
+  weights* are distances from the model before it was packed.
 - **refused**: the line with which the command ends, before anything is extracted.
 
 Tiny models tell whether a family is read rightly, not how much larger ones lose in bfloat16: `extract --check` tells
@@ -99,7 +100,7 @@ class Reading:
 
     @property
     def verdict(self) -> str:
-        """ "right", "refused", "wrong", or "fails"."""
+        """Right, refused, wrong, or fails."""
         if self.refused or self.failed:
             return "refused" if self.refused else "fails"
         if not math.isfinite(self.largest[0]):

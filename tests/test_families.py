@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 from conftest import ROOT
 from families import COLUMNS, examine, largest_exponent, line, row
 from familylist import FAMILIES
@@ -15,6 +16,15 @@ DOCUMENTED = {cells[0]: cells for cells in ROWS}
 # A quarter of the families, of every kind, in a minute; all of them with FAMILIES=all, and by make families.
 TRIED = list(FAMILIES)[:: 1 if os.environ.get("FAMILIES") == "all" else 4]
 WORSE = 1  # power of ten by which another machine may round differently
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny products take longest where threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_the_table_lists_the_families_that_are_tried():
