@@ -251,13 +251,13 @@ class Reader:
         values: Tensor | None = None
         tokens = 0
         for column, of_template in enumerate(prompts):
-            for batch, paths, prefix, streams in self._batches(of_template):
+            for is_tree, batch, paths, prefix, streams in self._batches(of_template):
                 chosen = [of_template[row] for row in batch]
                 nodes, weights = _positions(chosen, paths, prefix, pool)
                 place, share = torch.from_numpy(nodes).to(device), torch.from_numpy(weights).to(device)
                 # [prompts, layers, d_model], the mean over a prompt's positions in float32
                 pooled = torch.stack([(stream[place].float() * share[..., None]).sum(1) for stream in streams], 1)
-                if self.shared is None:
+                if self.shared is None and is_tree:
                     self._compare(chosen, pooled)
                 if values is None:
                     values = torch.empty(len(of_template), len(prompts), *pooled.shape[1:], device=device)
@@ -283,12 +283,12 @@ class Reader:
 
     def _batches(
         self, prompts: Sequence[Prompt]
-    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int, Sequence[Tensor]]]:
+    ) -> Iterator[tuple[bool, NDArray[np.int64], NDArray[np.int64], int, Sequence[Tensor]]]:
         """Batches of prompts run through the teacher.
 
         Yields:
-            Which prompts, their nodes ``[prompts, positions]``, how many positions come before the first node, and for
-            each layer the residual stream ``[nodes, d_model]``.
+            Whether they ran as a tree, which prompts, their nodes ``[prompts, positions]``, how many positions come
+            before the first node, and for each layer the residual stream ``[nodes, d_model]``.
         """
         layers = self.request.layers
         token_ids = [prompt.token_ids for prompt in prompts]
@@ -302,7 +302,7 @@ class Reader:
                 if self._is_cheaper_whole(tree, prefix):
                     whole.append(tree.prompts)
                 else:
-                    yield tree.prompts, tree.paths, prefix, tree_residuals(self.teacher, tree, states, layers)
+                    yield True, tree.prompts, tree.paths, prefix, tree_residuals(self.teacher, tree, states, layers)
             rows = np.sort(np.concatenate([np.empty(0, np.int64), *whole]))
         lengths = np.array([len(token_ids[row]) for row in rows], np.int64)
         for length in map(int, np.unique(lengths)):
@@ -310,7 +310,7 @@ class Reader:
             for batch in np.array_split(alike, math.ceil(len(alike) * length / max(self.batch_tokens, length))):
                 stream = residuals(self.teacher, torch.tensor([token_ids[row] for row in batch]), layers)
                 nodes = np.arange(batch.size * length, dtype=np.int64).reshape(-1, length)
-                yield batch.astype(np.int64), nodes, 0, list(stream.flatten(1, 2))
+                yield False, batch.astype(np.int64), nodes, 0, list(stream.flatten(1, 2))
 
     def _is_cheaper_whole(self, tree: TokenTree, prefix: int) -> bool:
         """Whether prompts cost less one by one than their tree, whose attention looks at each node's way by itself."""

@@ -199,6 +199,17 @@ def _window(module: Any) -> float:
     return min((limit for limit in limits if limit), default=math.inf)
 
 
+def _rotary_limit(config: Any) -> float:
+    """Tokens of the longest prompt up to which the rotary frequencies of a pass do not depend on it."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kinds = [own for own in rotary.values() if isinstance(own, dict)] or [rotary]  # by kind of layer, or one for all
+    if not any(own.get("rope_type") in ("longrope", "dynamic") for own in kinds):
+        return math.inf
+    limits = [own.get("original_max_position_embeddings") for own in kinds]
+    limits += [getattr(config, name, None) for name in ("original_max_position_embeddings", "max_position_embeddings")]
+    return min((limit for limit in limits if limit), default=0)
+
+
 def can_share(teacher: Teacher) -> bool:
     """Whether prompts may run as a tree, as far as the model's kind tells.
 
@@ -244,10 +255,12 @@ def tree_residuals(
     Returns:
         For each layer ``[nodes, d_model]``.
     """
-    device = teacher.device
+    device, longest = teacher.device, int(tree.depths.max()) + 1
+    if longest > _rotary_limit(teacher.model.config.get_text_config()):
+        raise CannotShare("rotary positions that change with the longest prompt of a pass")
     levels = [(start, _to(way, device)) for start, way in tree.levels]
     called: list[int] = []
-    token = _branches.set(_Branches(prefix, levels, int(tree.depths.max()) + 1, called))
+    token = _branches.set(_Branches(prefix, levels, longest, called))
     try:
         with _attention(teacher, TREE), _reading(teacher, layers) as read:
             teacher.model(

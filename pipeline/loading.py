@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import InputError
 from pipeline.forward import residuals
-from pipeline.gguf import unpacked
+from pipeline.gguf import check_read, unpacked
 from pipeline.teacher_tokenizer import check_vocabulary, load_tokenizer
 from pipeline.teachers import DTYPES, Source, Teacher, advised, quiet
 
@@ -71,6 +71,8 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
             location, config=source.config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     check(causal, found)
+    if "gguf_file" in own:
+        check_read(source.files[0], causal)
     model: Any = causal.base_model
     if "device_map" not in options:
         model.to(device)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import tinygguf
 import torch
 from conftest import CATALOGUE
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -25,8 +27,10 @@ from transformers import (
     Gemma3nTextConfig,
     GptOssConfig,
     GraniteConfig,
+    LlamaConfig,
     OpenAIGPTConfig,
     OPTConfig,
+    Phi3Config,
     RecurrentGemmaConfig,
     XLNetConfig,
     XLNetLMHeadModel,
@@ -77,15 +81,21 @@ def catalogue_of(words):
     return Catalogue(tuple(words), ("any",) * len(words))
 
 
-def errors_of(folder, words=WORDS, dtype="float32", batch_tokens=256):
-    """How far vectors of all blocks are from the plain pass, relative to their norm, the largest."""
+def errors_of(folder, words=WORDS, dtype="float32", batch_tokens=256, before=()):
+    """How far vectors of all blocks are from the plain pass, relative to their norm, the largest.
+
+    Where there are words before, those are read first.
+    """
     teacher = load_teacher(find_teacher(str(folder), dtype))
     layers = tuple(range(len(teacher.blocks) + 1))
     request = make_request(
         find_teacher(str(folder), dtype), catalogue_of(words), layers="all", templates=["Tell me about {concept}"]
     )
     prompts = tokenize(teacher, words, request.templates[0])
-    values, _ = Reader(teacher, request, batch_tokens, lambda done: None).read([prompts])
+    reader = Reader(teacher, request, batch_tokens, lambda done: None)
+    if before:
+        reader.read([tokenize(teacher, before, request.templates[0])])
+    values, _ = reader.read([prompts])
     alone = torch.stack([plain_vectors(teacher, prompt, layers, "last") for prompt in prompts])
     return float(((values[:, 0] - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
 
@@ -260,6 +270,56 @@ def test_blocks_that_pass_on_several_streams_are_refused(saved, workplace, run):
 def test_long_texts_run_whole_and_short_ones_beside_them_as_a_tree(tiny_folder):
     long = [" ".join(f"{word} {number}" for number in range(4)) for word in ("ice", "volcano", "sadness")]
     assert errors_of(tiny_folder("llama"), (*WORDS, *(f"{text} " * 9 for text in long))) < 1e-3
+
+
+def test_rotary_positions_that_change_with_the_longest_prompt_are_those_of_each_prompt_alone(saved):
+    """Beyond 12 tokens other factors hold; a tree of short and long prompts would have one of the two for all."""
+    quarter = [1.0 + 0.5 * number for number in range(4)]
+    rotary = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": quarter,
+              "long_factor": [4 * factor for factor in quarter], "original_max_position_embeddings": 12}  # fmt: skip
+    sizes = SIZES | {"max_position_embeddings": 64, "pad_token_id": 0}
+    config = Phi3Config(**sizes, rope_parameters=rotary, original_max_position_embeddings=12)
+    folder = saved(AutoModelForCausalLM.from_config(config))
+    long = [f"{word} of a {word} and a {word}" for word in WORDS]
+    assert errors_of(folder, (*long, *WORDS), before=("ice", "a", "sadness")) < 1e-3
+
+
+def test_a_tree_is_compared_even_where_the_first_prompts_ran_whole(tiny_folder):
+    """Long prompts that run one by one tell nothing about a tree."""
+    source = find_teacher(str(tiny_folder("llama")))
+    teacher = load_teacher(source)
+    request = make_request(source, catalogue_of(WORDS), layers="2", templates=["{concept}"])
+    reader = Reader(teacher, request, 256, lambda done: None)
+    reader.read([tokenize(teacher, [f"{word} of the sea and the sun " * 20 for word in WORDS[:2]], "{concept}")])
+    assert reader.shared is None
+    reader.read([tokenize(teacher, WORDS, "Tell me about {concept}")])
+    assert reader.shared
+
+
+GGUF_LOSSES = {
+    "biases that the library has no place for": ({"attention_bias": True}, {}, "weights that are not read"),
+    "another rotary base": ({}, {"rope.freq_base": 5e5}, "rope.freq_base"),
+    "another epsilon": ({}, {"attention.layer_norm_rms_epsilon": 1e-3}, "attention.layer_norm_rms_epsilon"),
+}
+
+
+@pytest.mark.parametrize("loss", GGUF_LOSSES)
+def test_a_gguf_file_of_which_something_is_not_read_is_refused(tiny_folder, tmp_path, monkeypatch, loss):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))  # where GGUF files are unpacked
+    options, unread, line = GGUF_LOSSES[loss]
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, **options))
+    path = tmp_path / "tiny.gguf"
+    tinygguf.write(model, AutoTokenizer.from_pretrained(tiny_folder("llama")), path)
+    source = find_teacher(str(path))
+    text = source.config
+    for key in unread:  # as if the library had passed over what the file says
+        if key == "rope.freq_base":
+            text.rope_parameters = text.rope_parameters | {"rope_theta": unread[key]}
+        else:
+            text.rms_norm_eps = unread[key]
+    with pytest.raises(InputError, match=line):
+        load_teacher(source)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def checked_runs():
