@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.errors import InputError
 from pipeline.forward import residuals
 from pipeline.gguf import check_read, unpacked
+from pipeline.model_files import advised, quiet
 from pipeline.teacher_tokenizer import check_vocabulary, load_tokenizer
-from pipeline.teachers import DTYPES, Source, Teacher, advised, quiet
+from pipeline.teachers import DTYPES, Source, Teacher
 
 COMPILED = "_orig_mod."
 PROBE = (3, 5, 7, 11)  # any tokens, of which each vocabulary has as many

@@ -2,7 +2,7 @@
 
 A place is a local path or ``s3://bucket/key``. S3 is whatever boto3 finds in the environment: credentials, region,
 and with ``AWS_ENDPOINT_URL`` (or MLflow's ``MLFLOW_S3_ENDPOINT_URL``) a store other than Amazon's. An object appears
-when its upload is complete; its SHA-256 travels with it and is checked by whoever reads it, and by the store unless
+when its upload is complete; its SHA-256 travels with it and is checked when it is read, and by the store unless
 boto3 is told that the store knows no checksums (``AWS_REQUEST_CHECKSUM_CALCULATION=when_required``).
 """
 
@@ -240,7 +240,9 @@ def put(path: Path, url: str) -> None:
     extra: dict[str, Any] = {"Metadata": {"sha256": sha256_of(path)}}
     with _told(url):
         if _client().meta.config.request_checksum_calculation == OFF:
-            _warn_once(f"the store does not check what it receives ({SETTINGS[0]}={OFF}); whoever reads it does")
+            _warn_once(
+                f"the store does not check what it receives ({SETTINGS[0]}={OFF}); files are checked when they are read"
+            )
         else:
             extra["ChecksumAlgorithm"] = "SHA256"
         try:

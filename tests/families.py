@@ -374,7 +374,7 @@ def page(findings: Sequence[Finding]) -> str:
 
 
 def line(finding: Finding) -> str:
-    """A finding for whoever looks into one."""
+    """A finding in one line, with all its figures."""
     told = [f"{finding.family.name}: {finding.verdict}"]
     for dtype, reading in finding.readings.items():
         figures = (

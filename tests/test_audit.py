@@ -27,7 +27,7 @@ def written(tmp_path):
         templates=("x {concept}", "y {concept}", "z {concept}"),
         teacher="tiny", revision="0", pool="last", dtype="float32", depth=4,
     )  # fmt: skip
-    named = {name: getattr(request, name) for name in Request.__dataclass_fields__}
+    named = {name: getattr(request, name) for name in Request.__dataclass_fields__ if name != "reader"}
     path = tmp_path / "vectors.safetensors"
     tokens = {"token_ids": np.zeros(ROWS, np.int64), "token_offsets": np.arange(ROWS + 1)}
     table = {"token_vocab": np.zeros(1, np.int64), "token_embeddings": np.zeros((1, WIDTH), np.float32)}

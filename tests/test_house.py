@@ -38,9 +38,9 @@ LAUNCHER = {"processes"}
 # A room imports only from rooms before it.
 ROOMS = [
     "errors", "interrupts", "options", "storage", "families", "tokenization", "lists", "reading", "inference", "card",
-    "hub", "teacher_tokenizer", "gguf", "precision", "processes", "concepts", "legacy", "vectors", "teachers",
-    "request", "prompts", "trees", "forward", "loading", "plan", "extraction", "comparison", "vocabulary", "function",
-    "audit", "metrics", "objectives", "features", "students", "identity", "bulk", "folders",
+    "hub", "model_files", "teacher_tokenizer", "gguf", "precision", "processes", "concepts", "legacy", "vectors",
+    "teachers", "request", "prompts", "trees", "forward", "loading", "plan", "extraction", "comparison", "vocabulary",
+    "function", "audit", "metrics", "objectives", "features", "students", "identity", "bulk", "folders",
     "student", "served", "publish", "curriculum", "noise", "stack", "training", "export", "schedule", "grid", "lanes",
     "spool", "engine", "tracking", "claims", "recorder", "scaling", "transition", "results", "tables", "sweep", "plots",
     "jobs", "report", "evaluation", "predict", "display", "project", "cli", "__main__",

@@ -338,8 +338,11 @@ def test_a_few_prompts_are_compared_with_the_untouched_model_before_an_extractio
     assert set(manifest["check"]["error_by_block"]) == {"2", "4"}
 
 
-def test_families_that_are_not_tested_are_checked_unasked(workplace, run, saved, folder):
-    untested = saved(AutoModelForCausalLM.from_config(OWN_WAYS["blocks that return lists"]))
+def test_models_that_are_not_tested_are_checked_unasked(workplace, run, folder, tmp_path):
+    untested = shutil.copytree(folder, tmp_path / "with-code-of-its-own")
+    config = json.loads((untested / "config.json").read_text())
+    code_of_its_own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    (untested / "config.json").write_text(json.dumps(config | code_of_its_own))
     for number, (model, option) in enumerate([(folder, "auto"), (untested, "auto"), (untested, "off")]):
         code, _, err = run(*EXTRACT, "--teacher", model, "--output", f"{number}.safetensors", "--check", option)
         assert code == 0, err

@@ -21,7 +21,7 @@ ROLES = (*SWEEPS, "cell", "extract", "evaluate")
 
 
 def find_experiment(client: MlflowClient, experiment_id: str | None = None, role: str | None = None) -> str:
-    """The id of the experiment to track to; the project's own is made by whoever comes first.
+    """The id of the experiment to track to; the first worker creates the project's own.
 
     Args:
         client: the tracking server's.
