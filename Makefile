@@ -15,10 +15,11 @@ test: env ## run the whole test suite
 families: env ## write docs/families.md: every family of models, compared with its own forward pass
 	python tests/families.py > docs/families.md
 
-lint: env ## check style and types
+lint: env ## check style, types and the imports between rooms
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 
 ui: env ## look at the runs in the browser
 	mlflow ui

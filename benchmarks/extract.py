@@ -27,17 +27,17 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from pipeline.concepts import read_catalogue
-from pipeline.extraction import automatic_batch_tokens, read_parts
-from pipeline.forward import flops_per_token
-from pipeline.loading import load_teacher
-from pipeline.plan import Plan, merge
+from pipeline.data.concepts import read_catalogue
+from pipeline.data.vectors import read_vectors
+from pipeline.extraction.parts import Plan, merge
+from pipeline.extraction.reader import automatic_batch_tokens, read_parts
+from pipeline.extraction.request import Request, make_request
 from pipeline.processes import start
-from pipeline.request import Request, make_request
 from pipeline.storage import Output
-from pipeline.teachers import Source, Teacher, find_teacher
-from pipeline.trees import common_prefix
-from pipeline.vectors import read_vectors
+from pipeline.teachers.find import Source, Teacher, find_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.residuals import flops_per_token
+from pipeline.teachers.token_tree import common_prefix
 
 Floats = NDArray[np.floating[Any]]
 PEER_BATCH = 128  # prompts; of 32, 64, 128, 256 and 512 the fastest for both peers on two cores, with 64 equal

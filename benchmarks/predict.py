@@ -27,10 +27,10 @@ from model2vec import StaticModel
 from tokenizers import Tokenizer
 
 from pipeline import Student
-from pipeline.extraction import read_texts
-from pipeline.loading import load_teacher
-from pipeline.student import BULK
-from pipeline.teachers import find_teacher
+from pipeline.extraction.reader import read_texts
+from pipeline.student.student import BULK
+from pipeline.teachers.find import find_teacher
+from pipeline.teachers.load import load_teacher
 
 FRESH = "import sys; from pipeline import Student; Student.load(sys.argv[1]).encode('slow cooking')"
 

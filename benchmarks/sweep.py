@@ -30,20 +30,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.engine import Engine
-from pipeline.features import Catalogued, Side, Subset
-from pipeline.grid import read_grid
+from pipeline.data.dataset import Catalogued, Side, Subset
+from pipeline.data.vectors import read_vectors
+from pipeline.devices import of_training
 from pipeline.metrics import cosines
-from pipeline.options import Cell
-from pipeline.precision import of_training
 from pipeline.processes import cores, start
-from pipeline.results import results_of
-from pipeline.schedule import stacks_of, training_flops
-from pipeline.spool import Spool
-from pipeline.sweep import cell_key, prepare, run_sweep
+from pipeline.settings import Cell
+from pipeline.sweep.cost import stacks_of, training_flops
+from pipeline.sweep.engine import Engine
+from pipeline.sweep.grid import read_grid
+from pipeline.sweep.results import results_of
+from pipeline.sweep.run import cell_key, prepare, run_sweep
+from pipeline.sweep.spool import Spool
 from pipeline.tracking import connect
-from pipeline.training import train_stack
-from pipeline.vectors import read_vectors
+from pipeline.training.trainer import train_stack
 
 CPU = torch.device("cpu")
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import Student
-from pipeline.extraction import read_texts
-from pipeline.function import at_block
-from pipeline.loading import load_teacher
-from pipeline.teachers import Teacher, find_teacher
+from pipeline.analysis.intervention import at_block
+from pipeline.extraction.reader import read_texts
+from pipeline.teachers.find import Teacher, find_teacher
+from pipeline.teachers.load import load_teacher
 
 CONCEPTS = ("volcano", "slow cooking", "chess", "sadness", "the ocean", "money", "a violin", "winter")
 PROMPTS = ("I think that", "Yesterday we talked about", "The most interesting thing is", "My favourite topic is")

@@ -12,7 +12,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 def __getattr__(name: str) -> Any:
     """``from pipeline import Student``, loaded when asked for."""
     if name == "Student":
-        from pipeline.student import Student
+        from pipeline.student.student import Student
 
         return Student
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

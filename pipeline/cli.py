@@ -17,7 +17,7 @@ import click
 
 from pipeline import interrupts
 from pipeline.errors import InputError, WorkError
-from pipeline.options import (
+from pipeline.settings import (
     Cell,
     EvaluateOptions,
     ExtractOptions,
@@ -32,8 +32,8 @@ from pipeline.options import (
 from pipeline.storage import output_folder, print_lines
 
 if TYPE_CHECKING:
-    from pipeline.student import Student
-    from pipeline.vocabulary import Vocabulary
+    from pipeline.extraction.vocabulary import Vocabulary
+    from pipeline.student.student import Student
 
 
 def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -121,8 +121,8 @@ def extract(options: ExtractOptions) -> None:
 
     Example: python -m pipeline extract --teacher gpt2 --layers 4,mid,8
     """
-    from pipeline import display
-    from pipeline.jobs import run_extract
+    from pipeline.commands import display
+    from pipeline.commands.extract import run_extract
     from pipeline.processes import start
 
     told = run_extract(
@@ -139,7 +139,7 @@ def train(options: TrainOptions) -> None:
 
     Example: python -m pipeline train --student mlp --hidden-dim 512 --concepts 700
     """
-    from pipeline.grid import canonical
+    from pipeline.sweep.grid import canonical
 
     cell = canonical(Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)}))
     with output_folder(options.output or "student") as folder:
@@ -153,7 +153,7 @@ def sweep(options: SweepOptions) -> None:
 
     Example: python -m pipeline sweep --grid scaling --seeds 3
     """
-    from pipeline.grid import read_grid, vectors_of
+    from pipeline.sweep.grid import read_grid, vectors_of
 
     name, cells = read_grid(options.grid, options.epochs, options.seeds)
     options = replace(options, vectors=options.vectors or vectors_of(options.grid))
@@ -169,13 +169,13 @@ def sweep(options: SweepOptions) -> None:
 
 
 def _show_plan(name: str, cells: list[Cell], options: SweepOptions) -> None:
-    from pipeline import display
-    from pipeline.features import Catalogued
+    from pipeline.commands import display
+    from pipeline.data.dataset import Catalogued
+    from pipeline.data.vectors import read_vectors
     from pipeline.processes import parse_shard, start
-    from pipeline.schedule import expected_seconds, plan_rows
-    from pipeline.sweep import prepare
+    from pipeline.sweep.cost import expected_seconds, plan_rows
+    from pipeline.sweep.run import prepare
     from pipeline.tracking import fetch
-    from pipeline.vectors import read_vectors
 
     data = Catalogued(read_vectors(fetch(str(options.vectors))))
     cells = prepare(cells, data, options.grid)
@@ -196,15 +196,15 @@ def _sweep(
     sweep_id: str | None = None,
     shard: str = "0/1",
 ) -> None:
-    from pipeline import display
-    from pipeline.export import standing_alone
-    from pipeline.features import Catalogued
+    from pipeline.commands import display
+    from pipeline.data.dataset import Catalogued
+    from pipeline.data.vectors import read_vectors
+    from pipeline.extraction.vocabulary import find
     from pipeline.processes import parse_shard, start
     from pipeline.storage import writable
-    from pipeline.sweep import Incomplete, prepare, run_sweep
+    from pipeline.sweep.run import Incomplete, prepare, run_sweep
     from pipeline.tracking import connect, fetch
-    from pipeline.vectors import read_vectors
-    from pipeline.vocabulary import find
+    from pipeline.training.export import standing_alone
 
     part = parse_shard(shard)
     data = Catalogued(read_vectors(fetch(str(options.vectors))))
@@ -221,7 +221,7 @@ def _sweep(
     def report(results: dict[str, Any], stem: str, students: list[Student]) -> list[Path]:
         if not options.report:
             return []
-        from pipeline.report import write_report  # only by the worker that reports: plots take seconds to load
+        from pipeline.commands.report import write_report  # only by the worker that reports: plots take seconds to load
 
         return write_report(results, stem, output, students, data.vectors)
 
@@ -268,9 +268,9 @@ def _sweep(
 
 def _show(results: dict[str, Any]) -> None:
     """Print the table and the verdict of each section."""
-    from pipeline import display
-    from pipeline.results import sections
-    from pipeline.tables import brief_rows, verdict
+    from pipeline.analysis.tables import brief_rows, verdict
+    from pipeline.commands import display
+    from pipeline.sweep.results import sections
 
     for section in sections(results):
         if section.title:
@@ -286,9 +286,9 @@ def report(options: ReportOptions) -> None:
 
     Example: python -m pipeline report --results results/scaling_results_20260101T000000Z.json
     """
-    from pipeline.features import Catalogued
-    from pipeline.report import predict_sections, write_report
-    from pipeline.results import load_sweep, vectors_for
+    from pipeline.commands.report import predict_sections, write_report
+    from pipeline.data.dataset import Catalogued
+    from pipeline.sweep.results import load_sweep, vectors_for
 
     stem, results, students = load_sweep(options.results, options.sweep_id)
     vectors = vectors_for(results["grid"], options.vectors, results.get("vectors"))
@@ -310,8 +310,8 @@ def evaluate(options: EvaluateOptions) -> None:
 
     Example: python -m pipeline evaluate --teacher smollm2-135m
     """
-    from pipeline import display
-    from pipeline.evaluation import run_evaluate
+    from pipeline.commands import display
+    from pipeline.commands.evaluate import run_evaluate
     from pipeline.processes import start
 
     with output_folder(options.output) as output:
@@ -333,8 +333,8 @@ def predict(options: PredictOptions, texts: tuple[str, ...]) -> None:
       python -m pipeline predict volcano "slow cooking" --nearest 5
       python -m pipeline predict --file words.txt --output vectors.npy
     """
-    from pipeline import display
-    from pipeline.predict import run_predict
+    from pipeline.commands import display
+    from pipeline.commands.predict import run_predict
 
     rows = run_predict(options, texts, display.counting("predict", "texts"))
     if rows is not None:
@@ -350,9 +350,9 @@ def push(options: PushOptions, source: str, repository: str) -> None:
 
     Log in first: hf auth login, or set HF_TOKEN. Students load from there again: Student.load("hf://owner/name").
     """
-    from pipeline import publish
+    from pipeline.commands import push
 
-    click.echo(publish.push(Path(source), repository, options.licence, options.private))
+    click.echo(push.push(Path(source), repository, options.licence, options.private))
 
 
 def main() -> None:

@@ -51,12 +51,12 @@ from transformers import (
 )
 
 from pipeline import cli, storage
-from pipeline.concepts import read_catalogue
-from pipeline.features import Catalogued
-from pipeline.loading import load_teacher
-from pipeline.teachers import find_teacher
-from pipeline.vectors import read_vectors
-from pipeline.vocabulary import find
+from pipeline.data.concepts import read_catalogue
+from pipeline.data.dataset import Catalogued
+from pipeline.data.vectors import read_vectors
+from pipeline.extraction.vocabulary import find
+from pipeline.teachers.find import find_teacher
+from pipeline.teachers.load import load_teacher
 
 SHIPPED = ROOT / "data" / "vectors" / "smollm2-135m.safetensors"
 CATALOGUE = ROOT / "data" / "concepts.csv"

@@ -29,15 +29,15 @@ from plainpass import Plain, blocks_of
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
-from pipeline import extraction
-from pipeline.concepts import Catalogue, read_catalogue
+from pipeline.data.concepts import Catalogue, read_catalogue
 from pipeline.errors import InputError, WorkError
-from pipeline.forward import tree_residuals
-from pipeline.loading import load_teacher
-from pipeline.plan import Plan
-from pipeline.request import make_request
+from pipeline.extraction import reader
+from pipeline.extraction.parts import Plan
+from pipeline.extraction.request import make_request
 from pipeline.storage import Output
-from pipeline.teachers import find_teacher
+from pipeline.teachers.find import find_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.teachers.residuals import tree_residuals
 
 # One token and many, the same beginnings and other ones, longer than the sliding windows of the tiny models.
 CONCEPTS = (
@@ -254,17 +254,17 @@ def _extracted(teacher: str, dtype: str, place: Path) -> tuple[Vectors, tuple[in
 
     log = logging.getLogger("pipeline")
     log.addHandler(told)
-    extraction.tree_residuals = counted
+    reader.tree_residuals = counted
     try:
         source = find_teacher(teacher, dtype)
         model = load_teacher(source)
         catalogue = Catalogue(CONCEPTS, ("any",) * len(CONCEPTS))
         request = make_request(source, catalogue, layers=f"0,mid,{source.depth}", templates=TEMPLATES, token_block=1)
         plan = Plan.open(Output(place / f"{dtype}.safetensors"), request, model.d_model, 1, 64)
-        extraction.read_parts(model, request, plan, plan.missing())
+        reader.read_parts(model, request, plan, plan.missing())
         [part] = [load_file(part.path) for part in plan.parts]
     finally:
-        extraction.tree_residuals = tree_residuals
+        reader.tree_residuals = tree_residuals
         log.removeHandler(told)
     prompts = part["vectors"].swapaxes(0, 1)  # [templates, concepts, layers, d_model]
     alone = part["token_activations"][::SINGLE, None]

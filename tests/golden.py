@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.export import checkpoint, export
-from pipeline.features import Catalogued
-from pipeline.grid import canonical, read_grid
-from pipeline.options import RESULTS_VERSION, Cell
-from pipeline.schedule import stacks_of
-from pipeline.sweep import prepare
-from pipeline.training import train_stack
-from pipeline.vectors import read_vectors
-from pipeline.vocabulary import find
+from pipeline.data.dataset import Catalogued
+from pipeline.data.vectors import read_vectors
+from pipeline.extraction.vocabulary import find
+from pipeline.settings import RESULTS_VERSION, Cell
+from pipeline.sweep.cost import stacks_of
+from pipeline.sweep.grid import canonical, read_grid
+from pipeline.sweep.run import prepare
+from pipeline.training.export import checkpoint, export
+from pipeline.training.trainer import train_stack
 
 FILE = Path(__file__).with_name("golden.json")
 VECTORS = FILE.parent.parent / "data" / "vectors" / "smollm2-135m.safetensors"
@@ -136,7 +136,7 @@ def main():
     if FILE.exists():
         golden = json.loads(FILE.read_text())
         if golden["version"] == RESULTS_VERSION and (lines := moved(golden, now)):
-            sys.exit("\n".join([*lines, "results moved: raise RESULTS_VERSION in pipeline/options.py first"]))
+            sys.exit("\n".join([*lines, "results moved: raise RESULTS_VERSION in pipeline/settings.py first"]))
     FILE.write_text(json.dumps({"version": RESULTS_VERSION, **now}, indent=1) + "\n")
 
 

@@ -10,9 +10,9 @@ import golden
 import numpy as np
 from conftest import ROOT, SHIPPED
 
-from pipeline.extraction import read_texts
-from pipeline.options import RESULTS_VERSION, Cell
-from pipeline.request import make_request
+from pipeline.extraction.reader import read_texts
+from pipeline.extraction.request import make_request
+from pipeline.settings import RESULTS_VERSION, Cell
 
 WRITTEN = json.loads(golden.FILE.read_text())
 
@@ -23,7 +23,7 @@ def test_results_are_those_of_their_version():
     )
     lines = golden.moved(WRITTEN, golden.compute())
     assert not lines, (
-        "results moved: raise RESULTS_VERSION in pipeline/options.py, and write the golden numbers again with "
+        "results moved: raise RESULTS_VERSION in pipeline/settings.py, and write the golden numbers again with "
         f"{golden.COMMAND}\n" + "\n".join(lines)
     )
 
@@ -38,7 +38,7 @@ def test_a_change_in_what_is_computed_is_noticed(monkeypatch):
     monkeypatch.setattr(golden, "OPTIONS", golden.OPTIONS[:1])
     monkeypatch.setattr(golden, "OF_TEMPLATES", golden.OF_TEMPLATES[:1])
     monkeypatch.setattr(golden, "read_grid", lambda name, epochs: (name, []))
-    monkeypatch.setattr("pipeline.stack.WARM_UP", 0.2)
+    monkeypatch.setattr("pipeline.training.stack.WARM_UP", 0.2)
     now = golden.compute()
     known = {"cells": {cell: WRITTEN["cells"][cell] for cell in now["cells"]}, "vectors": WRITTEN["vectors"]}
     assert {line.split(":")[0] for line in golden.moved(known, now)} >= set(now["cells"])
@@ -57,7 +57,7 @@ def test_the_extraction_is_that_of_the_shipped_vectors(vectors, catalogue, smoll
         shipped = vectors.vectors[list(rows), 0, place].astype(np.float32)
         # The file has 11 bits; sums in another order add less than that.
         error = np.linalg.norm(found - shipped, axis=1) / np.linalg.norm(shipped, axis=1)
-        assert error.max() < 2e-3, f"layer {layer}: extraction moved; raise EXTRACTION_VERSION in pipeline/request.py"
+        assert error.max() < 2e-3, f"layer {layer}: extraction moved; raise EXTRACTION_VERSION (extraction/request.py)"
 
 
 def test_an_edited_comment_reuses_finished_cells_and_a_raised_version_does_not(workplace, small_grid):

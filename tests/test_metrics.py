@@ -10,7 +10,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from pipeline.errors import InputError
 from pipeline.metrics import by_category, cosines, faithfulness, interval, linear_cka, norm_error, r2, ranks
-from pipeline.objectives import TERMS, objective_of, terms
+from pipeline.training.objectives import TERMS, objective_of, terms
 
 
 @pytest.fixture

@@ -13,17 +13,17 @@ import torch
 from conftest import CATALOGUE, SHIPPED
 from mlflow import MlflowClient
 
-from pipeline.concepts import read_catalogue
-from pipeline.loading import load_teacher
-from pipeline.options import Cell
-from pipeline.plan import Plan
-from pipeline.precision import of_teacher, of_training
-from pipeline.request import make_request
-from pipeline.stack import precision_of
+from pipeline.data.concepts import read_catalogue
+from pipeline.data.vectors import read_vectors
+from pipeline.devices import of_teacher, of_training
+from pipeline.extraction.parts import Plan
+from pipeline.extraction.request import make_request
+from pipeline.settings import Cell
 from pipeline.storage import Output
-from pipeline.sweep import cell_key
-from pipeline.teachers import find_teacher
-from pipeline.vectors import read_vectors
+from pipeline.sweep.run import cell_key
+from pipeline.teachers.find import find_teacher
+from pipeline.teachers.load import load_teacher
+from pipeline.training.stack import precision_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

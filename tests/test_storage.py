@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from pipeline import storage
 from pipeline.errors import InputError, WorkError
-from pipeline.student import Student
+from pipeline.student.student import Student
 
 CSV = "concept,category\n" + "".join(f"{name},any\n" for name in ("ice", "fire", "slow cooking", "rain", "sun", "moon"))
 

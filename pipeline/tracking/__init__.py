@@ -1,4 +1,8 @@
-"""MLflow: the only room that knows it."""
+"""MLflow, of which no other room knows anything.
+
+Parameters, metrics, files and students come in; runs go out, and what earlier runs hold. What is worth tracking is
+decided elsewhere.
+"""
 
 from mlflow.entities import Metric
 from mlflow.entities import Run as MlflowRun

@@ -22,18 +22,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from pipeline.folders import CARD, CONFIG, MODEL, TOKENIZER
+from pipeline.student.folder import CARD, CONFIG, MODEL, TOKENIZER
 from pipeline.tracking.server import without_password
 from pipeline.tracking.students import STUDENT_PLACE, logged_models
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of the two the one in C takes a tenth of the time
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
-# What a logged student carries: the rooms that turn text into vectors, without torch.
-STUDENT_CODE = (
-    "__init__", "errors", "interrupts", "storage", "tokenization", "reading", "inference", "folders", "student",
-    "served",
-)  # fmt: skip
-DOOR = "served.py"  # what MLflow loads
+# The code that a logged student carries: the room `student`, and the files below all rooms that it imports.
+STUDENT_CODE = ("__init__.py", "errors.py", "interrupts.py", "storage.py", "student")
+MODEL_ENTRY_POINT = "mlflow_model.py"  # of that room
 EXAMPLE = ("volcano", "slow cooking")  # what a logged student may be asked
 STUDENT_NEEDS = ("mlflow", "numpy", "safetensors", "tokenizers")
 
@@ -171,8 +168,11 @@ def _frame() -> tempfile.TemporaryDirectory[str]:
     code = home / "code" / "pipeline"
     code.mkdir(parents=True)
     for name in STUDENT_CODE:
-        shutil.copy(package / f"{name}.py", code)
-    shutil.copy(package / DOOR, home)
+        if (package / name).is_dir():
+            shutil.copytree(package / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(package / name, code)
+    shutil.copy(package / "student" / MODEL_ENTRY_POINT, home)
     needs = [f"{name}=={_public_version(name)}" for name in STUDENT_NEEDS]
     python = platform.python_version()
     conda = {"channels": ["conda-forge"], "dependencies": [f"python={python}", "pip", {"pip": needs}]}
@@ -192,10 +192,10 @@ def _frame() -> tempfile.TemporaryDirectory[str]:
 
 
 def _description(run_id: str, model_id: str, artifact_path: str) -> str:
-    """The ``MLmodel`` file of a logged student: texts in, vectors out, loaded from code (see `pipeline.served`)."""
+    """The ``MLmodel`` file of a logged student: texts in, vectors out, loaded from code."""
     door = {
         "loader_module": "mlflow.pyfunc.loaders.code_model",
-        "model_code_path": DOOR,
+        "model_code_path": MODEL_ENTRY_POINT,
         "code": "code",
         "artifacts": {"student": {"path": STUDENT_PLACE, "uri": STUDENT_PLACE}},
         "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},

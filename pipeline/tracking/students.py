@@ -14,15 +14,15 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from pipeline import folders
 from pipeline.errors import InputError
-from pipeline.student import Student
+from pipeline.student.folder import CONFIG, MODEL
+from pipeline.student.student import Student
 from pipeline.tracking.experiment import artifact_folder
 from pipeline.tracking.server import is_unknown
 
 RUNS_PER_SEARCH = 100  # as many models as MLflow gives in one page
 STUDENT_PLACE = "artifacts/student"  # in the folder of a logged model
-NEEDED = ("MLmodel", *(f"{STUDENT_PLACE}/{name}" for name in (folders.CONFIG, folders.MODEL)))
+NEEDED = ("MLmodel", *(f"{STUDENT_PLACE}/{name}" for name in (CONFIG, MODEL)))
 
 
 def logged_models(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str, list[LoggedModel]]:

@@ -30,7 +30,7 @@ from mlflow.utils.mlflow_tags import (
 from pipeline import hub, interrupts, storage
 from pipeline.errors import InputError
 from pipeline.interrupts import closed_by
-from pipeline.student import Student
+from pipeline.student.student import Student
 from pipeline.tracking.experiment import RUN, find_experiment, held
 from pipeline.tracking.runs import Run
 from pipeline.tracking.server import TrackingError, patiently, reach

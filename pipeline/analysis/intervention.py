@@ -1,0 +1,184 @@
+"""Do predicted vectors still work? The teacher goes on from them, and what it says next is compared.
+
+A vector takes the place of the true activation at its block and position, and the rest of the teacher runs as usual.
+`kl_recovered` compares next-token distributions: 1 for the true vector, 0 for the mean vector. It is the "loss
+recovered" of sparse autoencoders with the mean in place of an ablation (Bricken et al., 2023, "Towards
+monosemanticity").
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import Cache
+
+from pipeline.teachers.find import Teacher
+from pipeline.teachers.prompts import tokenize
+
+BATCH_TOKENS = 2048
+SAME_KL = 1e-3  # nats: two passes that differ by less differ by rounding, also in bfloat16
+
+
+@contextmanager
+def at_block(teacher: Teacher, layer: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change the residual stream ``[batch, tokens, d_model]`` after block ``layer``; 0 is the embedding output."""
+
+    def after(_module: Any, _args: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
+    hook = (
+        teacher.blocks[layer - 1].register_forward_hook(after)
+        if layer
+        else teacher.blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def replaced(teacher: Teacher, layer: int, vectors: Tensor) -> Iterator[None]:
+    """Put ``vectors`` ``[batch, d_model]`` in place of the last position's residual stream after block ``layer``."""
+
+    def put(stream: Tensor) -> Tensor:
+        changed = stream.clone()
+        changed[:, -1] = vectors.to(stream)
+        return changed
+
+    with at_block(teacher, layer, put):
+        yield
+
+
+@contextmanager
+def skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let blocks hand on what they are given; for passes in which what they leave is replaced anyhow."""
+
+    def hand_on(hidden_states: Tensor, *_args: Any, **_options: Any) -> Tensor:
+        return hidden_states
+
+    for block in blocks:
+        block.forward = hand_on
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+class NextTokenDistributions:
+    """A teacher's next-token distributions after prompts, from its own activations or from others in their place.
+
+    The activations of all but the last position do not depend on the last one's: their keys and values are computed
+    once, and each question costs one position of a prompt in the blocks behind ``layer``. Models that cannot go on so
+    run whole prompts.
+
+    Args:
+        teacher: the model.
+        concepts: what to put into the template.
+        template: one that ends with ``{concept}`` or not; the last token's activation is replaced.
+        layer: the block after which it is.
+    """
+
+    def __init__(self, teacher: Teacher, concepts: Sequence[str], template: str, layer: int) -> None:
+        self.teacher, self.layer = teacher, layer
+        head: Any = teacher.causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head.to(teacher.device)  # an extraction leaves it where it was loaded
+        self.prompts = [prompt.token_ids for prompt in tokenize(teacher, concepts, template)]
+        lengths = np.array([len(ids) for ids in self.prompts])
+        self.batches = []  # of prompts of one length, so that none is padded
+        for length in np.unique(lengths):
+            rows = np.flatnonzero(lengths == length)
+            self.batches += np.array_split(rows, -(-len(rows) * int(length) // BATCH_TOKENS))
+        self._caches: list[Cache | None] = [self._cache(batch) for batch in self.batches]
+        if not self._goes_on_from_cache():
+            self._caches = [None] * len(self.batches)
+        self.true = self._log_probabilities(None)
+
+    def _ids(self, batch: NDArray[np.intp]) -> Tensor:
+        return torch.tensor([self.prompts[row] for row in batch], device=self.teacher.device)
+
+    @torch.inference_mode()
+    def _cache(self, batch: NDArray[np.intp]) -> Cache | None:
+        """Keys and values of all but the last position; None where the model has none."""
+        before = self._ids(batch)[:, :-1]
+        if not before.shape[1]:
+            return None
+        found = getattr(self.teacher.model(input_ids=before, use_cache=True), "past_key_values", None)
+        return found if isinstance(found, Cache) else None
+
+    @torch.inference_mode()
+    def _goes_on_from_cache(self) -> bool:
+        """Whether for the first batch that has a cache the short pass gives what whole prompts give."""
+        for batch, cache in zip(self.batches, self._caches, strict=True):
+            if cache is None:
+                continue
+            drawn = torch.randn(len(batch), self.teacher.d_model, generator=torch.Generator().manual_seed(0))
+            try:
+                whole, short = (self._next_tokens(batch, held, drawn) for held in (None, cache))
+            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+                return False
+            return bool((whole.exp() * (whole - short)).sum(-1).abs().max() < SAME_KL)
+        return False
+
+    def _next_tokens(self, batch: NDArray[np.intp], cache: Cache | None, vectors: Tensor | None) -> Tensor:
+        """Next-token log-probabilities of a batch, ``[batch, vocabulary]``, float32."""
+        ids = self._ids(batch)
+        with ExitStack() as stack:
+            if vectors is not None:
+                stack.enter_context(replaced(self.teacher, self.layer, vectors))
+            if cache is not None:
+                ids, cache = ids[:, -1:], copy.deepcopy(cache)  # which the model would lengthen
+                if vectors is not None:
+                    stack.enter_context(skipped(self.teacher.blocks[: self.layer]))
+            return self.teacher.logits(ids, cache=cache)[:, -1].log_softmax(-1)
+
+    @torch.inference_mode()
+    def _log_probabilities(self, vectors: Tensor | None) -> Tensor:
+        """Next-token log-probabilities, ``[concepts, vocabulary]``, float32."""
+        rows: list[Tensor] = [torch.empty(0)] * len(self.prompts)
+        for batch, cache in zip(self.batches, self._caches, strict=True):
+            own = None if vectors is None else vectors[batch]
+            for row, value in zip(batch, self._next_tokens(batch, cache, own).cpu(), strict=True):
+                rows[row] = value
+        return torch.stack(rows)
+
+    def kl(self, vectors: Tensor) -> NDArray[np.float64]:
+        """Kullback-Leibler divergence from the teacher's own next-token distribution, in nats, one a concept.
+
+        Args:
+            vectors: ``[concepts, d_model]``, not centred.
+        """
+        changed = self._log_probabilities(vectors)
+        divergence = (self.true.exp() * (self.true - changed)).sum(-1)
+        return divergence.double().numpy()
+
+
+def kl_recovered(kl: NDArray[np.float64], of_mean: NDArray[np.float64]) -> float:
+    """Share of the mean vector's divergence that is gone: ``1 - KL(student) / KL(mean)``, over all concepts."""
+    return float(1 - kl.mean() / of_mean.mean())
+
+
+def recovered_interval(
+    kl: NDArray[np.float64], of_mean: NDArray[np.float64], level: float = 0.95, samples: int = 2000
+) -> tuple[float, float]:
+    """Bootstrap interval of `kl_recovered` over concepts; ``kl`` is ``[seeds, N]``, ``of_mean`` ``[N]``."""
+    draw = np.random.default_rng(0)
+    values = []
+    for _ in range(samples):
+        columns, rows = draw.integers(kl.shape[1], size=kl.shape[1]), draw.integers(len(kl), size=len(kl))
+        values.append(1 - kl[rows][:, columns].mean() / of_mean[columns].mean())
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

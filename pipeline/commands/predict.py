@@ -1,0 +1,277 @@
+"""The predict command: texts from anywhere through a student to vectors, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pipeline.data import lists
+from pipeline.errors import InputError, WorkError, choices
+from pipeline.settings import PredictOptions
+from pipeline.storage import Output, fetch, print_lines, write_atomically
+from pipeline.student.lookup import Floats
+from pipeline.student.student import Student
+from pipeline.student.tokenizer import checked
+
+CHUNK = 1 << 15  # texts held at once
+DECIMALS = 5  # of a vector's numbers in text
+Bar = Callable[[int | None], AbstractContextManager[Callable[[float], None]]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some texts with all that is known of them.
+
+    Attributes:
+        texts: ``n`` texts.
+        vectors: ``[n, d_model]``, not centred.
+        nearest: of each the nearest concepts with their centred cosine; None where it was not asked for.
+        cosines: of each the centred cosine with the true vector, ``[n]``; None where it was not asked for.
+    """
+
+    texts: list[str]
+    vectors: Floats
+    nearest: list[list[tuple[str, float]]] | None
+    cosines: Floats | None
+
+
+def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tuple[list[str], list[list[str]]] | None:
+    """Predict as the options say.
+
+    Args:
+        options: what the user asked for.
+        texts: the arguments of the command.
+        bar: a progress bar over texts.
+
+    Returns:
+        A table to show, where nearest concepts or cosines are asked for and no file that could hold them.
+
+    Raises:
+        InputError: no texts or an empty one, an unknown kind of file, or no such student.
+    """
+    if bool(texts) == (options.file is not None):
+        raise InputError("predict: expected texts as arguments, or --file FILE (- for standard input)")
+    output = None if options.output is None else Output.at(options.output)
+    kind = "" if output is None else output.path.suffix.lower()
+    if kind not in WRITERS:
+        raise choices("kind of --output", kind, [name for name in WRITERS if name])
+    student = _student_at(options.run or _newest_student())
+    compare = _comparison(student, options) if options.compare else None
+    shown: list[list[str]] = []
+    holds = kind in (".csv", ".jsonl") or not (options.nearest or options.compare)
+
+    def chunks(source: Iterable[list[str]], advance: Callable[[float], None]) -> Iterator[Chunk]:
+        for some in source:
+            vectors = student.encode(some)
+            chunk = Chunk(
+                some,
+                vectors,
+                student.nearest(vectors, options.nearest) if options.nearest else None,
+                compare(some, vectors) if compare is not None else None,
+            )
+            if not holds:
+                shown.extend(_rows(chunk))
+            yield chunk
+            advance(len(some))
+
+    with _texts(options, texts, counted=kind in (".npy", ".safetensors")) as (source, total):
+        quiet = output is None or total == 0
+        with nullcontext(lambda number: None) if quiet else bar(total) as advance:
+            made = chunks(source, advance)
+            if output is None:
+                for chunk in made:
+                    if holds:
+                        print_lines(_lines(chunk, sys.stdout.encoding))
+            else:
+                write_atomically(output.path, lambda part: WRITERS[kind](part, made, total, student))
+    if output is not None:
+        output.publish()
+        output.leave()
+    return (_head(options), shown) if shown else None
+
+
+def _student_at(place: str) -> Student:
+    if not place.startswith(("runs:", "models:")):
+        return Student.load(place)
+    from pipeline.tracking import student_at  # only here: MLflow takes seconds to load
+
+    return student_at(place)
+
+
+def _newest_student() -> str:
+    found = sorted(Path("results").glob("*_student"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise InputError("no student in results/; train one with sweep or train, or name one with --run")
+    sweep = re.match(r".*_results_[0-9TZ]+", found[-1].name)
+    same = [str(path) for path in found if sweep and path.name.startswith(sweep[0])]
+    if len(same) > 1:
+        raise InputError(
+            f"--run: the newest sweep left a student for each block or split; name one of {', '.join(same)}"
+        )
+    return str(found[-1])
+
+
+def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str], Floats], Floats]:
+    """What gives the centred cosines with the teacher's own vectors; the teacher is loaded here."""
+    from pipeline.extraction.reader import read_texts
+    from pipeline.processes import start
+    from pipeline.teachers.find import find_teacher, warn_of_another
+    from pipeline.teachers.load import load_teacher
+
+    device = start().device
+    name, dtype = options.teacher or student.config["teacher"], options.dtype or student.config["dtype"]
+    source = find_teacher(name, dtype, device, options.trust_remote_code)
+    warn_of_another(source, student.config["revision"], student.config.get("tokenizer", ""))
+    teacher = load_teacher(source, device, options.device_map)
+
+    def compare(texts: list[str], vectors: Floats) -> Floats:
+        place = student.config
+        true = read_texts(teacher, texts, place["template"], place["layer"], place["pool"]) - student.mean
+        answer = vectors - student.mean
+        lengths = np.linalg.norm(answer, axis=1) * np.linalg.norm(true, axis=1)
+        cosines: Floats = (answer * true).sum(1) / lengths.clip(1e-12)
+        return cosines
+
+    return compare
+
+
+@contextmanager
+def _texts(
+    options: PredictOptions, texts: Sequence[str], counted: bool
+) -> Iterator[tuple[Iterable[list[str]], int | None]]:
+    """The texts, checked, some at a time, and how many there are where that is known or must be."""
+    if options.file is None:
+        yield _checked_chunks(enumerate(texts, 1), "text"), len(texts)
+        return
+    name = f"--file {options.file}" if options.file != "-" else "standard input"
+    path = fetch(options.file) if options.file != "-" else None
+    with nullcontext(lists.standard_input()) if path is None else lists.opened(path, name) as file:
+        if path is None or not path.is_file():  # what comes through a pipe can be read once
+            if not counted:
+                yield _read(file, name, options), None
+                return
+            with tempfile.TemporaryFile() as copy:
+                try:
+                    copy.writelines(iter(lambda: lists.read_block(file, name), b""))
+                except OSError as error:
+                    raise WorkError(f"cannot keep a copy of {name}: {error.strerror or error}") from error
+                yield from _read_twice(copy, name, options)
+            return
+        yield from _read_twice(file, name, options)
+
+
+def _read_twice(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[tuple[Iterable[list[str]], int | None]]:
+    """First to count, by when all that is wrong with the texts is known."""
+    file.seek(0)
+    total = sum(map(len, _read(file, name, options)))
+    file.seek(0)
+    yield _read(file, name, options), total
+
+
+def _read(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[list[str]]:
+    if options.file is not None and lists.is_table(options.file):
+        table = lists.table(file, name, [options.column])
+        return _checked_chunks(((line, text) for line, (text,) in table), f"{name}, line")
+    return _checked_chunks(lists.texts(file, name), f"{name}, line")
+
+
+def _checked_chunks(numbered: Iterable[tuple[int, str]], name: str) -> Iterator[list[str]]:
+    """Texts, checked, `CHUNK` at a time; errors name the number of the text."""
+    rest = iter(numbered)
+    while some := list(islice(rest, CHUNK)):
+        yield checked((text for _, text in some), lambda place: f"{name} {some[place][0]}")
+
+
+def _numbers(vectors: Floats) -> list[list[float]]:
+    return vectors.astype(np.float64).round(DECIMALS).tolist()  # type: ignore[no-any-return]
+
+
+def _lines(chunk: Chunk, encoding: str = "utf-8") -> Iterator[str]:
+    """JSON, a line a text, in letters that an encoding has."""
+    escape = not encoding.lower().startswith("utf")
+    for place, (text, vector) in enumerate(zip(chunk.texts, _numbers(chunk.vectors), strict=True)):
+        line: dict[str, Any] = {"text": text}
+        if chunk.nearest is not None:
+            line["nearest"] = [[name, round(cosine, 4)] for name, cosine in chunk.nearest[place]]
+        if chunk.cosines is not None:
+            line["cosine"] = round(float(chunk.cosines[place]), 4)
+        yield json.dumps(line | {"vector": vector}, ensure_ascii=escape) + "\n"
+
+
+def _head(options: PredictOptions) -> list[str]:
+    wanted = [("nearest concepts (cosine)", options.nearest), ("cosine with the true vector", options.compare)]
+    return ["text", *(title for title, asked in wanted if asked)]
+
+
+def _rows(chunk: Chunk) -> list[list[str]]:
+    rows = [[text] for text in chunk.texts]
+    for place, row in enumerate(rows):
+        if chunk.nearest is not None:
+            row.append(", ".join(f"{name} ({cosine:.2f})" for name, cosine in chunk.nearest[place]))
+        if chunk.cosines is not None:
+            row.append(f"{chunk.cosines[place]:.3f}")
+    return rows
+
+
+def _write_lines(path: Path, chunks: Iterable[Chunk], _total: int | None, _student: Student) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for chunk in chunks:
+            file.writelines(_lines(chunk))
+
+
+def _write_csv(path: Path, chunks: Iterable[Chunk], _total: int | None, student: Student) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        for number, chunk in enumerate(chunks):
+            extra = [
+                name for name in ("nearest", "cosine") if getattr(chunk, name.replace("cosine", "cosines")) is not None
+            ]
+            if number == 0:
+                table.writerow(["text", *extra, *(f"v{column}" for column in range(student.d_model))])
+            for row, vector in zip(_rows(chunk), _numbers(chunk.vectors), strict=True):
+                table.writerow([*row, *vector])
+        if file.tell() == 0:  # of no texts
+            table.writerow(["text", *(f"v{column}" for column in range(student.d_model))])
+
+
+def _write_npy(path: Path, chunks: Iterable[Chunk], total: int | None, student: Student) -> None:
+    assert total is not None
+    array = np.lib.format.open_memmap(path, "w+", np.float32, (total, student.d_model))
+    start = 0
+    for chunk in chunks:
+        array[start : start + len(chunk.texts)] = chunk.vectors
+        start += len(chunk.texts)
+    array.flush()
+
+
+def _write_safetensors(path: Path, chunks: Iterable[Chunk], total: int | None, student: Student) -> None:
+    """One tensor, ``vectors`` ``[texts, d_model]`` float32, in the order of the texts."""
+    assert total is not None
+    told = {name: str(student.config[name]) for name in ("teacher", "revision", "layer", "template")}
+    described = {"dtype": "F32", "shape": [total, student.d_model], "data_offsets": [0, 4 * total * student.d_model]}
+    text = json.dumps({"__metadata__": told, "vectors": described}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for chunk in chunks:
+            file.write(np.ascontiguousarray(chunk.vectors, "<f4").data)
+
+
+WRITERS: dict[str, Callable[[Path, Iterable[Chunk], int | None, Student], None]] = {
+    "": _write_lines,
+    ".jsonl": _write_lines,
+    ".csv": _write_csv,
+    ".npy": _write_npy,
+    ".safetensors": _write_safetensors,
+}

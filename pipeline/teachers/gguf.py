@@ -1,0 +1,135 @@
+"""GGUF files, unpacked once for all: to read one takes `transformers` forty times as long as to load its weights."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gguf import GGUFReader
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from pipeline import hub
+from pipeline.errors import InputError
+from pipeline.teachers.tokenizer import load_tokenizer
+
+FORM = 4  # of what is kept; raised when a file that was kept before should be looked at again
+MOST_BYTES = 500_000_000  # of a file that is kept unpacked, in which it takes up to eight times as many
+# Keys of a file that decide vectors, and what configurations call the same.
+KEYS = {
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_eps"),
+    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"),
+    "attention.key_length": ("head_dim",),
+}
+
+
+def check_read(path: Path, causal: Any) -> None:
+    """Check that `transformers` has read all of a GGUF file that decides vectors.
+
+    Args:
+        path: the file.
+        causal: the model that was made of it.
+
+    Raises:
+        InputError: weights, rotary frequencies or sizes of the file are not in the model.
+    """
+    reader = GGUFReader(path)
+    architecture = _value(reader, "general.architecture")
+    if fault := _unread(reader, architecture, causal):
+        raise InputError(
+            f"--teacher {path}: transformers {transformers.__version__} does not read all of it: {fault}; give the "
+            "model's folder or hub id instead"
+        )
+
+
+def _unread(reader: GGUFReader, architecture: str, causal: Any) -> str | None:
+    """What of a file is not in the model, or None."""
+    config = causal.config.get_text_config()
+    scaling = _value(reader, f"{architecture}.rope.scaling.type")
+    factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
+    if scaling not in (None, "", "none") or any((own.data != 1).any() for own in factors):
+        return f"its rotary scaling ({scaling or factors[0].name})"
+    base, rotary = _value(reader, f"{architecture}.rope.freq_base"), getattr(config, "rope_parameters", None) or {}
+    bases = [own["rope_theta"] for own in (rotary, *rotary.values()) if isinstance(own, dict) and "rope_theta" in own]
+    if base is not None and bases and not any(math.isclose(base, own, rel_tol=1e-5) for own in bases):
+        return f"rope.freq_base is {base:g}, and was read as {bases[0]:g}"
+    for key, names in KEYS.items():
+        value, own = _value(reader, f"{architecture}.{key}"), [getattr(config, name, None) for name in names]
+        read = [found for found in own if isinstance(found, (int, float))]
+        if value is not None and read and not any(math.isclose(value, found, rel_tol=1e-5) for found in read):
+            return f"{key} is {value:g}, and was read as {read[0]:g}"
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if not tensor.name.startswith("rope_")}
+    read_sizes = {weight.data_ptr(): weight.numel() for weight in causal.state_dict().values()}  # a tied head once
+    left = sum(sizes.values()) - sum(read_sizes.values())
+    if left > 0 and left != sizes.get("output.weight"):  # the head again, where it is that of the embeddings
+        return f"it holds {left:,} weights that are not read"
+    return None
+
+
+def _value(reader: GGUFReader, key: str) -> Any:
+    found = reader.get_field(key)
+    return None if found is None else found.contents()
+
+
+def _save_as_it_is(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer by a class that adds nothing: its own might make it anew, without the <bos> in front."""
+    special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    plain: Any = PreTrainedTokenizerFast
+    plain(tokenizer_object=tokenizer.backend_tokenizer, **special).save_pretrained(folder)
+
+
+def unpacked(
+    path: Path, revision: str, config: Any, options: dict[str, Any], check: Callable[[Any, dict[str, Any]], None]
+) -> Path | None:
+    """The folder with the weights of a GGUF file in float32, which is exact, and its tokenizer, in the hub's cache.
+
+    Args:
+        path: the file.
+        revision: a hash of it.
+        config: the model's configuration.
+        options: what `transformers` needs to read the file.
+        check: raises where weights are missing, given the model and what the library says of loading it.
+
+    Returns:
+        None where the file is large or the cache cannot be written: then it is read anew each time.
+
+    Raises:
+        InputError: the library would read the file wrongly.
+    """
+    folder = hub.cache() / "unpacked" / f"{revision[:32]}-{transformers.__version__}-{FORM}"
+    if folder.is_dir():
+        return folder
+    if path.stat().st_size > MOST_BYTES:
+        return None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent))
+    except OSError:
+        return None
+    try:
+        tokenizer = load_tokenizer(path.stem, str(path.parent), config, options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, config=config, dtype=torch.float32, output_loading_info=True, **options
+        )
+        read, found = loaded
+        check(read, found)
+        check_read(path, read)
+        whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        whole.load_state_dict(read.state_dict())  # what was read counts as quantised, and cannot be saved
+        _save_as_it_is(tokenizer, part)
+        whole.save_pretrained(part)
+        for file in part.iterdir():
+            file.chmod(0o644)  # as the hub's files: for every user of the cache
+        part.chmod(0o755)
+        part.rename(folder)
+    except (OSError, SafetensorError):  # no room, or another process was faster
+        return folder if folder.is_dir() else None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder

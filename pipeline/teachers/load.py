@@ -1,0 +1,246 @@
+"""Loading a teacher: its weights whole, its blocks found, its matrix products in the precision asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import InputError
+from pipeline.teachers.files import advised, quiet
+from pipeline.teachers.find import DTYPES, Source, Teacher
+from pipeline.teachers.gguf import check_read, unpacked
+from pipeline.teachers.residuals import residuals
+from pipeline.teachers.tokenizer import check_vocabulary, load_tokenizer
+
+COMPILED = "_orig_mod."
+PROBE = (3, 5, 7, 11)  # any tokens, of which each vocabulary has as many
+
+log = logging.getLogger(__name__)
+
+
+def load_teacher(source: Source, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
+    """Load a teacher's weights, with its matrix products in the source's precision.
+
+    Args:
+        source: what `find_teacher` found.
+        device: where the model computes.
+        device_map: spread the model over several devices instead: "auto", "balanced" or "sequential".
+
+    Raises:
+        InputError: the weights cannot be read or reached, some are missing, or it is no causal language model.
+    """
+    return prepared(load_untouched(source, device, device_map))
+
+
+def load_untouched(source: Source, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
+    """A teacher as the library loads it in the source's precision; arguments and errors as of `load_teacher`."""
+    location, own = source.location, dict(source.options)
+    log.info("loading %s%s", source.name, _size(source.files))
+
+    def check(causal: Any, found: dict[str, Any]) -> None:
+        _check_loaded(source.name, causal, found)
+
+    if "gguf_file" in own:
+        with advised(source.name, location), quiet(downloads=False):
+            folder = unpacked(Path(location, own["gguf_file"]), source.revision, source.config, own, check)
+        if folder is not None:
+            location = str(folder)
+            del own["gguf_file"]
+    options = dict(own)
+    if source.dtype == "int8":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("--dtype int8: needs the bitsandbytes package; pip install bitsandbytes")
+        quantization = BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        options |= {"quantization_config": quantization, "device_map": {"": device}}
+    else:
+        # Weights of a GGUF file are unpacked to float32 first; asked for less, the library keeps them packed and slow.
+        options["dtype"] = torch.float32 if "gguf_file" in source.options else DTYPES[source.dtype]
+    if device_map:
+        options["device_map"] = device_map
+    with advised(source.name, source.location), quiet(downloads=not source.files):
+        tokenizer = load_tokenizer(source.name, location, source.config, own)
+        causal, found = _model_class(source).from_pretrained(
+            location, config=source.config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    check(causal, found)
+    if "gguf_file" in own:
+        check_read(source.files[0], causal)
+    model: Any = causal.base_model
+    if "device_map" not in options:
+        model.to(device)
+    causal.eval().requires_grad_(False)
+    with advised(source.name, source.location):
+        blocks = _find_blocks(model, source)
+        teacher = Teacher(
+            source.name, source.revision, model, tokenizer, blocks, source.d_model, source.dtype, causal,
+            has_head=not found["missing_keys"],
+        )  # fmt: skip
+        if not source.is_tested:
+            _check_causal(teacher)
+    check_vocabulary(source.name, tokenizer, len(teacher.embedding_table))
+    return teacher
+
+
+def prepared(teacher: Teacher) -> Teacher:
+    """The teacher with its matrix products in its short type, where it has one and weights that allow it; the same."""
+    model: Any = teacher.model
+    causal = teacher.causal
+    if teacher.dtype not in ("bfloat16", "float16") or not is_plain(model):
+        return teacher
+    dtype = DTYPES[teacher.dtype]
+    hooks = _shorten(model, dtype)
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([PROBE], device=teacher.device), use_cache=False)
+    except RuntimeError:  # a model that multiplies by weights past their modules
+        for hook in hooks:
+            hook.remove()
+        model.to(dtype)
+        return teacher
+    head: Any = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is not None:
+        head.register_forward_pre_hook(lambda own, args: (args[0].to(own.weight), *args[1:]))
+    return teacher
+
+
+def _products(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether weights are numbers of 16 bits or more, one a place: packed ones (4 bits, 8 bits) stay as they are."""
+    weights = [module.weight for module in _products(model)]
+    is_quantised = getattr(model.config, "quantization_config", None) or getattr(model, "hf_quantizer", None)
+    return not is_quantised and all(
+        type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2 for weight in weights
+    )
+
+
+def _shorten(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
+    """Matrix products in a short type; the residual stream, norms and attention between them in float32; its hooks.
+
+    The products are nearly all of the arithmetic, and rounding the stream at every block is most of the error: on
+    SmolLM2-135M at block 15 the least centred cosine to float32 is 0.9997 so, and 0.9984 with all in bfloat16.
+    Models with weights in other places (mixtures of experts) compute in the short type throughout.
+    """
+    products = _products(model)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    matrices = {id(module.weight) for module in products}
+    kept = matrices | {id(module.weight) for module in tables}  # a table has no arithmetic: it stays as it is stored
+    if any(parameter.dim() > 1 and id(parameter) not in kept for parameter in model.parameters()):
+        model.to(dtype)
+        return []
+    hooks = []
+    for parameter in model.parameters():
+        if id(parameter) in matrices:
+            parameter.data = parameter.data.to(dtype)
+        elif id(parameter) not in kept:
+            parameter.data = parameter.data.float()
+    for product in products:
+        if product.bias is not None:
+            product.bias.data = product.bias.data.to(dtype)
+        hooks.append(product.register_forward_pre_hook(lambda _module, args: (args[0].to(dtype), *args[1:])))
+    for module in [*products, *tables]:
+        hooks.append(module.register_forward_hook(lambda _module, _args, output: output.float()))
+    return hooks
+
+
+def _model_class(source: Source) -> Any:
+    """The class that loads it: a causal language model, or one that reads images too and holds one."""
+    kind = type(source.config)
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if kind in auto._model_mapping or "auto_map" in source.config.to_dict():
+            return auto
+    return AutoModelForCausalLM  # which says what it does not know
+
+
+def _size(files: Sequence[Path]) -> str:
+    total = sum(file.stat().st_size for file in files)
+    return f" ({total / 1e9:.1f} GB)" if total > 1e9 else f" ({total / 1e6:.0f} MB)" if total else ""
+
+
+def _check_loaded(name: str, causal: Any, found: dict[str, Any]) -> None:
+    """Compare the weights that were loaded with those that the model has; the head's may be missing.
+
+    Raises:
+        InputError: weights are missing or have other shapes, which the library fills with random numbers.
+    """
+    head = causal.get_output_embeddings()
+    of_head = {id(weight) for weight in head.parameters()} if head is not None else set()
+    own = dict(causal.named_parameters()) | dict(causal.named_buffers())
+    shapes = {key: f"{tuple(stored)}, expected {tuple(shape)}" for key, stored, shape in found["mismatched_keys"]}
+    missing = sorted(key for key in found["missing_keys"] if key not in own or id(own[key]) not in of_head)
+    wrong = sorted([*missing, *shapes])
+    if not wrong and not found["error_msgs"]:
+        return
+    if not wrong:
+        raise InputError(f"--teacher {name}: {found['error_msgs'][0]}")
+    reason = f"{len(wrong)} of {len(own)} weights are not in its files or do not fit its configuration, "
+    reason += f"the first {wrong[0]}" + (f" {shapes[wrong[0]]}" if wrong[0] in shapes else "")
+    if any(COMPILED in key for key in found["unexpected_keys"]):
+        reason += f"; the files' names contain {COMPILED}, the mark of a compiled model: save model.{COMPILED[:-1]}"
+    elif found["unexpected_keys"]:
+        reason += f"; the files have {sorted(found['unexpected_keys'])[0]} instead"
+    raise InputError(f"--teacher {name}: {reason}")
+
+
+def _find_blocks(model: Any, source: Source) -> Sequence[nn.Module]:
+    """The transformer blocks, in order: of the module lists as long as the configuration says, the one that runs.
+
+    A tower for images may be as deep as the text model. A few tokens tell them apart.
+
+    Raises:
+        InputError: there is no such list.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == source.depth]
+    if len(lists) > 1:
+        lists = [blocks for blocks in lists if _runs(model, blocks)]
+    if not lists:
+        raise InputError(f"--teacher {source.name}: cannot find its {source.depth} transformer blocks")
+    return list(lists[0])
+
+
+def _runs(model: Any, blocks: nn.ModuleList) -> bool:
+    """Whether every module of a list runs for tokens, once."""
+    calls = [0] * len(blocks)
+
+    def count(place: int) -> Any:
+        def hook(*_: Any) -> None:
+            calls[place] += 1
+
+        return hook
+
+    hooks = [block.register_forward_hook(count(place)) for place, block in enumerate(blocks)]
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([PROBE], device=next(model.parameters()).device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls == [1] * len(blocks)
+
+
+def _check_causal(teacher: Teacher) -> None:
+    """Check that a token's residual stream does not change with the tokens behind it.
+
+    Raises:
+        InputError: it does.
+    """
+    layers = range(len(teacher.blocks) + 1)
+    other = torch.tensor([[*PROBE[:-1], PROBE[0]]])
+    first, second = (residuals(teacher, ids, layers)[:, 0, :-1].float() for ids in (torch.tensor([PROBE]), other))
+    change = (first - second).norm(dim=-1) / first.norm(dim=-1)
+    if not (change < (1e-4 if teacher.dtype == "float32" else 0.05)).all():
+        raise InputError(
+            f"--teacher {teacher.name}: not a causal language model; its vector at a token changes with the tokens "
+            "behind it"
+        )

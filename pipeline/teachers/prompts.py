@@ -1,0 +1,74 @@
+"""Concepts in templates as the teacher's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.teachers.find import Teacher
+from pipeline.teachers.tokenizer import encode
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One concept in one template, as tokens.
+
+    Attributes:
+        token_ids: the prompt's tokens, without those that a tokenizer appends.
+        own: which of them overlap the concept's characters, ascending.
+    """
+
+    token_ids: list[int]
+    own: list[int]
+
+    @property
+    def own_ids(self) -> list[int]:
+        """The concept's own tokens."""
+        return [self.token_ids[position] for position in self.own]
+
+    def read(self, pool: str) -> list[int]:
+        """The positions whose residual stream makes the vector."""
+        return self.own if pool == "mean" else [len(self.token_ids) - 1]
+
+
+def tokenize(teacher: Teacher, concepts: Sequence[str], template: str) -> list[Prompt]:
+    """Every concept in a template as tokens, with the positions of the concept's own.
+
+    Raises:
+        InputError: a concept that leaves no token of its own, a token that the teacher has no embedding for, or a
+            prompt longer than the teacher's context.
+    """
+    start = template.index("{concept}")
+    texts = [template.replace("{concept}", concept) for concept in concepts]
+    room = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+    prompts = []
+    for concept, (ids, spans) in zip(concepts, _encode(teacher, texts), strict=True):
+        stop = start + len(concept)
+        own = [position for position, (left, right) in enumerate(spans) if left < stop and right > start]
+        if not own:
+            raise InputError(f"concept {concept!r}: the teacher's tokenizer gives it no token")
+        if room is not None and len(ids) > room:
+            raise InputError(f"concept {concept[:60]!r}: its prompt has {len(ids)} tokens, the teacher takes {room}")
+        prompts.append(Prompt(ids, own))
+    return prompts
+
+
+def beginning_of(teacher: Teacher, template: str) -> list[int]:
+    """The tokens of what stands before the concept."""
+    [(ids, _)] = _encode(teacher, [template[: template.index("{concept}")].rstrip()])
+    return ids
+
+
+def _encode(teacher: Teacher, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """As `encode`, of tokens that the teacher has an embedding for."""
+    rows, found = len(teacher.embedding_table), encode(teacher.tokenizer, texts)
+    for text, (ids, _) in zip(texts, found, strict=True):
+        if ids and max(ids) >= rows:
+            token: Any = teacher.tokenizer.convert_ids_to_tokens(max(ids))
+            raise InputError(
+                f"prompt {text[:60]!r}: the teacher has no embedding for the token {token!r} in it (number {max(ids)} "
+                f"of {rows:,} rows); leave it out, or resize the model's embeddings"
+            )
+    return found

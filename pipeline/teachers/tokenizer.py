@@ -1,0 +1,237 @@
+"""A teacher's tokenizer: loaded, known by its files, and compared with the embeddings that its tokens look up."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from pipeline import hub
+from pipeline.errors import InputError
+from pipeline.teachers.files import LFS_POINTER
+
+WHOLE = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+VOCABULARIES = (WHOLE, "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
+OTHERS = ("merges.txt", SETTINGS, "special_tokens_map.json", "added_tokens.json", "tokenization*.py")
+PACKAGES = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}  # that read them
+PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that take tokenizer.json as it is
+PROBE = "Tell me about the sea, 1 2 3: é Я 中"  # of which every tokenizer knows something
+FEW = 0.75  # of the embeddings' rows; vocabularies padded to a round number leave a seventh unused at the most
+
+log = logging.getLogger(__name__)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of the files of a folder that decide how texts become tokens; "" where it has none."""
+    files = {file for pattern in (*VOCABULARIES, *OTHERS) for file in folder.glob(pattern) if file.is_file()}
+    if not files:
+        return ""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(_decisive(file)).digest())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _decisive(file: Path) -> bytes:
+    """The bytes of a file that decide how texts become tokens: all but the chat template."""
+    content = file.read_bytes()
+    if file.name != SETTINGS:
+        return content
+    try:
+        settings = json.loads(content)
+    except ValueError:
+        return content  # of which loading complains
+    if isinstance(settings, dict):
+        settings.pop("chat_template", None)
+    return json.dumps(settings, sort_keys=True).encode()
+
+
+def load_tokenizer(
+    name: str, location: str, config: PreTrainedConfig, options: Mapping[str, Any]
+) -> PreTrainedTokenizerBase:
+    """Load a teacher's tokenizer.
+
+    Args:
+        name: the teacher's.
+        location: a folder or a hub id; the folder of the GGUF file that ``options`` name.
+        config: the model's configuration.
+        options: of `transformers`.
+
+    Raises:
+        InputError: files that are missing, damaged or do not belong together, a package that is not installed, or a
+            tokenizer without character offsets.
+        OSError: the hub cannot be reached.
+    """
+    packed = options.get("gguf_file")
+    local = Path(location) if Path(location).is_dir() else None
+    folder = None if packed else local or hub.cached_folder(location)
+    cause: BaseException | None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, config=config, **options)
+        fault = _fault_of(tokenizer, folder)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # panics of the tokenizers library are no Exceptions
+        found = folder and _fault_in(folder, error)
+        if "trust_remote_code" in str(error) or (isinstance(error, OSError) and not found):
+            raise
+        fault, cause = found or _brief(error), error
+    else:
+        if not fault:
+            return tokenizer
+        fault, cause = (folder and _fault_in(folder, None)) or fault, None
+    if packed:
+        way_out = "name a file with the model's own in it"
+    elif local:
+        way_out = "put the model's own tokenizer there"
+    else:
+        way_out = (
+            "remove that folder to fetch it from the hub again, or name a local one with the model's own tokenizer"
+        )
+    place = folder or Path(location, packed or "")
+    raise InputError(f"--teacher {name}: the tokenizer in {place} cannot be used: {fault}; {way_out}") from cause
+
+
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Compare a teacher's tokenizer with its embedding table, and say what it appends to prompts.
+
+    Tokens that were added later may lack a row (a padding token, say): only texts that have them are refused.
+
+    Args:
+        name: the teacher's.
+        tokenizer: its tokenizer.
+        rows: of its embedding table.
+
+    Raises:
+        InputError: the tokenizer is of another model.
+    """
+    backend: Any = tokenizer
+    own = max(backend.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+    sizes = f"its tokenizer has {max(own, len(backend)):,} tokens and its embedding table {rows:,} rows"
+    if own > rows:
+        raise InputError(f"--teacher {name}: {sizes}, so they are of two models; give it the tokenizer of its own")
+    if len(backend) < FEW * rows:
+        log.warning("warning: --teacher %s: %s; is the tokenizer that of another model?", name, sizes)
+    [(ids, _)] = encode(tokenizer, [PROBE])
+    if appended := tokenizer([PROBE])["input_ids"][0][len(ids) :]:
+        ending = " ".join(backend.convert_ids_to_tokens(appended))
+        log.info("teacher %s: its tokenizer ends prompts with %s, which is left out", name, ending)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Texts as tokens, with what the tokenizer puts before them and without what it appends (an end token, say).
+
+    A causal model reads what is appended after all else, so that no other position changes.
+
+    Returns:
+        Of each text its token ids and their spans of characters; of a token that is not in the text the span is empty.
+
+    Raises:
+        InputError: a text that the tokenizer cannot read.
+    """
+    try:
+        encoded = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # as the tokenizers library raises
+        raise InputError(f"the teacher's tokenizer cannot read a text: {_brief(error)}") from error
+    found = []
+    for ids, spans, added in zip(
+        encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
+    ):
+        stop = len(ids)
+        while stop and added[stop - 1] and spans[stop - 1][0] == spans[stop - 1][1]:
+            stop -= 1
+        found.append((list(ids[:stop]), list(spans[:stop])))
+    return found
+
+
+def _brief(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _fault_of(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> str | None:
+    """What is wrong with a tokenizer as it was loaded from a folder."""
+    backend: Any = tokenizer
+    kind = type(tokenizer).__name__
+    if not getattr(tokenizer, "is_fast", False):
+        return f"{kind} gives no character offsets (not a fast tokenizer, which has a {WHOLE})"
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    if not ids:  # transformers makes an empty one where it finds no vocabulary
+        return f"{kind} gives a text no token"
+    most = max(map(ids.count, ids))  # of the token for what is unknown, in a tokenizer that knows little
+    if most == len(ids):
+        return f"{kind} knows no word"
+    if 2 * most > len(ids) and folder is not None and (folder / WHOLE).is_file():  # is it read as what it is?
+        model, read = type(Tokenizer.from_file(str(folder / WHOLE)).model), type(backend.backend_tokenizer.model)
+        if model is not read:
+            return f"{WHOLE} is {model.__name__}, and {kind} of {SETTINGS} reads it as {read.__name__}"
+    return None
+
+
+def _fault_in(folder: Path, error: BaseException | None) -> str | None:
+    """What is wrong with the tokenizer's files of a folder, given what came of loading it; None if nothing is seen."""
+    for name in (SETTINGS, WHOLE, "vocab.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).exists() and (fault := _fault_in_json(folder / name)):
+            return f"{name} is {fault}"
+    settings = json.loads((folder / SETTINGS).read_bytes()) if (folder / SETTINGS).is_file() else {}
+    kind = settings.get("tokenizer_class")
+    if "auto_map" in settings:
+        return None
+    if not (folder / WHOLE).is_file():
+        return _fault_without_whole(folder, kind, error)
+    try:
+        Tokenizer.from_file(str(folder / WHOLE))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as own:  # as above
+        version = f"tokenizers {tokenizers.__version__}"
+        return f"{WHOLE} is no tokenizer, or of a newer version than {version} reads ({_brief(own)})"
+    if error is None:
+        return None
+    culprit = WHOLE if kind in (None, *PLAIN) else f"tokenizer_class {kind!r} in {SETTINGS} with {WHOLE}"
+    return f"{culprit} does not work ({_brief(error)})"
+
+
+def _fault_in_json(path: Path) -> str | None:
+    if not path.is_file():
+        return "not a file"
+    content = path.read_bytes()
+    if not content.strip():
+        return "empty"
+    if content.startswith(LFS_POINTER):
+        return "a pointer of Git LFS, to be replaced by the file with git lfs pull"
+    try:
+        return None if isinstance(json.loads(content), dict) else "no JSON object"
+    except (ValueError, RecursionError) as error:
+        return f"cut short or no JSON ({_brief(error)})"
+
+
+def _fault_without_whole(folder: Path, kind: object, error: BaseException | None) -> str | None:
+    """What is wrong with the files of a folder without ``tokenizer.json``; ``kind`` is the class that settings name."""
+    found = {pattern: sorted(folder.glob(pattern)) for pattern in VOCABULARIES}
+    if not any(found.values()):
+        alike = sorted({path.name for path in folder.glob("*token*.json")} - set(OTHERS))
+        return f"no {WHOLE}" + (f" ({', '.join(alike[:3])} has another name: is it that?)" if alike else "")
+    for pattern, package in PACKAGES.items():
+        if found[pattern] and importlib.util.find_spec(package) is None:
+            needs = f"needs the {package} package (pip install {package})"
+            return f"{found[pattern][0].name} {needs} or a {WHOLE} beside it"
+    if found["vocab.json"] and not (folder / "merges.txt").is_file():
+        return "vocab.json has no merges.txt beside it"
+    names = ", ".join(path.name for paths in [*found.values(), sorted(folder.glob("merges.txt"))] for path in paths)
+    if found["*.model"]:
+        return f"{found['*.model'][0].name} is damaged, or no SentencePiece model" if error else None
+    if not kind:
+        return f"no {WHOLE}, and no tokenizer_class in {SETTINGS} that says how to read {names}"
+    return f"{kind} does not read {names} ({_brief(error)})" if error else None

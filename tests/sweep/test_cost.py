@@ -1,0 +1,79 @@
+"""Work is dealt out once, evenly, and stacks stay whole where they can."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.settings import Cell
+from pipeline.sweep.cost import (
+    STEP,
+    UNEVEN,
+    padding,
+    shares,
+    stacks_of,
+    steps,
+    training_flops,
+    with_little_padding,
+)
+from pipeline.sweep.grid import read_grid
+from pipeline.training.stack import batch_of
+
+CELLS = st.builds(Cell, concepts=st.integers(2, 900), hidden_dim=st.sampled_from([8, 16, 512]), seed=st.integers(0, 9))
+
+
+def price(cell):
+    return cell.concepts * cell.hidden_dim
+
+
+@given(st.lists(CELLS, min_size=1, max_size=40, unique=True), st.integers(1, 9))
+def test_every_cell_has_one_worker(cells, workers):
+    dealt = shares(cells, workers, price)
+    assert len(dealt) == workers
+    flat = [cell for stacks in dealt for stack in stacks for cell in stack]
+    assert sorted(flat, key=repr) == sorted(cells, key=repr)
+    assert dealt == shares(cells, workers, price)
+    loads = [sum(price(cell) for stack in stacks for cell in stack) for stacks in dealt]
+    whole = sum(len(stacks) for stacks in dealt) == len(stacks_of(cells))
+    if not whole:  # a split had a reason, and helped as far as single cells allow
+        assert max(loads) <= max(UNEVEN * sum(loads) / workers, sum(loads) / workers + max(map(price, cells)))
+
+
+@given(st.lists(CELLS, min_size=1, max_size=40, unique=True))
+def test_a_cpu_multiplies_few_rows_that_pad(cells):
+    prices = {cell: STEP * cell.concepts * cell.hidden_dim / 1e3 for cell in cells}
+    for stack in stacks_of(cells):
+        parts = with_little_padding(stack, prices)
+        assert sorted((cell for part in parts for cell in part), key=repr) == sorted(stack, key=repr)
+        batches = [[batch_of(cell.concepts, cell.batch_size) for cell in part] for part in parts]
+        for part, sizes, before in zip(parts, batches, [[], *batches], strict=False):
+            largest = max(sizes)
+            for size in set(sizes):
+                alike = [cell for cell, own in zip(part, sizes, strict=True) if own == size]
+                assert padding(alike, largest, prices) <= STEP * max(map(steps, alike))
+                if before and size == largest:  # with those before it, it would have cost more
+                    assert padding(alike, max(before), prices) > STEP * max(map(steps, alike))
+
+
+@given(st.integers(1, 900), st.integers(1, 300))
+def test_batches_are_few_and_of_like_size(concepts, batch_size):
+    batch = batch_of(concepts, batch_size)
+    steps = -(-concepts // batch)
+    assert batch <= batch_size
+    assert steps == -(-concepts // batch_size)
+    assert steps * (batch - 1) < concepts <= steps * batch
+
+
+def test_the_scaling_grid_in_shards(data):
+    _, cells = read_grid("scaling")
+    for workers in (1, 2, 6):
+        dealt = shares(cells, workers, lambda cell: training_flops(cell, data))
+        loads = [sum(training_flops(cell, data) for stack in stacks for cell in stack) for stacks in dealt]
+        assert max(loads) <= UNEVEN * sum(loads) / workers
+        assert workers > 1 or dealt == [
+            sorted(stacks_of(cells), key=lambda s: -sum(training_flops(c, data) for c in s))
+        ]
+
+
+def test_what_a_cell_costs(data):
+    cell = Cell(concepts=700, hidden_dim=512, layers=4, epochs=100, layer=15)
+    first, rest = 1152 * 512, 4 * 512**2 + 512 * 576
+    assert training_flops(cell, data) == 100 * (700 * (4 * first + 6 * rest) + 2 * 200 * (first + rest))
