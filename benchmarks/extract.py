@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.data.concepts import read_catalogue
 from pipeline.data.vectors import read_vectors
-from pipeline.extraction.parts import Plan, merge
+from pipeline.extraction.parts import PartPlan, merge
 from pipeline.extraction.reader import automatic_batch_tokens, read_parts
 from pipeline.extraction.request import Request, make_request
 from pipeline.processes import start
@@ -114,7 +114,7 @@ def ours(source: Source, teacher: Teacher, request: Request, folder: Path) -> Pa
     output = folder / f"{request.dtype}.safetensors"
     output.unlink(missing_ok=True)
     tokens = automatic_batch_tokens(source.config, teacher.device)
-    plan = Plan.open(Output(output), request, source.config.get_text_config().hidden_size, 1, tokens)
+    plan = PartPlan.open(Output(output), request, source.config.get_text_config().hidden_size, 1, tokens)
     read_parts(teacher, request, plan, plan.missing())
     merge(request, plan)
     return output

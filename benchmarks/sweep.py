@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.data.dataset import Catalogued, Side, Subset
+from pipeline.data.dataset import Dataset, Examples, Subset
 from pipeline.data.vectors import read_vectors
 from pipeline.devices import of_training
 from pipeline.metrics import cosines
@@ -85,7 +85,7 @@ class PlainStudent(nn.Module):
         return answer
 
 
-def plain_training(cell: Cell, train: Side, val: Side, scale: float) -> Iterator[dict[str, float]]:
+def plain_training(cell: Cell, train: Examples, val: Examples, scale: float) -> Iterator[dict[str, float]]:
     """Train one student; the losses and scores of each epoch."""
     torch.manual_seed(cell.seed)
     inputs, targets = train.inputs, train.targets / scale
@@ -172,7 +172,7 @@ class Benchmark:
 
     def __init__(self, vectors: Path, epochs: int, seeds: int = 1) -> None:
         self.vectors = vectors
-        self.data = Catalogued(read_vectors(vectors))
+        self.data = Dataset(read_vectors(vectors))
         self.name, cells = read_grid("scaling", epochs, seeds)
         self.cells = prepare(cells, self.data)
         self.subsets = [self.data.subset(cell) for cell in self.cells]

@@ -170,14 +170,14 @@ def sweep(options: SweepOptions) -> None:
 
 def _show_plan(name: str, cells: list[Cell], options: SweepOptions) -> None:
     from pipeline.commands import display
-    from pipeline.data.dataset import Catalogued
+    from pipeline.data.dataset import Dataset
     from pipeline.data.vectors import read_vectors
     from pipeline.processes import parse_shard, start
     from pipeline.sweep.cost import expected_seconds, plan_rows
     from pipeline.sweep.run import prepare
     from pipeline.tracking import fetch
 
-    data = Catalogued(read_vectors(fetch(str(options.vectors))))
+    data = Dataset(read_vectors(fetch(str(options.vectors))))
     cells = prepare(cells, data, options.grid)
     accelerator, shard = start(), parse_shard(options.shard)
     if accelerator.is_main_process:
@@ -197,17 +197,17 @@ def _sweep(
     shard: str = "0/1",
 ) -> None:
     from pipeline.commands import display
-    from pipeline.data.dataset import Catalogued
+    from pipeline.data.dataset import Dataset
     from pipeline.data.vectors import read_vectors
     from pipeline.extraction.vocabulary import find
     from pipeline.processes import parse_shard, start
     from pipeline.storage import writable
     from pipeline.sweep.run import Incomplete, prepare, run_sweep
     from pipeline.tracking import connect, fetch
-    from pipeline.training.export import standing_alone
+    from pipeline.training.export import export_or_fallback
 
     part = parse_shard(shard)
-    data = Catalogued(read_vectors(fetch(str(options.vectors))))
+    data = Dataset(read_vectors(fetch(str(options.vectors))))
     cells = prepare(cells, data, options.grid if isinstance(options, SweepOptions) else None)
     for path in (*([student_folder / "config.json"] if student_folder else []), output / "results.json"):
         writable(path)
@@ -240,7 +240,7 @@ def _sweep(
             resume=options.resume,
             shard=part,
             report=report,
-            export=lambda trained: standing_alone(trained, data, vocabulary()),
+            export=lambda trained: export_or_fallback(trained, data, vocabulary()),
             baselines=isinstance(options, SweepOptions),  # train leaves the student that was asked for
             register=options.register,
             watcher=watcher,
@@ -287,14 +287,14 @@ def report(options: ReportOptions) -> None:
     Example: python -m pipeline report --results results/scaling_results_20260101T000000Z.json
     """
     from pipeline.commands.report import predict_sections, write_report
-    from pipeline.data.dataset import Catalogued
+    from pipeline.data.dataset import Dataset
     from pipeline.sweep.results import load_sweep, vectors_for
 
     stem, results, students = load_sweep(options.results, options.sweep_id)
     vectors = vectors_for(results["grid"], options.vectors, results.get("vectors"))
     with output_folder(options.output) as output:
         if options.predict is not None:
-            for line in predict_sections(results, options.predict, Catalogued(vectors), output):
+            for line in predict_sections(results, options.predict, Dataset(vectors), output):
                 click.echo(line)
             return
         written = write_report(results, stem, output, students, vectors)

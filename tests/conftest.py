@@ -52,7 +52,7 @@ from transformers import (
 
 from pipeline import cli, storage
 from pipeline.data.concepts import read_catalogue
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
 from pipeline.extraction.vocabulary import find
 from pipeline.teachers.find import find_teacher
@@ -92,13 +92,13 @@ def vectors():
 
 @pytest.fixture(scope="session")
 def data(vectors):
-    return Catalogued(vectors)
+    return Dataset(vectors)
 
 
 @pytest.fixture(scope="session")
 def templates():
     """The shipped vectors of four templates at one block."""
-    return Catalogued(read_vectors(SHIPPED.with_name("smollm2-135m-templates.safetensors")))
+    return Dataset(read_vectors(SHIPPED.with_name("smollm2-135m-templates.safetensors")))
 
 
 # Files whose tests take longest, which begin first so that no worker is left alone with one at the end.

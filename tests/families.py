@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from pipeline.data.concepts import Catalogue, read_catalogue
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import reader
-from pipeline.extraction.parts import Plan
+from pipeline.extraction.parts import PartPlan
 from pipeline.extraction.request import make_request
 from pipeline.storage import Output
 from pipeline.teachers.find import find_teacher
@@ -79,7 +79,7 @@ MATTERS = 0.01  # how much what stands before a token must change its vector, fo
 
 
 @dataclass
-class Reading:
+class TokenFeatures:
     """What a precision gives: errors relative to a vector's norm, or why there are none.
 
     Attributes:
@@ -118,7 +118,7 @@ class Finding:
     family: Family
     class_name: str = ""
     special: str = ""
-    readings: dict[str, Reading] = field(default_factory=dict)
+    readings: dict[str, TokenFeatures] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -156,7 +156,7 @@ def examine(family: Family, place: Path) -> Finding:
         finding.class_name = AutoConfig.from_pretrained(folder).architectures[0]
     plain = _PlainPass(family, teacher, folder, finding)
     for dtype in family.dtypes:
-        reading = finding.readings[dtype] = Reading()
+        reading = finding.readings[dtype] = TokenFeatures()
         try:
             ours, layers, tokens, reading.is_whole = _extracted(str(teacher), dtype, place)
         except (InputError, WorkError) as error:
@@ -260,7 +260,7 @@ def _extracted(teacher: str, dtype: str, place: Path) -> tuple[Vectors, tuple[in
         model = load_teacher(source)
         catalogue = Catalogue(CONCEPTS, ("any",) * len(CONCEPTS))
         request = make_request(source, catalogue, layers=f"0,mid,{source.depth}", templates=TEMPLATES, token_block=1)
-        plan = Plan.open(Output(place / f"{dtype}.safetensors"), request, model.d_model, 1, 64)
+        plan = PartPlan.open(Output(place / f"{dtype}.safetensors"), request, model.d_model, 1, 64)
         reader.read_parts(model, request, plan, plan.missing())
         [part] = [load_file(part.path) for part in plan.parts]
     finally:
@@ -346,7 +346,7 @@ def largest_exponent(cell: str) -> int | None:
     return max(map(int, re.findall(r"\b1e(-?\d+)\b", cell))) if cell.startswith("1e") else None
 
 
-def _cell(reading: Reading, errors: Sequence[float]) -> str:
+def _cell(reading: TokenFeatures, errors: Sequence[float]) -> str:
     if reading.verdict == "right":
         return " to ".join(dict.fromkeys(map(power, errors)))
     told = re.sub(r"https?://[^\s|]+", "(a link)", f"{reading.refused or reading.failed}")

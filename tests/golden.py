@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
 from pipeline.extraction.vocabulary import find
 from pipeline.settings import RESULTS_VERSION, Cell
@@ -96,10 +96,10 @@ def options_of(cell):
 
 def compute():
     """All golden numbers."""
-    data = Catalogued(read_vectors(VECTORS))
+    data = Dataset(read_vectors(VECTORS))
     small = [replace(SMALL, **options) for options in OPTIONS]
     numbers = numbers_of(prepare([*read_grid("scaling", 2)[1], *map(canonical, small)], data), data)
-    templates = Catalogued(read_vectors(TEMPLATES))
+    templates = Dataset(read_vectors(TEMPLATES))
     small = [replace(SMALL, **options) for options in OF_TEMPLATES]
     numbers |= numbers_of(prepare(list(map(canonical, small)), templates), templates)
     [cell] = prepare([replace(SMALL, hidden_dim=192)], data)

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from pipeline.data.concepts import read_catalogue
 from pipeline.data.vectors import read_vectors
 from pipeline.devices import of_teacher, of_training
-from pipeline.extraction.parts import Plan
+from pipeline.extraction.parts import PartPlan
 from pipeline.extraction.request import make_request
 from pipeline.settings import Cell
 from pipeline.storage import Output
@@ -109,7 +109,7 @@ def test_shards_of_an_extraction_keep_to_the_precision_that_the_first_one_record
                  "--no-vocabulary", "--token-block", 1, "--output", "out.safetensors")  # fmt: skip
     asked = {"layers": "2", "templates": ["Tell me about {concept}"], "count": 40, "token_block": 1}
     request = make_request(find_teacher(folder, "bfloat16"), read_catalogue(str(CATALOGUE)), **asked)
-    Plan.open(Output(Path("out.safetensors")), request, 32, 2, 64, dtype_is_open=True)  # a worker on CUDA
+    PartPlan.open(Output(Path("out.safetensors")), request, 32, 2, 64, dtype_is_open=True)  # a worker on CUDA
     for shard in ("0/2", "1/2"):
         code, out, err = run(*arguments, "--shard", shard)
         assert code == 0, err

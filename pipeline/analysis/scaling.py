@@ -49,7 +49,7 @@ class Law:
         samples: the same of each bootstrap, ``[bootstraps, 5]``.
         residuals: log error minus its fit, of each cell.
         span: log concepts of the smallest and of the largest cell.
-        bend: the curvature that the law lacks, see `bend_of`; None where that is not known.
+        bend: the curvature that the law lacks, see `curvature_error`; None where that is not known.
         free: which of the parameters were fitted; a term whose variable does not vary is left out.
     """
 
@@ -122,7 +122,7 @@ def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[flo
     counts = (rows[:, :, None] == np.arange(len(errors))).sum(1).astype(float)  # [bootstraps, cells]
     _, samples = _descend(np.tile(best, (BOOTSTRAPS, 1)), logs, errors, free, counts)
     residuals, span = errors - _log_error(best, logs), (float(logs[0].min()), float(logs[0].max()))
-    return Law(best, samples, residuals, span, bend_of(logs, errors, free), free)
+    return Law(best, samples, residuals, span, curvature_error(logs, errors, free), free)
 
 
 _fitted = functools.lru_cache(maxsize=4)(fit)  # the results file and the report ask for the same one
@@ -134,7 +134,7 @@ def _fit(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
     return best
 
 
-def bend_of(logs: Array, errors: Array, free: tuple[bool, ...]) -> float | None:
+def curvature_error(logs: Array, errors: Array, free: tuple[bool, ...]) -> float | None:
     """How much curvature the law lacks: the coefficient of the square of log concepts in the log error.
 
     No law of this form is true, and residuals within the fit do not tell. So the law is asked for what is known: fitted

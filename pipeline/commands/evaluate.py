@@ -21,7 +21,7 @@ from pipeline.analysis.baselines import BASELINES
 from pipeline.analysis.intervention import NextTokenDistributions, kl_recovered, recovered_interval
 from pipeline.analysis.rows import baseline_of, configuration, section_names, section_of
 from pipeline.analysis.tables import markdown_table
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Bar
 from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_error
@@ -31,7 +31,7 @@ from pipeline.student.student import Student
 from pipeline.sweep.results import newest_results, read_results, vectors_for
 from pipeline.teachers.find import Teacher, find_teacher, warn_of_another
 from pipeline.teachers.load import load_teacher
-from pipeline.tracking import Run, Tracker, closing, connect, patiently
+from pipeline.tracking import Run, Tracker, closing, connect, retry_tracking
 
 FREQUENCIES = (3.0, 4.0, 5.0)  # Zipf scale: 3 is once in a million words, 5 is a hundred times that
 GROUPS = ("category", "tokens", "frequency")
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 def evaluate(
     students: Mapping[str, Sequence[Student]],
-    data: Catalogued,
+    data: Dataset,
     teacher: Teacher | None = None,
     advance: Callable[[float], None] = lambda students: None,
 ) -> list[Row]:
@@ -96,13 +96,13 @@ def evaluate(
     return rows
 
 
-def _cell(student: Student, data: Catalogued) -> Cell:
+def _cell(student: Student, data: Dataset) -> Cell:
     if student.config["vectors_sha256"] != data.vectors.sha256:
         raise InputError("the student was trained on another vectors file; name that with --vectors")
     return Cell(**student.config["cell"])
 
 
-def _groups(data: Catalogued, rows: Sequence[int]) -> dict[str, dict[str, list[int]]]:
+def _groups(data: Dataset, rows: Sequence[int]) -> dict[str, dict[str, list[int]]]:
     """Places of the test concepts by category, by number of tokens, and by frequency of the concept."""
     groups: dict[str, dict[str, list[int]]] = {kind: {} for kind in GROUPS}
     for place, row in enumerate(rows):
@@ -225,7 +225,7 @@ def run_evaluate(
     folder = writable(Path(options.output) / "evaluation.json").parent
     tracker = connect("evaluate")
     name, grid, recorded, found = _find_students(options.run, tracker)
-    data = Catalogued(vectors_for(grid, options.vectors, recorded))
+    data = Dataset(vectors_for(grid, options.vectors, recorded))
     students = _by_configuration(found, data)
     teacher = None
     if options.teacher is not None:
@@ -243,8 +243,8 @@ def run_evaluate(
         write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))  # type: ignore[misc]
         written.append(path)
     tags = {"role": "evaluate", "teacher": data.vectors.teacher}
-    with closing(patiently(lambda: tracker.open_run(f"evaluate {name}", tags))) as run:
-        patiently(lambda: _log(run, asdict(options), rows, written))
+    with closing(retry_tracking(lambda: tracker.open_run(f"evaluate {name}", tags))) as run:
+        retry_tracking(lambda: _log(run, asdict(options), rows, written))
     return *evaluation_table(rows, brief=True), written
 
 
@@ -274,7 +274,7 @@ def _find_students(run: str | None, tracker: Tracker) -> tuple[str, str, str | N
     return name, grid, recorded, [tracker.student_of(run_id) for run_id in found]
 
 
-def _by_configuration(students: Sequence[Student], data: Catalogued) -> dict[str, list[Student]]:
+def _by_configuration(students: Sequence[Student], data: Dataset) -> dict[str, list[Student]]:
     """The seeds of each configuration: by the name of the cell, or of what several seeds share."""
     groups: dict[Cell, list[Student]] = {}
     for student in students:

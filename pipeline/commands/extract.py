@@ -21,7 +21,7 @@ from pipeline.errors import InputError, choices
 from pipeline.extraction import vocabulary
 from pipeline.extraction.audit import Audit, audit
 from pipeline.extraction.check import Comparison, compare, reference
-from pipeline.extraction.parts import Plan, merge
+from pipeline.extraction.parts import PartPlan, merge
 from pipeline.extraction.reader import Cost, automatic_batch_tokens, read_parts
 from pipeline.extraction.request import (
     Request,
@@ -39,7 +39,7 @@ from pipeline.storage import Output, file_name, put
 from pipeline.teachers.find import Source, Teacher, find_teacher
 from pipeline.teachers.load import load_teacher, load_untouched, prepared
 from pipeline.teachers.residuals import flops_per_token
-from pipeline.tracking import Run, closing, connect, patiently
+from pipeline.tracking import Run, closing, connect, retry_tracking
 
 CHECKS = ("auto", "on", "off")
 
@@ -85,23 +85,23 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
         log.warning("warning: %s", line)
     tags = {"role": "extract", "teacher": source.name, "revision": source.revision, "extraction_key": request.key}
     tracker = connect("extract")
-    with closing(patiently(lambda: tracker.open_run(f"extract {source.name}", tags))) as run:
-        patiently(lambda: run.log_params(asdict(options)))
+    with closing(retry_tracking(lambda: tracker.open_run(f"extract {source.name}", tags))) as run:
+        retry_tracking(lambda: run.log_params(asdict(options)))
         if held:
             output.leave()
             known = {"cache": "hit", "vectors_sha256": (header_of(output) or {})["sha256"]}
-            patiently(lambda: run.set_tags(known))
+            retry_tracking(lambda: run.set_tags(known))
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
         plan, teacher, compared = _share(options, accelerator, source, request, output, shard, bar, run)
         if plan.dtype != request.dtype:
             source, request = replace(source, dtype=plan.dtype), replace(request, dtype=plan.dtype)
             key = {"extraction_key": request.key}
-            patiently(lambda: run.set_tags(key))
+            retry_tracking(lambda: run.set_tags(key))
         if not options.merge and (missing := len(plan.missing())) and not plan.is_merged:
             output.leave()
             return f"{output}: shard {options.shard} is done; the last shard merges, {missing} parts are left to others"
         in_sink = merge(request, plan)
-        told = patiently(lambda: _log(run, request, output, options, in_sink, compared))
+        told = retry_tracking(lambda: _log(run, request, output, options, in_sink, compared))
         if options.vocabulary and output.path.suffix != ".pt":
             teacher = teacher or load_teacher(source, accelerator.device, options.device_map)
             place = _write_vocabulary(teacher, request, output, tokens_bar)
@@ -130,7 +130,7 @@ def _share(
     shard: Worker,
     bar: Bar,
     run: Run | None = None,
-) -> tuple[Plan, Teacher | None, Comparison | None]:
+) -> tuple[PartPlan, Teacher | None, Comparison | None]:
     """Read this process's share of the parts; the main process waits for the others on its machine.
 
     Returns:
@@ -141,7 +141,7 @@ def _share(
     me = worker_of(shard, accelerator)
     tokens = options.batch_tokens or automatic_batch_tokens(source.config, accelerator.device)
     d_model = source.d_model
-    plan = Plan.open(output, request, d_model, me.count, tokens, dtype_is_open=options.dtype == "auto")
+    plan = PartPlan.open(output, request, d_model, me.count, tokens, dtype_is_open=options.dtype == "auto")
     if plan.dtype != request.dtype:
         log.info("precision %s, as the first worker recorded it", plan.dtype)
         source, request = replace(source, dtype=plan.dtype), replace(request, dtype=plan.dtype)
@@ -157,7 +157,7 @@ def _share(
             teacher, compared = _loaded(source, request, options, accelerator)
         if run is not None and compared is not None:
             figures = compared.metrics()
-            patiently(lambda: run.log_metrics(figures))
+            retry_tracking(lambda: run.log_metrics(figures))
         templates = len(request.templates)
         with bar(sum(part.stop - part.start for part in todo)) as advance:
             cost = read_parts(
@@ -165,7 +165,7 @@ def _share(
             )
         if run is not None:
             speed = _speed(cost, templates, flops_per_token(teacher, request.layers), accelerator)
-            patiently(lambda: run.log_metrics(speed))
+            retry_tracking(lambda: run.log_metrics(speed))
     if run is not None and not options.merge:
         here = [Worker(shard.index * accelerator.num_processes + n, me.count) for n in range(accelerator.num_processes)]
         while any(plan.missing(worker) for worker in here) and not plan.is_merged:

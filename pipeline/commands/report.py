@@ -27,7 +27,7 @@ from pipeline.analysis.tables import (
     test_cosines,
     verdict,
 )
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import Vectors
 from pipeline.errors import InputError
 from pipeline.metrics import interval
@@ -73,7 +73,7 @@ def _heading(section: Section) -> str:
     return section.title[:1].upper() + section.title[1:]
 
 
-def _neighbours(student: Student, data: Catalogued, layer: int) -> list[list[str]]:
+def _neighbours(student: Student, data: Dataset, layer: int) -> list[list[str]]:
     """The test concepts that the student answers best and worst, with the true vectors nearest to its answers."""
     rows, vectors = _test_rows(student, data), data.vectors
     names = [vectors.concepts[row] for row in rows]
@@ -91,7 +91,7 @@ def _neighbours(student: Student, data: Catalogued, layer: int) -> list[list[str
     ]
 
 
-def _test_rows(student: Student, data: Catalogued) -> list[int]:
+def _test_rows(student: Student, data: Dataset) -> list[int]:
     return data.rows("test", student.config["cell"]["split"])
 
 
@@ -125,7 +125,7 @@ def _receipts(results: dict[str, Any], output: Path) -> list[str]:
     return told
 
 
-def predict_sections(results: dict[str, Any], most: int, data: Catalogued, output: Path) -> list[str]:
+def predict_sections(results: dict[str, Any], most: int, data: Dataset, output: Path) -> list[str]:
     """Write what laws fitted on small cells expect of the larger cells, for each section that has cells for a law.
 
     Args:
@@ -154,7 +154,7 @@ def predict_sections(results: dict[str, Any], most: int, data: Catalogued, outpu
     return lines
 
 
-def write_predictions(section: Section, most: int, data: Catalogued, output: Path) -> tuple[Path, list[str]]:
+def write_predictions(section: Section, most: int, data: Dataset, output: Path) -> tuple[Path, list[str]]:
     """Write what a law fitted on small cells expects of the larger cells of the grid, before these are looked at.
 
     Args:
@@ -219,7 +219,7 @@ def write_report(
     """
     if vectors.sha256 != results["vectors_sha256"]:
         raise InputError("the vectors file is not the one that the sweep was trained on; name that with --vectors")
-    data = Catalogued(vectors)
+    data = Dataset(vectors)
     written, parts, shown = [], [], []
     for section, student in zip(sections(results), students, strict=True):
         findings, figures = _findings(section.results, student, data, output)
@@ -242,7 +242,7 @@ def write_report(
 
 
 def _findings(
-    results: dict[str, Any], student: Student, data: Catalogued, output: Path
+    results: dict[str, Any], student: Student, data: Dataset, output: Path
 ) -> tuple[list[str], dict[str, Figure]]:
     """Sentences and pictures of one section, whose best cell's student is given."""
     findings, law = _law(results)
@@ -303,7 +303,7 @@ def _best_of_kinds(cells: Sequence[Row]) -> list[Row]:
     return list(found.values())
 
 
-def _figures(results: dict[str, Any], student: Student, data: Catalogued) -> dict[str, Figure]:
+def _figures(results: dict[str, Any], student: Student, data: Dataset) -> dict[str, Figure]:
     best, cells, vectors = results["best"], results["cells"], data.vectors
     rows = _test_rows(student, data)
     truth = vectors.vectors[rows, 0, vectors.layer_index(best["layer"])].astype(np.float32)

@@ -16,13 +16,13 @@ from pipeline.data.concepts import balanced_order, by_categories, stem_groups
 from pipeline.data.vectors import Vectors
 from pipeline.errors import InputError, choices
 from pipeline.settings import Cell
-from pipeline.student.lookup import BLOCK, NGRAM_BUCKETS, POOLED, Floats, Reading, Table, Texts, parts_of
+from pipeline.student.lookup import BLOCK, NGRAM_BUCKETS, POOLED, Floats, Table, TokenFeatures, TokenizedTexts, parts_of
 from pipeline.student.tokenizer import Ragged
 
 WHITENING = 1.0  # shrinkage, in mean eigenvalues of the embeddings' covariance
 VARIANTS = 8  # of each training concept, where augmentation changes what is read
-EYES = ("ngrams", "bag")
-INPUTS = (*POOLED, *EYES)
+ONE_HOT_INPUTS = ("ngrams", "bag")
+INPUTS = (*POOLED, *ONE_HOT_INPUTS)
 TARGETS = ("first", "mean", "all")
 SPLITS = ("concepts", "categories")
 
@@ -34,7 +34,7 @@ def width_of(name: str, d_model: int, types: int, longest: int) -> int:
 
 
 @dataclass(frozen=True)
-class Side:
+class Examples:
     """One side of a split, ready for a student.
 
     Attributes:
@@ -64,16 +64,16 @@ class Subset:
         augmented: the training side as descent sees it: other targets, dropped tokens; ``train`` where there is none.
     """
 
-    train: Side
-    val: Side
-    test: Side
+    train: Examples
+    val: Examples
+    test: Examples
     mean: Tensor
     scale: float
-    reading: Reading
+    reading: TokenFeatures
     concepts: tuple[str, ...]
     language: str
     variants: int
-    augmented: Side
+    augmented: Examples
 
     @cached_property
     def gram(self) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def reading_of(cell: Cell) -> str:
 
 
 @dataclass
-class Catalogued:
+class Dataset:
     """A vectors file as features, from which training subsets are cut.
 
     Args:
@@ -210,9 +210,9 @@ class Catalogued:
         mean = residual[rows, 0].mean(0)
         scale = (residual[rows, 0] - mean).square().mean().sqrt().clamp(min=1e-12).item()
         reading, everything = self._read(cell, rows)
-        sides = {side: Side(own, everything[own], residual[own, 0] - mean) for side, own in chosen.items()}
+        sides = {side: Examples(own, everything[own], residual[own, 0] - mean) for side, own in chosen.items()}
         if cell.targets == "mean":
-            sides["train"] = Side(rows, sides["train"].inputs, residual[rows].mean(1) - mean)
+            sides["train"] = Examples(rows, sides["train"].inputs, residual[rows].mean(1) - mean)
         variants, augmented = self._augment(cell, reading, sides["train"], residual[rows] - mean)
         return Subset(
             **sides,
@@ -225,11 +225,11 @@ class Catalogued:
             augmented=augmented,
         )
 
-    def _read(self, cell: Cell, rows: list[int]) -> tuple[Reading, Tensor]:
+    def _read(self, cell: Cell, rows: list[int]) -> tuple[TokenFeatures, Tensor]:
         """The cell's reading, fitted on training rows, and the features of all concepts."""
         inputs, zero, one = reading_of(cell), np.zeros(1, np.float32), np.ones(1, np.float32)
-        reading = Reading(tuple(parts_of(inputs)), self._tables(inputs, rows), zero, one, self.longest)
-        raw = reading.raw(Texts(self.vectors.concepts, self.types, np.arange(len(self.types))))
+        reading = TokenFeatures(tuple(parts_of(inputs)), self._tables(inputs, rows), zero, one, self.longest)
+        raw = reading.raw(TokenizedTexts(self.vectors.concepts, self.types, np.arange(len(self.types))))
         if inputs == "sequence":  # the table itself is standardised, and zeros stand where no token is
             return reading, torch.from_numpy(raw[0])
         offset = np.concatenate([values[rows].mean(0) for values in raw])
@@ -260,7 +260,7 @@ class Catalogued:
         for name in inputs.split("+"):
             if name.startswith(BLOCK):
                 tables[name] = Table(vectors.vectors[:, 0, vectors.layer_index(int(name.removeprefix(BLOCK)))])
-            elif name in EYES:  # each n-gram and each token type is a column of its own
+            elif name in ONE_HOT_INPUTS:  # each n-gram and each token type is a column of its own
                 tables[name] = Table(np.eye(self._width(name), dtype=np.int8))
             else:
                 source = self.table_of(name)
@@ -278,12 +278,12 @@ class Catalogued:
             return "token_embeddings" if self.vectors.token_block is None else "token_activations"
         return POOLED[name][0]
 
-    def reading_with(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> Reading:
+    def reading_with(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> TokenFeatures:
         """The cell's reading with tables of a whole vocabulary, each row a token id."""
         subset = self.subset(cell)
         return replace(subset.reading, tables=self._tables(reading_of(cell), subset.train.rows, vocabulary))
 
-    def _augment(self, cell: Cell, reading: Reading, train: Side, targets: Tensor) -> tuple[int, Side]:
+    def _augment(self, cell: Cell, reading: TokenFeatures, train: Examples, targets: Tensor) -> tuple[int, Examples]:
         """The training side as descent sees it.
 
         Args:
@@ -301,7 +301,7 @@ class Catalogued:
         texts = [self.vectors.concepts[row] for row in train.rows]
         for _ in range(1, variants):
             types = [_drop(self.types[row], cell.token_dropout, draw) for row in train.rows]
-            asked = Texts(texts, Ragged.of(types), np.array(train.rows))
+            asked = TokenizedTexts(texts, Ragged.of(types), np.array(train.rows))
             inputs.append(torch.from_numpy(reading(asked)) if cell.token_dropout else train.inputs)
         if templates > 1:
             answers = [targets[:, number % templates] for number in range(variants)]
@@ -309,7 +309,7 @@ class Catalogued:
             answers = [train.targets] * variants
         # A concept's variants stand next to each other.
         flat = [torch.stack(parts, 1).flatten(0, 1) for parts in (inputs, answers)]
-        return variants, Side(train.rows, *flat)
+        return variants, Examples(train.rows, *flat)
 
 
 def _drop(types: NDArray[np.int64], share: float, draw: np.random.Generator) -> NDArray[np.int64]:

@@ -246,7 +246,7 @@ def _read_safetensors(path: Path) -> Vectors:
     claimed = header.pop("header_sha256", None)
     if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
         raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
-    values: dict[str, Any] = {**tensors, **{name: _untangled(json.loads(header[name])) for name in LISTS}}
+    values: dict[str, Any] = {**tensors, **{name: _lists_to_tuples(json.loads(header[name])) for name in LISTS}}
     unsaid = {name: header.get(name, usual) for name, usual in UNSAID.items()}
     found = Vectors(**values, **{name: header[name] for name in STRINGS}, **unsaid)
     if found.sha256 != header["sha256"]:
@@ -265,7 +265,7 @@ def _read_safetensors(path: Path) -> Vectors:
     return found
 
 
-def _untangled(value: Any) -> Any:
+def _lists_to_tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 

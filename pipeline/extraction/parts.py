@@ -55,7 +55,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PartPlan:
     """How a request is cut into parts, and its precision; the first worker writes it down and all others keep to it."""
 
     output: Output
@@ -75,7 +75,7 @@ class Plan:
         workers: int,
         batch_tokens: int,
         dtype_is_open: bool = False,
-    ) -> Plan:
+    ) -> PartPlan:
         """Take up the plan that is there, or make one.
 
         Args:
@@ -150,7 +150,7 @@ class Plan:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def merge(request: Request, plan: Plan) -> list[str]:
+def merge(request: Request, plan: PartPlan) -> list[str]:
     """Join all parts to the vectors file, in memory that does not grow with them, and remove them.
 
     Several workers may do so at once: each writes the same bytes and puts them into place.

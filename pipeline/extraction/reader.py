@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from pipeline.errors import InputError, WorkError
-from pipeline.extraction.parts import Part, Plan
+from pipeline.extraction.parts import Part, PartPlan
 from pipeline.extraction.request import Request
 from pipeline.storage import write_atomically
 from pipeline.teachers.find import Teacher
@@ -63,7 +63,7 @@ def automatic_batch_tokens(teacher_config: Any, device: torch.device) -> int:
 def read_parts(
     teacher: Teacher,
     request: Request,
-    plan: Plan,
+    plan: PartPlan,
     parts: Sequence[Part],
     batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda prompts: None,
@@ -102,7 +102,7 @@ def read_parts(
             if number + 1 < len(parts):
                 ahead = tokenizing.submit(prepare, parts[number + 1])
             values, tokens = reader.read(prompts)
-            alone = reader.read_alone(prompts[0])
+            alone = reader.read_isolated_tokens(prompts[0])
             if written is not None:
                 written.result()
             held, copied = _to_host(values)
@@ -147,7 +147,7 @@ def read_vocabulary(
 ) -> NDArray[np.float32]:
     """The residual stream at an early block for every token of the vocabulary by itself, ``[vocabulary, d_model]``.
 
-    The token stands after what the template begins with, as in `Reader.read_alone`.
+    The token stands after what the template begins with, as in `Reader.read_isolated_tokens`.
     """
     before = beginning_of(teacher, template)
     prompts = [Prompt([*before, token], [len(before)]) for token in range(len(teacher.embedding_table))]
@@ -215,7 +215,7 @@ class Reader:
         log.debug("because", exc_info=error)
         self.shared = False
 
-    def read_alone(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
+    def read_isolated_tokens(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
         """The residual stream at the request's token block for each distinct token of the concepts by itself.
 
         The token stands after what the template begins with, and no other token of a concept is before it.
@@ -356,7 +356,7 @@ def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 def _write_part(
     teacher: Teacher,
     request: Request,
-    plan: Plan,
+    plan: PartPlan,
     part: Part,
     prompts: Sequence[Sequence[Prompt]],
     values: Tensor,

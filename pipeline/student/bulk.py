@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.student.lookup import POOLS, Floats, Reading, Table, Texts
+from pipeline.student.lookup import POOLS, Floats, Table, TokenFeatures, TokenizedTexts
 from pipeline.training.kinds import KINDS
 
 ROWS = 1 << 14  # of a table converted at once
 
 
 def bulk_of(
-    kind: str, reading: Reading, parameters: Mapping[str, Floats]
-) -> Callable[[Texts, Floats, Floats], None] | None:
+    kind: str, reading: TokenFeatures, parameters: Mapping[str, Floats]
+) -> Callable[[TokenizedTexts, Floats, Floats], None] | None:
     """What writes a student's centred vectors for texts plus a shift; None for students that it does not speed up.
 
     Args:
@@ -46,11 +46,11 @@ def _dense(table: Table) -> Tensor:
 
 @torch.inference_mode()
 def _answer(
-    reading: Reading,
+    reading: TokenFeatures,
     tables: Mapping[str, Tensor],
     apply: Callable[..., Tensor] | None,
     parameters: dict[str, Tensor],
-    asked: Texts,
+    asked: TokenizedTexts,
     shift: Floats,
     out: Floats,
 ) -> None:

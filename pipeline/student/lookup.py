@@ -149,7 +149,7 @@ def parts_of(inputs: str) -> list[Part]:
 
 
 @dataclass(frozen=True)
-class Texts:
+class TokenizedTexts:
     """Texts as they are looked up.
 
     Attributes:
@@ -162,14 +162,14 @@ class Texts:
     tokens: Ragged
     places: Integers | None = None
 
-    def part(self, start: int, stop: int) -> Texts:
+    def part(self, start: int, stop: int) -> TokenizedTexts:
         """Those from one to before another."""
         places = None if self.places is None else self.places[start:stop]
-        return Texts(self.texts[start:stop], self.tokens.part(start, stop), places)
+        return TokenizedTexts(self.texts[start:stop], self.tokens.part(start, stop), places)
 
 
 @dataclass(frozen=True)
-class Reading:
+class TokenFeatures:
     """What a student reads of texts: tables looked up and pooled, side by side, each part standardised.
 
     A folded reading has a linear map in it already (`folded`): its parts are added up and not set side by side.
@@ -189,11 +189,11 @@ class Reading:
     longest: int
     is_folded: bool = False
 
-    def raw(self, asked: Texts) -> list[Floats]:
+    def raw(self, asked: TokenizedTexts) -> list[Floats]:
         """Each part before standardisation, ``[n, width]``."""
         return [self._pool(part, asked) for part in self.parts]
 
-    def _pool(self, part: Part, asked: Texts) -> Floats:
+    def _pool(self, part: Part, asked: TokenizedTexts) -> Floats:
         table = self.tables[part.table]
         if part.pool == "sequence":
             return sequences(table, asked.tokens, self.longest)
@@ -204,7 +204,7 @@ class Reading:
             return table[asked.places]
         return POOLS[part.pool](table, asked.tokens)
 
-    def __call__(self, asked: Texts) -> Floats:
+    def __call__(self, asked: TokenizedTexts) -> Floats:
         """Features, ``[n, features]``; of a folded reading what its map makes of them, ``[n, width]``."""
         if self.is_folded:
             first, *rest = self.raw(asked)
@@ -233,7 +233,7 @@ class Reading:
         stops = np.cumsum(widths).tolist()
         return [slice(stop - width, stop) for width, stop in zip(widths, stops, strict=True)]
 
-    def folded(self, weight: Floats) -> Reading:
+    def folded(self, weight: Floats) -> TokenFeatures:
         """The reading with the linear map behind it in its tables.
 
         Args:
@@ -242,19 +242,21 @@ class Reading:
         if self.parts[0].pool == "sequence":
             [table] = self.tables.values()
             made = {"0": Table(_mapped(table, weight))}
-            return Reading((Part("0", "sequence"),), made, np.zeros(1, np.float32), self.scale, self.longest, True)
+            return TokenFeatures(
+                (Part("0", "sequence"),), made, np.zeros(1, np.float32), self.scale, self.longest, True
+            )
         standard = weight / np.broadcast_to(self.scale, len(weight))[:, None]
         tables, parts = {}, []
         for number, (part, columns) in enumerate(zip(self.parts, self.columns, strict=True)):
             tables[str(number)] = Table(_mapped(self.tables[part.table], standard[columns]))
             parts.append(Part(str(number), part.pool))
         offset = (self.offset @ standard).astype(np.float32)
-        return Reading(tuple(parts), tables, offset, np.ones(1, np.float32), self.longest, True)
+        return TokenFeatures(tuple(parts), tables, offset, np.ones(1, np.float32), self.longest, True)
 
-    def in_8_bits(self) -> Reading:
+    def in_8_bits(self) -> TokenFeatures:
         """The reading with its tables rounded to 8 bits."""
         tables = {name: Table.in_8_bits(table.values) for name, table in self.tables.items()}
-        return Reading(self.parts, tables, self.offset, self.scale, self.longest, self.is_folded)
+        return TokenFeatures(self.parts, tables, self.offset, self.scale, self.longest, self.is_folded)
 
 
 def _mapped(table: Table, weight: Floats, rows: int = 1 << 14) -> Floats:

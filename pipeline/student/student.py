@@ -27,7 +27,7 @@ from pipeline.errors import InputError, WorkError
 from pipeline.storage import fetch
 from pipeline.student.folder import TOKENIZER, Folder, pack, read_folder, unpack, write_folder
 from pipeline.student.forward import FORWARD, first_map
-from pipeline.student.lookup import NGRAM_BUCKETS, Floats, Part, Reading, Table, Texts
+from pipeline.student.lookup import NGRAM_BUCKETS, Floats, Part, Table, TokenFeatures, TokenizedTexts
 from pipeline.student.tokenizer import Ragged, Tokenization, checked, nfc
 
 CHUNK = 1024  # texts read at once, so that they stay in the cache
@@ -56,7 +56,7 @@ class Student:
     config: dict[str, Any]
     parameters: dict[str, Floats]
     mean: Floats
-    reading: Reading
+    reading: TokenFeatures
     concepts: tuple[str, ...]
     token_rows: Ragged | None = None
     tokenization: Tokenization | None = None
@@ -139,12 +139,12 @@ class Student:
                 advance(min(batch_size, len(texts) - start))
         return _unit(answers) if normalize_embeddings else answers
 
-    def _compute(self, texts: Texts, shift: Floats, out: Floats) -> None:
+    def _compute(self, texts: TokenizedTexts, shift: Floats, out: Floats) -> None:
         """Write centred vectors plus a shift ``[d_model]`` to ``out``, ``[n, d_model]``."""
         np.add(FORWARD[self.config["student"]](self.parameters, self.reading(texts)), shift, out=out)
 
     @cached_property
-    def _bulk(self) -> Callable[[Texts, Floats, Floats], None] | None:
+    def _bulk(self) -> Callable[[TokenizedTexts, Floats, Floats], None] | None:
         """The same for very many texts, where torch is installed and the student is of a kind that it speeds up."""
         try:
             from pipeline.student.bulk import bulk_of
@@ -152,9 +152,9 @@ class Student:
             return None
         return bulk_of(self.config["student"], self.reading, self.parameters)
 
-    def _texts(self, texts: Sequence[str]) -> Texts:
+    def _texts(self, texts: Sequence[str]) -> TokenizedTexts:
         if self.tokenization is not None:
-            return Texts(texts, self.tokenization(texts))
+            return TokenizedTexts(texts, self.tokenization(texts))
         assert self.token_rows is not None
         for text in texts:
             if text not in self._places:
@@ -163,7 +163,7 @@ class Student:
                     "file only; the one that a sweep leaves in its results answers for any text"
                 )
         places = np.array([self._places[text] for text in texts], np.int64)
-        return Texts(texts, self.token_rows.take(places), places)
+        return TokenizedTexts(texts, self.token_rows.take(places), places)
 
     def nearest(self, vectors: Floats, count: int) -> list[list[tuple[str, float]]]:
         """Of each vector the concepts whose true vectors have the highest centred cosine with it, best first.
@@ -319,7 +319,7 @@ def _assembled(found: Folder) -> Student:
 
     told = config.pop("reading")
     parts = tuple(Part(str(name), str(pool)) for name, pool in told["parts"])
-    reading = Reading(
+    reading = TokenFeatures(
         parts,
         {part.table: table(f"tables.{part.table}") for part in parts},
         tensors["reading.offset"],
@@ -349,7 +349,7 @@ def _assembled(found: Folder) -> Student:
     return student
 
 
-def _token_rows(reading: Reading) -> int:
+def _token_rows(reading: TokenFeatures) -> int:
     """How many tokens have a row in all tables of tokens."""
     found = [len(reading.tables[part.table].values) for part in reading.parts if part.pool in TOKENS]
     return min(found, default=sys.maxsize)
@@ -379,7 +379,7 @@ def _check(student: Student) -> None:
     ):
         raise InputError("a catalogue that does not fit its concepts and vectors")
     try:
-        read = student.reading(Texts(["a"], Ragged.of([[0]]), np.zeros(1, np.int64)))
+        read = student.reading(TokenizedTexts(["a"], Ragged.of([[0]]), np.zeros(1, np.int64)))
         answer = FORWARD[student.config["student"]](student.parameters, read)
         fits = answer.shape == (1, student.d_model) and student.mean.ndim == 1
     except (ValueError, IndexError, KeyError, AssertionError, ZeroDivisionError) as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.settings import Cell
 from pipeline.training.kinds import KINDS
 from pipeline.training.stack import batch_of, steps_of
@@ -19,7 +19,7 @@ STEP = 1.3e8  # what a step costs beside its products, in their operations, as t
 OVERHEAD = 1.5  # of a sweep over its matrix products in float32, as measured by benchmarks/sweep.py
 
 
-def training_flops(cell: Cell, data: Catalogued) -> float:
+def training_flops(cell: Cell, data: Dataset) -> float:
     """Floating-point operations of a cell's matrix products.
 
     Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the first
@@ -119,7 +119,7 @@ def _deal(
     return loads, dealt
 
 
-def expected_seconds(cells: Sequence[Cell], data: Catalogued, device: torch.device) -> float:
+def expected_seconds(cells: Sequence[Cell], data: Dataset, device: torch.device) -> float:
     """About how long the cells take on one worker like this: their products at the rate measured now."""
     a, b = torch.randn(128, 1024, device=device), torch.randn(1024, 512, device=device)
     best, end = math.inf, time.perf_counter() + 0.3
@@ -130,29 +130,29 @@ def expected_seconds(cells: Sequence[Cell], data: Catalogued, device: torch.devi
     return OVERHEAD * best * sum(training_flops(cell, data) for cell in cells) / (2 * a.numel() * b.shape[1])
 
 
-def flops_of_prediction(cell: Cell, data: Catalogued) -> float:
+def flops_of_prediction(cell: Cell, data: Dataset) -> float:
     """Floating-point operations of one prediction, the early blocks that a truncated student runs included."""
     own = KINDS[cell.student].flops(cell, data)
     return own + (teacher_flops(cell.blocks, data) if cell.student == "truncated" else 0.0)
 
 
-def teacher_flops(blocks: int, data: Catalogued) -> float:
+def teacher_flops(blocks: int, data: Dataset) -> float:
     """About what a teacher's first blocks cost for the tokens of a concept."""
     tokens = len(data.vectors.token_ids) / len(data.vectors.concepts)
     return 2.0 * teacher_parameters(blocks, data) * tokens
 
 
-def teacher_parameters(blocks: int, data: Catalogued) -> int:
+def teacher_parameters(blocks: int, data: Dataset) -> int:
     """About how many weights a teacher's first blocks have: 12 d_model^2 a block, as usual."""
     return 12 * data.vectors.d_model**2 * blocks
 
 
-def number_of_parameters(cell: Cell, data: Catalogued) -> int:
+def number_of_parameters(cell: Cell, data: Dataset) -> int:
     """Weights and biases of the cell's student."""
     return KINDS[cell.student].weights(cell, data)
 
 
-def plan_rows(cells: Sequence[Cell], data: Catalogued, workers: int) -> tuple[list[str], list[list[str]]]:
+def plan_rows(cells: Sequence[Cell], data: Dataset, workers: int) -> tuple[list[str], list[list[str]]]:
     """A table of what would be done: header and rows, stack by stack."""
     header = ["cell", "objective", "epochs", "parameters", "GFLOP", "stack", "worker"]
     rows = []

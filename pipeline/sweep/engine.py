@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.metrics import by_category
 from pipeline.settings import Cell
 from pipeline.sweep.cost import flops_of_prediction, parts_of, training_flops, with_little_padding
-from pipeline.sweep.pool import Handle, Lanes, room
+from pipeline.sweep.pool import Handle, StackPool, max_parallel_stacks
 from pipeline.sweep.spool import Spool
 from pipeline.training.export import checkpoint
 from pipeline.training.stack import Progress, Snapshot
-from pipeline.training.trainer import Keeping, Trained, train_stack
+from pipeline.training.trainer import Checkpointing, Trained, train_stack
 
 Row = dict[str, Any]
 Take = Callable[[list[Cell]], list[Cell]]
@@ -39,7 +39,7 @@ class Engine:
 
     def __init__(
         self,
-        data: Catalogued,
+        data: Dataset,
         device: torch.device,
         keys: Mapping[Cell, str],
         spool: Spool | None = None,
@@ -48,18 +48,18 @@ class Engine:
     ) -> None:
         self.data, self.device, self.keys, self.spool = data, device, keys, spool
         self.automatic = automatic
-        self.lanes: Lanes[Row] = Lanes(room(device), device, progress)
+        self.pool: StackPool[Row] = StackPool(max_parallel_stacks(device), device, progress)
         self._waiting: deque[list[tuple[list[Cell], Snapshot | None]]] = deque()  # what is claimed together
         self._early: list[tuple[list[Cell], Snapshot | None, Handle]] = []
         self._lost: set[Cell] = set()
         self._resume = True
 
     def __enter__(self) -> Engine:
-        self.lanes.__enter__()
+        self.pool.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.lanes.__exit__(*error)
+        self.pool.__exit__(*error)
 
     def add(self, stacks: Sequence[list[Cell]], resume: bool = True) -> None:
         """Cells to train, in stacks.
@@ -84,13 +84,13 @@ class Engine:
         groups = [[(stack, snapshot)] for stack, snapshot in [*found, *((stack, None) for stack in new)]]
         if new and self.device.type == "cpu":  # the last one must not keep one core busy while the others have none
             # One part more than lanes, so that the first that is free takes it.
-            groups[-1] = [(part, None) for part in parts_of(new[-1], self.lanes.number + 1, price)]
+            groups[-1] = [(part, None) for part in parts_of(new[-1], self.pool.number + 1, price)]
         self._waiting.extend(groups)
         self._resume = resume
 
     def begin(self) -> None:
         """Start on the first stacks at once; `rows` stops those that turn out to be others'."""
-        while self._waiting and len(self._early) < self.lanes.number:
+        while self._waiting and len(self._early) < self.pool.number:
             for stack, snapshot in self._waiting.popleft():
                 self._early.append((stack, snapshot, self._start(stack, snapshot)))
 
@@ -105,10 +105,10 @@ class Engine:
         ahead = 1
         batch: list[tuple[list[Cell], Snapshot | None]] = []
         with ThreadPoolExecutor(1, "claims") as claims:  # a claim takes its time, and rows must not wait for it
-            while self._waiting or batch or self.lanes.open:
+            while self._waiting or batch or self.pool.open:
                 # Two more than there are lanes, so that none waits for a claim; more where that is too slow.
-                if self._waiting and not batch and self.lanes.open <= self.lanes.number + 1:
-                    ahead = ahead if self.lanes.open >= self.lanes.number else 2 * ahead
+                if self._waiting and not batch and self.pool.open <= self.pool.number + 1:
+                    ahead = ahead if self.pool.open >= self.pool.number else 2 * ahead
                     groups = [self._waiting.popleft() for _ in range(min(ahead, len(self._waiting)))]
                     batch = [part for group in groups for part in group]
                     claim = claims.submit(take, [cell for stack, _ in batch for cell in stack])
@@ -118,7 +118,7 @@ class Engine:
                         if own := [cell for cell in stack if cell in won]:
                             self._start(own, snapshot)
                     batch = []
-                elif (row := self.lanes.next(0.1 if batch else 1.0)) is not None:
+                elif (row := self.pool.next(0.1 if batch else 1.0)) is not None:
                     yield row
                 meanwhile()
 
@@ -143,7 +143,7 @@ class Engine:
     def _start(self, stack: list[Cell], snapshot: Snapshot | None) -> Handle:
         for cell in stack:
             self.data.subset(cell)  # once here, for all processes forked later
-        return self.lanes.start(
+        return self.pool.start(
             lambda job: self._train(stack, snapshot, job),
             # Again, because a job may have finished cells while it turned out that they are others'.
             ended=lambda job: self._drop([cell for cell in stack if job.cancelled and cell in self._lost]),
@@ -162,11 +162,11 @@ class Engine:
             if self.spool is not None and not job.cancelled:
                 self.spool.keep(state, self.keys, self.keys[stack[0]])
 
-        keeping = Keeping(snapshot, save, lambda: job.pause() or job.cancelled)
+        checkpointing = Checkpointing(snapshot, save, lambda: job.pause() or job.cancelled)
         subsets = [self.data.subset(cell) for cell in stack]
-        for trained in train_stack(stack, subsets, self.device, job.tell, keeping, self.automatic):
+        for trained in train_stack(stack, subsets, self.device, job.tell, checkpointing, self.automatic):
             yield self._row(trained)
-        if self.spool is not None and not keeping.pause():
+        if self.spool is not None and not checkpointing.pause():
             self.spool.forget({self.keys[cell] for cell in stack})
 
     def _row(self, trained: Trained) -> Row:

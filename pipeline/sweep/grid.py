@@ -69,7 +69,7 @@ def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = 
     return file_name(grid.path.stem), list(dict.fromkeys(seeded))
 
 
-def pointing(error: InputError, cell: Cell, name_or_path: str) -> InputError:
+def locate_error(error: InputError, cell: Cell, name_or_path: str) -> InputError:
     """The error of a cell that was read from a grid, with the file and the line of the value that is wrong.
 
     Args:

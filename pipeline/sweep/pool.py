@@ -46,7 +46,7 @@ HEAR_SECONDS = 0.9  # for jobs to hear that they should stop
 TOLD, VALUE, FAILED, ENDED = range(4)
 
 
-def room(device: torch.device) -> int:
+def max_parallel_stacks(device: torch.device) -> int:
     """How many stacks a device can train side by side: one a core, or a few on a GPU."""
     return share_of_cores() if device.type == "cpu" else GPU_LANES
 
@@ -62,7 +62,7 @@ def can_fork(device: torch.device) -> bool:
     return device.type == "cpu" and has_fork and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
-class LaneError(WorkError):
+class StackPoolError(WorkError):
     """A job's process was killed."""
 
 
@@ -94,7 +94,7 @@ class Handle:
 Job = Callable[[Handle], Iterator[T]]
 
 
-class Lanes(Generic[T]):
+class StackPool(Generic[T]):
     """Lanes for jobs; a job is an iterator whose values come out of `next`.
 
     Leaving the context asks all jobs to stop, and waits until they have.
@@ -121,7 +121,7 @@ class Lanes(Generic[T]):
         self._lock = threading.Lock()  # of the count of running jobs, and of forks
         self._threads = [threading.Thread(target=self._work, name=f"lane {n}", daemon=True) for n in range(number)]
 
-    def __enter__(self) -> Lanes[T]:
+    def __enter__(self) -> StackPool[T]:
         self._switch = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
         # What the libraries have made stays: looking through it again would hold up threads and copy processes' memory.
@@ -254,7 +254,9 @@ class Lanes(Generic[T]):
             _, status = os.waitpid(process, 0)
             del self._processes[process]
         if kind != ENDED:
-            raise LaneError(f"training: a process {_how(status)}; what is finished is kept, the same command goes on")
+            raise StackPoolError(
+                f"training: a process {_how(status)}; what is finished is kept, the same command goes on"
+            )
 
     def _be_process(self, job: Job[T], handle: Handle, there: Connection, parent: int, mask: set[int]) -> NoReturn:
         """Run a job and end; whoever stops the parent stops it through `_pause`."""

@@ -12,11 +12,20 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.settings import Cell
 from pipeline.sweep.spool import Spool
-from pipeline.tracking import Metric, MlflowRun, Run, Tracker, TrackingError, curve_metrics, final_metrics, patiently
+from pipeline.tracking import (
+    Metric,
+    MlflowRun,
+    Run,
+    Tracker,
+    TrackingError,
+    curve_metrics,
+    final_metrics,
+    retry_tracking,
+)
 from pipeline.tracking.claims import Claims
 from pipeline.training.stack import Progress
 
@@ -39,7 +48,7 @@ class Recorder:
     """
 
     def __init__(
-        self, claims: Claims, data: Catalogued, spool: Spool, keys: Mapping[Cell, str], tags: Mapping[str, str]
+        self, claims: Claims, data: Dataset, spool: Spool, keys: Mapping[Cell, str], tags: Mapping[str, str]
     ) -> None:
         self.claims, self.data, self.spool, self.keys, self.tags = claims, data, spool, keys, tags
         self.open: dict[str, Run] = {}
@@ -88,7 +97,7 @@ class Recorder:
         run = self.open[key]
         row = {**row, "run_id": run.id}
         now = int(time.time() * 1000)
-        done = patiently(lambda: self._upload(key, row, run, now))
+        done = retry_tracking(lambda: self._upload(key, row, run, now))
         del self.open[key]
         if not done:
             self.spool.drop_own(key)
@@ -145,7 +154,7 @@ class Recorder:
                 if self.claims.is_finished(run)
             }
 
-        return patiently(look)
+        return retry_tracking(look)
 
     def abandon(self, status: str) -> None:
         """Close what this worker has claimed and not finished: "KILLED" or "FAILED"."""

@@ -13,7 +13,7 @@ import torch
 from pipeline.analysis import scaling
 from pipeline.analysis.baselines import BASELINES
 from pipeline.analysis.rows import FIELDS, SECTION, SHARED, TITLES, Row, baseline_of, cell_of, section_names, section_of
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import Vectors, read_vectors
 from pipeline.errors import InputError
 from pipeline.metrics import cosines, faithfulness
@@ -59,7 +59,7 @@ class Choice:
     reason: str
 
 
-def results_of(name: str, data: Catalogued, rows: list[Row], identity: str) -> dict[str, Any]:
+def results_of(name: str, data: Dataset, rows: list[Row], identity: str) -> dict[str, Any]:
     """The content of the results file, with the baselines.
 
     The best cell of a section has the highest validation cosine. Where there are several sections, each has its own
@@ -141,7 +141,7 @@ def baseline_cell(row: Row) -> Cell:
     return Cell(student=row["student"], **{name: row[name] for name in SHARED})
 
 
-def baseline_rows(cell: Cell, data: Catalogued) -> list[Row]:
+def baseline_rows(cell: Cell, data: Dataset) -> list[Row]:
     """The floor for one training subset: the constant mean, the nearest training concept, and ridge regression.
 
     Args:
@@ -165,14 +165,14 @@ def baseline_rows(cell: Cell, data: Catalogued) -> list[Row]:
     return rows
 
 
-def baseline_student(row: Row, data: Catalogued) -> Student:
+def baseline_student(row: Row, data: Dataset) -> Student:
     """The student that a baseline is, for the concepts of the vectors file."""
     cell = baseline_cell(row)
     fitted = _fitted(cell, data)
     return checkpoint(cell, fitted.parameters, data.subset(cell), data, fitted.metrics)
 
 
-def _fitted(cell: Cell, data: Catalogued) -> Trained:
+def _fitted(cell: Cell, data: Dataset) -> Trained:
     [fitted] = train_stack([cell], [data.subset(cell)], torch.device("cpu"))
     return fitted
 

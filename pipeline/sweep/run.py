@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.devices import hint, of_training
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.interrupts import closed_by
@@ -29,12 +29,12 @@ from pipeline.storage import write_atomically
 from pipeline.student.student import Student
 from pipeline.sweep.cost import shares, stacks_of, training_flops
 from pipeline.sweep.engine import Engine, Row
-from pipeline.sweep.grid import pointing
-from pipeline.sweep.pool import LaneError
+from pipeline.sweep.grid import locate_error
+from pipeline.sweep.pool import StackPoolError
 from pipeline.sweep.recorder import Recorder, finished_rows
 from pipeline.sweep.results import baseline_student, best_exportable, results_of, sections
 from pipeline.sweep.spool import Spool
-from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, patiently
+from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, retry_tracking
 from pipeline.tracking.claims import Claims
 from pipeline.training.curriculum import CURRICULA
 from pipeline.training.export import needs_teacher
@@ -43,7 +43,7 @@ from pipeline.training.objectives import terms
 from pipeline.training.stack import PRECISIONS, Progress, precision_of
 from pipeline.training.transformer import HEAD_DIM
 
-WORDS = {
+CHOICES = {
     "student": tuple(KINDS),
     "precision": ("auto", *PRECISIONS),
     "curriculum": CURRICULA,
@@ -139,7 +139,7 @@ def work_key(cells: Sequence[Cell], vectors_identity: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def prepare(cells: Sequence[Cell], data: Catalogued, grid: str | None = None) -> list[Cell]:
+def prepare(cells: Sequence[Cell], data: Dataset, grid: str | None = None) -> list[Cell]:
     """Check every cell before any work begins, and name the block of those that name none.
 
     Args:
@@ -157,13 +157,13 @@ def prepare(cells: Sequence[Cell], data: Catalogued, grid: str | None = None) ->
         try:
             _check(ready[-1], data)
         except InputError as error:
-            raise (error if grid is None else pointing(error, cell, grid)) from None
+            raise (error if grid is None else locate_error(error, cell, grid)) from None
     return list(dict.fromkeys(ready))  # a grid may ask for the middle block by its number and by default
 
 
-def _check(cell: Cell, data: Catalogued) -> None:
+def _check(cell: Cell, data: Dataset) -> None:
     terms(cell.objective)
-    for option, known in WORDS.items():
+    for option, known in CHOICES.items():
         if (word := getattr(cell, option)) not in known:
             raise choices(option, word, known)
     if cell.student == "transformer" and cell.hidden_dim % HEAD_DIM:
@@ -174,7 +174,7 @@ def _check(cell: Cell, data: Catalogued) -> None:
 def run_sweep(
     name: str,
     cells: Sequence[Cell],
-    data: Catalogued,
+    data: Dataset,
     tracker: Tracker,
     accelerator: Accelerator,
     *,
@@ -229,11 +229,11 @@ def run_sweep(
     # The sweep is the same whatever kind of device its workers have.
     asked = [cell_key(cell, data.vectors.identity, "auto") for cell in cells]
     identity = _identity(name, sweep_id, asked, resume)
-    automatic = _agreed(patiently(lambda: _precision(tracker, identity, accelerator.device)))
+    automatic = _agreed(retry_tracking(lambda: _precision(tracker, identity, accelerator.device)))
     keys = {cell: cell_key(cell, data.vectors.identity, automatic) for cell in cells}
     rows, gone = _finished(tracker, set(keys.values()), accelerator) if resume else ({}, [])
     if shard.index and _agreed(
-        len(rows) == len(cells) and patiently(lambda: tracker.is_concluded(identity, len(cells)))
+        len(rows) == len(cells) and retry_tracking(lambda: tracker.is_concluded(identity, len(cells)))
     ):  # of many shards that find all done, the first is enough
         return Incomplete(identity, len(cells), len(cells)) if accelerator.is_main_process else None
     version, work = str(RESULTS_VERSION), work_key(cells, data.vectors.identity)
@@ -260,7 +260,7 @@ def run_sweep(
         tags |= {"grid": name, "vectors_sha256": data.vectors.sha256, "work_key": work, "precision": automatic}
         parent = _open_parent(claims, accelerator, name, tags)
         with _closing(claims.join(parent), recorder, engine), claims:
-            recorded = _agreed(patiently(lambda: parent.tags.get("precision", automatic)))
+            recorded = _agreed(retry_tracking(lambda: parent.tags.get("precision", automatic)))
             if is_open and recorded != automatic:
                 raise WorkError(
                     f"sweep {identity}: a worker on another kind of device began it at the same moment, and recorded "
@@ -268,9 +268,9 @@ def run_sweep(
                 )
             check_version()  # again, now that others see us: of workers that begin at once none saw the others before
             if accelerator.is_main_process:
-                patiently(lambda: parent.log_params(params))
+                retry_tracking(lambda: parent.log_params(params))
                 uses = (f"vectors {data.vectors.teacher}", data.vectors.sha256, vectors_uri, _profile(data), "training")
-                patiently(lambda: parent.log_dataset(*uses))
+                retry_tracking(lambda: parent.log_dataset(*uses))
             _train(engine, recorder, todo, rows, watcher, resume)
             if not accelerator.is_main_process:
                 return None
@@ -289,7 +289,7 @@ def run_sweep(
 
 def _finished(tracker: Tracker, keys: set[str], accelerator: Accelerator) -> tuple[dict[str, Row], list[MlflowRun]]:
     """The rows of cells that are finished, by key, and the runs of those of which MLflow has not all that was there."""
-    rows, gone = patiently(lambda: finished_rows(tracker, keys))
+    rows, gone = retry_tracking(lambda: finished_rows(tracker, keys))
     again = {run.data.tags["cell_key"] for run in gone} - set(rows)
     if again and accelerator.is_main_process:
         log.warning("%d finished cells are trained again: their students or rows are gone from MLflow", len(again))
@@ -365,13 +365,13 @@ def _closing(claims: Claims, recorder: Recorder, engine: Engine) -> Iterator[Non
     """Close the runs when work is cut short: KILLED on an interruption, FAILED on any other error."""
 
     def close(status: str) -> None:
-        engine.lanes.ask_to_stop()  # while they keep their state, the runs are closed
+        engine.pool.ask_to_stop()  # while they keep their state, the runs are closed
         claims.leave()  # before the others are looked for: of workers that leave together, the last finds nobody
         recorder.abandon(status)
         with contextlib.suppress(*TrackingError):
             if not claims.others_at_work():
                 claims.parent_run.end(status)
-        engine.lanes.stop()
+        engine.pool.stop()
 
     try:
         with closed_by(functools.partial(close, "KILLED")):
@@ -379,7 +379,7 @@ def _closing(claims: Claims, recorder: Recorder, engine: Engine) -> Iterator[Non
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if isinstance(error, LaneError) or not isinstance(error, WorkError):
+        if isinstance(error, StackPoolError) or not isinstance(error, WorkError):
             close("FAILED")
         raise  # without more after a WorkError: MLflow is away, and the next to come finds that nobody is at the runs
 
@@ -424,7 +424,7 @@ def _conclude(
         parent.log_metrics(metrics)
         parent.set_tags(tags)
 
-    patiently(log)
+    retry_tracking(log)
     return Sweep(results, path, files, [left for left, _ in made], parent)
 
 
@@ -435,7 +435,7 @@ def _inserted(name: str, suffix: str) -> str:
 
 
 def _leave(
-    results: dict[str, Any], folder: Path, data: Catalogued, tracker: Tracker, export: Export | None, baselines: bool
+    results: dict[str, Any], folder: Path, data: Dataset, tracker: Tracker, export: Export | None, baselines: bool
 ) -> tuple[Left, bool]:
     """Write the student that a section leaves; and whether no cell's run has it as it is.
 
@@ -456,5 +456,5 @@ def _leave(
     return Left(folder, student, choice.reason), run_id is None or student is not trained
 
 
-def _profile(data: Catalogued) -> str:
+def _profile(data: Dataset) -> str:
     return json.dumps({"concepts": len(data.vectors.concepts), "layers": list(data.vectors.layers)})

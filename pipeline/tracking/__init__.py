@@ -9,10 +9,10 @@ from mlflow.entities import Run as MlflowRun
 
 from pipeline.tracking.backend import HostBackend
 from pipeline.tracking.runs import Run, curve_metrics, final_metrics
-from pipeline.tracking.server import TrackingError, patiently
-from pipeline.tracking.tracker import Tracker, closing, connect, fetch, settle, student_at
+from pipeline.tracking.server import TrackingError, retry_tracking
+from pipeline.tracking.tracker import Tracker, closing, connect, fetch, student_at, wait_for_peers
 
 __all__ = [
     "HostBackend", "Metric", "MlflowRun", "Run", "Tracker", "TrackingError", "closing", "connect", "curve_metrics",
-    "fetch", "final_metrics", "patiently", "settle", "student_at",
+    "fetch", "final_metrics", "retry_tracking", "student_at", "wait_for_peers",
 ]  # fmt: skip

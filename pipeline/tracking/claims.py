@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.interrupts import check
-from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, patiently, settle
+from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, retry_tracking, wait_for_peers
 
 BEAT_SECONDS = 5.0
 GONE_SECONDS = 30.0  # without a beat
@@ -78,7 +78,7 @@ class Claims:
 
     def open_parent(self, name: str, tags: Mapping[str, str]) -> Run:
         """The sweep's parent run, the same for all its workers."""
-        return patiently(lambda: self.tracker.open_sweep(self.sweep_id, name, tags, self._is_at_work))
+        return retry_tracking(lambda: self.tracker.open_sweep(self.sweep_id, name, tags, self._is_at_work))
 
     def other_version(self, work_key: str) -> tuple[str, str, str] | None:
         """Who is at the same work, under whatever sweep id, with another results version.
@@ -106,7 +106,7 @@ class Claims:
         """Of each worker of another version that may live, its sweep and its beat."""
         return {
             owner: (run.data.tags["sweep_id"], beat)
-            for run in patiently(lambda: self.tracker.under_way(work_key))
+            for run in retry_tracking(lambda: self.tracker.under_way(work_key))
             for owner, beat in _beats(run).items()
             if beat.partition(" ")[2] not in ("", self.version)
             and owner not in self._silent
@@ -119,7 +119,7 @@ class Claims:
         return self
 
     def __enter__(self) -> Claims:
-        patiently(lambda: self._show(0))
+        retry_tracking(lambda: self._show(0))
         self._thread.start()
         return self
 
@@ -149,7 +149,7 @@ class Claims:
         Returns:
             Of the cells that are ours now, the runs by key.
         """
-        return patiently(lambda: self._take(cells, tags))
+        return retry_tracking(lambda: self._take(cells, tags))
 
     def _take(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
         begin = time.monotonic()
@@ -169,7 +169,7 @@ class Claims:
                 self.tracker.open_child(self.parent_run, name, labels)
         if not claimed:
             return {}
-        settle(begin)
+        wait_for_peers(begin)
         ours = {}
         for key, runs in self.runs().items():
             if key not in claimed:

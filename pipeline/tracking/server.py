@@ -54,7 +54,7 @@ def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # warns of an image without pip
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the command says where its run is
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every small file
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `patiently` does the rest
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `retry_tracking` does the rest
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # the lines of `_retry` say what its warnings do, and how long
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
@@ -179,7 +179,7 @@ def _make_sqlite_file(uri: str) -> None:
         os.close(folder)
 
 
-def patiently(work: Callable[[], T]) -> T:
+def retry_tracking(work: Callable[[], T]) -> T:
     """Do work on the tracking server; while it is out of reach, try again, for TRACKING_PATIENCE_SECONDS (300).
 
     Args:

@@ -33,7 +33,7 @@ from pipeline.interrupts import closed_by
 from pipeline.student.student import Student
 from pipeline.tracking.experiment import RUN, find_experiment, held
 from pipeline.tracking.runs import Run
-from pipeline.tracking.server import TrackingError, patiently, reach
+from pipeline.tracking.server import TrackingError, reach, retry_tracking
 from pipeline.tracking.students import read_student, student_folder, whole_students
 
 SETTLE_SECONDS = 1.0  # longer than it takes a worker to look for a run and, where there is none, to make one
@@ -83,7 +83,7 @@ class Tracker:
         else:
             own = self.open_run(name, {**tags, "sweep_id": sweep_id, "role": "candidate"})
             with closed_by(lambda: own.end("KILLED")):
-                settle(begin)
+                wait_for_peers(begin)
                 parent = self._elect(sweep_id, known, is_at_work)
         run = Run(self.client, parent.info.run_id, parent.info.experiment_id)
         with closed_by(lambda: None if is_at_work(self.client.get_run(run.id)) else run.end("KILLED")):
@@ -128,7 +128,7 @@ class Tracker:
             if standing := marked() or self._candidates(sweep_id):
                 with contextlib.suppress(MlflowException):  # a worker that saw a lesser one has removed this one
                     self.client.set_tag(least(standing).info.run_id, "role", "sweep")
-            settle(begin)
+            wait_for_peers(begin)
             found = marked()
         parent = least([run for run in found if is_at_work(run)] or found)
         for run in found:
@@ -254,7 +254,7 @@ class Tracker:
 
     def student_of(self, run_id: str) -> Student:
         """The student that a run has logged; see `read_student`."""
-        return patiently(lambda: read_student(self.client, run_id))
+        return retry_tracking(lambda: read_student(self.client, run_id))
 
     def register(self, name: str, model_id: str, alias: str) -> str:
         """Make a logged model the newest version of a registered one, and give it an alias; the version.
@@ -332,10 +332,10 @@ def closing(run: Run) -> Iterator[Run]:
         with contextlib.suppress(*TrackingError):  # the error says more than a server that is gone too
             run.end("FAILED")
         raise
-    patiently(lambda: run.end("FINISHED"))
+    retry_tracking(lambda: run.end("FINISHED"))
 
 
-def settle(begin: float) -> None:
+def wait_for_peers(begin: float) -> None:
     """Wait until everyone who looked at the same time as we did has made what was missing.
 
     Args:
@@ -381,5 +381,5 @@ def student_at(place: str) -> Student:
     run_id = place.removeprefix("runs:/")
     if place.startswith("runs:/") and "/" not in run_id:
         client = _client()
-        return patiently(lambda: read_student(client, run_id))
+        return retry_tracking(lambda: read_student(client, run_id))
     return Student.load(fetch(place))

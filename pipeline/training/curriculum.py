@@ -38,7 +38,7 @@ def leave_one_out(subset: Subset) -> Tensor:
     values, u = subset.gram
     shrink = values / (values + ridge.fit(subset).strength)
     y = subset.train.targets.double() / subset.scale
-    left = y - subset.train.inputs.double() @ ridge.passing(subset)  # what the regression is of
+    left = y - subset.train.inputs.double() @ ridge.residual_prior(subset)  # what the regression is of
     leverage = (u.square() * shrink).sum(1, keepdim=True)
     without = y - (left - u @ (shrink[:, None] * (u.mT @ left))) / (1 - leverage).clamp(min=1e-9)
     return cosines(without, y)

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.concepts import balanced_order
-from pipeline.data.dataset import EYES, Catalogued, Side, Subset, reading_of
+from pipeline.data.dataset import ONE_HOT_INPUTS, Dataset, Examples, Subset, reading_of
 from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Vocabulary, tokenization_of
 from pipeline.metrics import interval
 from pipeline.settings import Cell
 from pipeline.student.card import student_card
 from pipeline.student.forward import first_map, of_ranks, without_first_map
-from pipeline.student.lookup import BLOCK, Reading, Table
+from pipeline.student.lookup import BLOCK, Table, TokenFeatures
 from pipeline.student.student import Student
 from pipeline.teachers.families import licence_of
 
@@ -29,7 +29,7 @@ WIDER = 2  # how many times the size of the tables it replaces a folded table ma
 
 
 def checkpoint(
-    cell: Cell, parameters: dict[str, Tensor], subset: Subset, data: Catalogued, metrics: dict[str, float]
+    cell: Cell, parameters: dict[str, Tensor], subset: Subset, data: Dataset, metrics: dict[str, float]
 ) -> Student:
     """A cell's student, exactly as it was trained, for the concepts of its vectors file.
 
@@ -64,7 +64,7 @@ def needs_teacher(cell: Cell) -> bool:
     return any(name.startswith(BLOCK) for name in reading_of(cell).split("+"))
 
 
-def standing_alone(trained: Student, data: Catalogued, vocabulary: Vocabulary | None) -> Student:
+def export_or_fallback(trained: Student, data: Dataset, vocabulary: Vocabulary | None) -> Student:
     """The student for any text; as it is, with a warning, where the teacher's vocabulary is out of reach.
 
     Args:
@@ -84,7 +84,7 @@ def standing_alone(trained: Student, data: Catalogued, vocabulary: Vocabulary | 
         return trained
 
 
-def export(trained: Student, data: Catalogued, vocabulary: Vocabulary) -> Student:
+def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
     """A student for any text: the whole vocabulary, the first map folded in, in 8 bits, low rank, with a card.
 
     Args:
@@ -122,8 +122,8 @@ def export(trained: Student, data: Catalogued, vocabulary: Vocabulary) -> Studen
 
 
 def _with_vocabulary(
-    trained: Student, data: Catalogued, cell: Cell, vocabulary: Vocabulary
-) -> tuple[Reading, dict[str, NDArray[np.float32]]]:
+    trained: Student, data: Dataset, cell: Cell, vocabulary: Vocabulary
+) -> tuple[TokenFeatures, dict[str, NDArray[np.float32]]]:
     """The student's reading with all tokens, folded where that is not much larger, and the parameters behind it."""
     weight = first_map(trained.parameters)
     inputs = reading_of(cell).split("+")
@@ -132,7 +132,7 @@ def _with_vocabulary(
     reading = data.reading_with(cell, vocabulary.tables)
     plain = sum(table.width for table in reading.tables.values())
     if weight is None or (
-        weight.shape[1] * len(reading.parts) > WIDER * plain and not any(name in EYES for name in inputs)
+        weight.shape[1] * len(reading.parts) > WIDER * plain and not any(name in ONE_HOT_INPUTS for name in inputs)
     ):
         return reading, trained.parameters
     folded = reading.folded(weight)
@@ -145,7 +145,7 @@ def _with_vocabulary(
     return replace(folded, tables=tables), without_first_map(trained.parameters)
 
 
-def _of_lower_rank(student: Student, data: Catalogued, val: Side) -> Student:
+def _of_lower_rank(student: Student, data: Dataset, val: Examples) -> Student:
     """The student with the blocks of the least rank that costs next to nothing of its validation cosine.
 
     It answers in less time and takes less space; where no rank under half the width will do it stays as it is.
@@ -161,7 +161,7 @@ def _of_lower_rank(student: Student, data: Catalogued, val: Side) -> Student:
     return student
 
 
-def _faithfulness(student: Student, data: Catalogued, side: Side) -> NDArray[np.float32]:
+def _faithfulness(student: Student, data: Dataset, side: Examples) -> NDArray[np.float32]:
     """The centred cosine of each concept of a side, ``[n]``."""
     predicted, truth = student.encode([data.vectors.concepts[row] for row in side.rows]), side.targets.numpy()
     predicted -= student.mean

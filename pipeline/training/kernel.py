@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.data.dataset import Subset
 from pipeline.metrics import cosines
-from pipeline.training.ridge import Fit, passing
+from pipeline.training.ridge import Fit, residual_prior
 
 STRENGTHS = np.logspace(-4, 1, 21)  # in units of the kernel matrix's mean eigenvalue
 WIDTHS = (0.2, 0.4, 0.8, 1.6)  # exponent at the mean squared distance between training concepts
@@ -20,8 +20,8 @@ def gaussian(inputs: Tensor, support: Tensor, width: Tensor) -> Tensor:
 
 
 def fit(subset: Subset) -> Fit:
-    """Solve for every width and strength (float64); the best on validation. What is `passing` stands beside it."""
-    prior = passing(subset)
+    """Solve for every width and strength in float64, beside `residual_prior`; the best on validation."""
+    prior = residual_prior(subset)
     x, held = subset.train.inputs.double(), subset.val.inputs.double()
     y, truth = subset.train.targets.double() / subset.scale - x @ prior, subset.val.targets.double()
     passed = held @ prior  # [val, d_model]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pipeline.data.dataset import Catalogued, Subset
+from pipeline.data.dataset import Dataset, Subset
 from pipeline.settings import Cell
 from pipeline.training import kernel, mlp, ridge, transformer
 
@@ -36,8 +36,8 @@ class Kind:
 
     apply: Callable[..., Tensor]
     reads: tuple[str, ...]
-    weights: Callable[[Cell, Catalogued], int]
-    flops: Callable[[Cell, Catalogued], float]
+    weights: Callable[[Cell, Dataset], int]
+    flops: Callable[[Cell, Dataset], float]
     solve: Callable[[Subset], ridge.Fit] | None = None
     start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None
     sites: int = 0
@@ -47,33 +47,33 @@ class Kind:
         return Cell(**{item.name: getattr(cell, item.name) for item in fields(Cell) if item.name in self.reads})
 
 
-def _linear_weights(cell: Cell, data: Catalogued) -> int:
+def _linear_weights(cell: Cell, data: Dataset) -> int:
     return data.features(cell) * data.vectors.d_model
 
 
-def _kernel_weights(cell: Cell, data: Catalogued) -> int:
+def _kernel_weights(cell: Cell, data: Dataset) -> int:
     features, d_model = data.features(cell), data.vectors.d_model
     return cell.concepts * (features + d_model) + features * d_model + 1
 
 
-def _mlp_weights(cell: Cell, data: Catalogued) -> int:
+def _mlp_weights(cell: Cell, data: Dataset) -> int:
     features, d_model, hidden = data.features(cell), data.vectors.d_model, cell.hidden_dim
     skip = features * d_model if cell.skip else 0
     return (features + 1) * hidden + cell.layers * (hidden + 1) * hidden + (hidden + 1) * d_model + skip
 
 
-def _mlp_flops(cell: Cell, data: Catalogued) -> float:
+def _mlp_flops(cell: Cell, data: Dataset) -> float:
     biases = (cell.layers + 1) * cell.hidden_dim + data.vectors.d_model
     return 2.0 * (_mlp_weights(cell, data) - biases)
 
 
-def _transformer_weights(cell: Cell, data: Catalogued) -> int:
+def _transformer_weights(cell: Cell, data: Dataset) -> int:
     d_model, hidden = data.vectors.d_model, cell.hidden_dim
     block = 8 * hidden**2 + 2 * hidden
     return (d_model + data.longest) * hidden + cell.layers * block + (hidden + 1) * d_model
 
 
-def _transformer_flops(cell: Cell, data: Catalogued) -> float:
+def _transformer_flops(cell: Cell, data: Dataset) -> float:
     d_model, hidden = data.vectors.d_model, cell.hidden_dim
     token = d_model * hidden + cell.layers * 8 * hidden**2
     attention = cell.layers * 2 * data.longest**2 * hidden
@@ -100,7 +100,7 @@ def _closed(
     apply: Callable[..., Tensor],
     solve: Callable[[Subset], ridge.Fit],
     reads: tuple[str, ...],
-    weights: Callable[[Cell, Catalogued], int],
+    weights: Callable[[Cell, Dataset], int],
 ) -> Kind:
     """A student in closed form, which multiplies once with each of its weights."""
     return Kind(apply, (*DATA, "inputs", *reads), weights, lambda cell, data: 2.0 * weights(cell, data), solve=solve)

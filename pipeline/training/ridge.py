@@ -31,7 +31,7 @@ class Fit:
     val_cosine: float
 
 
-def passing(subset: Subset) -> Tensor:
+def residual_prior(subset: Subset) -> Tensor:
     """The map that passes what is read of the residual stream on, each part times its gain, ``[features, d_model]``.
 
     Every block adds to the residual stream, so what an early block left is still in it. The gains are those of least
@@ -54,10 +54,10 @@ def fit(subset: Subset) -> Fit:
     """Solve for every strength at once, in the dual form through the Gram matrix's eigenvectors (float64).
 
     ``w = W + X^T U (L + s)^-1 U^T (Y - X W)`` for inputs ``X``, targets ``Y``, ``X X^T = U L U^T`` and the map ``W``
-    towards which it is shrunk, `passing` (Saunders, Gammerman and Vovk, 1998, "Ridge regression learning algorithm in
-    dual variables").
+    towards which it is shrunk, `residual_prior` (Saunders, Gammerman and Vovk, 1998, "Ridge regression learning
+    algorithm in dual variables").
     """
-    prior = passing(subset)
+    prior = residual_prior(subset)
     x = subset.train.inputs.double()
     y = subset.train.targets.double() / subset.scale - x @ prior
     values, u = subset.gram

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.data.dataset import Side, Subset
+from pipeline.data.dataset import Examples, Subset
 from pipeline.devices import of_training
 from pipeline.metrics import cosines, faithfulness
 from pipeline.settings import Cell
@@ -24,9 +24,9 @@ from pipeline.training.stack import Member, Progress, Snapshot, Stack, start
 
 SAVE_SECONDS = 5.0  # between two snapshots of a stack: what a kill can cost
 SAVE_SHARE = 0.02  # of the time at the most is spent on snapshots
-LAST = ("weight", "out.weight", "out.bias", "skip.weight")  # the maps whose sum is a student's answer
+OUTPUT_WEIGHTS = ("weight", "out.weight", "out.bias", "skip.weight")  # the maps whose sum is a student's answer
 # Cells that agree in these have the same shapes and the same arithmetic.
-SHAPE = (
+STACK_FIELDS = (
     "student", "hidden_dim", "layers", "inputs", "skip", "objective", "temperature", "batch_size", "dropout", "noise",
     "mixup", "precision", "split",
 )  # fmt: skip
@@ -61,7 +61,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Keeping:
+class Checkpointing:
     """How a stack is stopped, and what it leaves for the one that goes on.
 
     Attributes:
@@ -79,7 +79,7 @@ def stack_key(cell: Cell) -> tuple[object, ...]:
     """Cells with the same key have the same shapes and train in one stack."""
     if KINDS[cell.student].solve:
         return (cell.student,)
-    return tuple(getattr(cell, name) for name in SHAPE)
+    return tuple(getattr(cell, name) for name in STACK_FIELDS)
 
 
 def epochs(cell: Cell) -> int:
@@ -92,7 +92,7 @@ def train_stack(
     subsets: Sequence[Subset],
     device: torch.device,
     progress: Callable[[Progress], None] = lambda step: None,
-    keeping: Keeping | None = None,
+    checkpointing: Checkpointing | None = None,
     automatic: str | None = None,
 ) -> Iterator[Trained]:
     """Train cells of one `stack_key` and yield each as it finishes; when asked to stop, yield no more.
@@ -102,20 +102,20 @@ def train_stack(
         subsets: the training data of each, in the same order.
         device: where they train.
         progress: called after each member's epoch.
-        keeping: how to stop and go on.
+        checkpointing: how to stop and go on.
         automatic: the precision of cells that leave it open; that of the device's kind by default.
     """
-    pairs, keeping = list(zip(cells, subsets, strict=True)), keeping or Keeping()
+    pairs, checkpointing = list(zip(cells, subsets, strict=True)), checkpointing or Checkpointing()
     if KINDS[cells[0].student].solve:
-        finished = _solve(pairs, progress, keeping)
+        finished = _solve(pairs, progress, checkpointing)
     else:
-        finished = _descend(pairs, device, progress, keeping, automatic or of_training(device))
+        finished = _descend(pairs, device, progress, checkpointing, automatic or of_training(device))
     for trained, subset in finished:
         _finish(trained, subset)
         yield trained
 
 
-def predict(student: str, parameters: dict[str, Tensor], side: Side) -> Tensor:
+def predict(student: str, parameters: dict[str, Tensor], side: Examples) -> Tensor:
     """A trained student's centred answers for one side of the split, ``[N, d_model]``."""
     answer: Tensor = KINDS[student].apply(parameters, side.inputs[None])[0]
     return answer
@@ -129,7 +129,7 @@ def _finish(trained: Trained, subset: Subset) -> None:
         answer = predict(trained.cell.student, trained.parameters, subset.val)
         answer, truth = answer.double(), subset.val.targets.double()
         gain = ((answer * truth).sum() / answer.square().sum().clamp(min=1e-12)).item()
-    for name in LAST:
+    for name in OUTPUT_WEIGHTS:
         if name in trained.parameters:
             trained.parameters[name] *= gain
     for side_name, side in (("val", subset.val), ("test", subset.test)):
@@ -142,9 +142,11 @@ def _finish(trained: Trained, subset: Subset) -> None:
 Pairs = list[tuple[Cell, Subset]]
 
 
-def _solve(pairs: Pairs, progress: Callable[[Progress], None], keeping: Keeping) -> Iterator[tuple[Trained, Subset]]:
+def _solve(
+    pairs: Pairs, progress: Callable[[Progress], None], checkpointing: Checkpointing
+) -> Iterator[tuple[Trained, Subset]]:
     for cell, subset in pairs:
-        if keeping.pause():
+        if checkpointing.pause():
             return
         start = time.perf_counter()
         closed = KINDS[cell.student].solve
@@ -159,18 +161,22 @@ def _solve(pairs: Pairs, progress: Callable[[Progress], None], keeping: Keeping)
 
 
 def _descend(
-    pairs: Pairs, device: torch.device, progress: Callable[[Progress], None], keeping: Keeping, automatic: str
+    pairs: Pairs,
+    device: torch.device,
+    progress: Callable[[Progress], None],
+    checkpointing: Checkpointing,
+    automatic: str,
 ) -> Iterator[tuple[Trained, Subset]]:
     """Gradient descent on a stack; yields members as they finish."""
     # The longest first: who finishes is mostly at the end, and the rest of the stack stays in place.
     stack = Stack(sorted((start(*pair) for pair in pairs), key=lambda member: -member.steps), device, automatic)
-    step = _go_on(stack, keeping.start, progress) if keeping.start else 0
+    step = _go_on(stack, checkpointing.start, progress) if checkpointing.start else 0
     last = saved = time.perf_counter()
     wait = SAVE_SECONDS
     while stack.members:
-        stopping = keeping.pause()
+        stopping = checkpointing.pause()
         if stopping or last - saved > wait:
-            keeping.save(stack.snapshot(step))
+            checkpointing.save(stack.snapshot(step))
             saved = time.perf_counter()
             wait = max(SAVE_SECONDS, (saved - last) / SAVE_SHARE)
         if stopping:

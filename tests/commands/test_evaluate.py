@@ -9,7 +9,7 @@ import torch
 
 from pipeline.analysis.intervention import NextTokenDistributions, kl_recovered, recovered_interval
 from pipeline.commands.evaluate import evaluate, evaluation_table
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.settings import Cell
 from pipeline.training.export import checkpoint
@@ -58,7 +58,7 @@ def test_next_tokens_are_those_of_the_plain_model(said, smollm2, data):
 
 
 def test_means_over_tokens_cannot_take_the_place_of_one_activation(data, smollm2):
-    pooled = Catalogued(replace(data.vectors, pool="mean"))
+    pooled = Dataset(replace(data.vectors, pool="mean"))
     with pytest.raises(InputError, match=r"--teacher: .* mean"):
         evaluate({}, pooled, smollm2[1])
 

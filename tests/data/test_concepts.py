@@ -22,7 +22,7 @@ from pipeline.data.concepts import (
     stems,
     words,
 )
-from pipeline.data.dataset import Catalogued
+from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError
 
@@ -292,7 +292,7 @@ def test_stems_are_those_of_the_language_that_is_named(workplace, run, tiny_fold
     assert not leaks(german.concepts, german.splits)
     held = by_categories(german.concepts, german.categories, "de")
     assert not leaks(german.concepts, held)
-    assert Catalogued(german)._categories_apart == held
+    assert Dataset(german)._categories_apart == held
 
 
 def leaks(concepts, sides):

@@ -21,7 +21,7 @@ from pipeline import hub
 from pipeline.data.concepts import Catalogue, split
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError, WorkError
-from pipeline.extraction.parts import Plan, merge
+from pipeline.extraction.parts import PartPlan, merge
 from pipeline.extraction.reader import read_parts
 from pipeline.extraction.request import is_extracted, make_request
 from pipeline.processes import Worker
@@ -43,7 +43,7 @@ def extract(teacher, catalogue, folder, *, batch_tokens=64, workers=1, **asked):
     request = make_request(source, catalogue, **asked)
     output = folder / "vectors.safetensors"
     output.unlink(missing_ok=True)
-    plan = Plan.open(Output(output), request, model.embedding_table.shape[1], workers, batch_tokens)
+    plan = PartPlan.open(Output(output), request, model.embedding_table.shape[1], workers, batch_tokens)
     for index in reversed(range(workers)):
         read_parts(model, request, plan, plan.missing(Worker(index, workers)), batch_tokens)
     merge(request, plan)
@@ -338,7 +338,7 @@ def test_all_files_of_an_extraction_have_the_mode_that_the_user_s_files_have(tin
 def test_a_merge_without_all_parts_says_so(tiny_folder, tmp_path):
     source, model = load(tiny_folder("gpt2"))
     request = make_request(source, FEW, layers="2", templates=TEMPLATES)
-    plan = Plan.open(Output(tmp_path / "out.safetensors"), request, 32, 2, 64)
+    plan = PartPlan.open(Output(tmp_path / "out.safetensors"), request, 32, 2, 64)
     read_parts(model, request, plan, plan.missing(Worker(1, 2)))
     with pytest.raises(WorkError, match="1 of 2 parts"):
         merge(request, plan)
@@ -348,7 +348,7 @@ def test_a_worker_that_comes_after_the_merge_finds_the_file(tiny_folder, tmp_pat
     source, model = load(tiny_folder("gpt2"))
     request = make_request(source, FEW, layers="2", templates=TEMPLATES)
     output = tmp_path / "out.safetensors"
-    first, second = (Plan.open(Output(output), request, 32, 2, 64) for _ in range(2))
+    first, second = (PartPlan.open(Output(output), request, 32, 2, 64) for _ in range(2))
     for plan, worker in ((first, Worker(0, 2)), (second, Worker(1, 2))):
         read_parts(model, request, plan, plan.missing(worker))
     assert not second.is_merged

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import InputError, WorkError
-from pipeline.sweep.pool import LaneError, Lanes
+from pipeline.sweep.pool import StackPool, StackPoolError
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,7 @@ def test_jobs_bring_their_values_in_order_and_are_heard_on_the_way(fork):
 
         return job
 
-    with Lanes(2, CPU, heard.append, fork) as lanes:
+    with StackPool(2, CPU, heard.append, fork) as lanes:
         values = heard_and_brought(lanes, [job_of(name) for name in "abc"])
     for found in (values, heard):
         for name in "abc":
@@ -67,7 +67,7 @@ def test_jobs_bring_their_values_in_order_and_are_heard_on_the_way(fork):
 
 
 def test_a_job_is_a_process_where_that_is_asked_for(fork):
-    with Lanes(2, CPU, print, fork) as lanes:
+    with StackPool(2, CPU, print, fork) as lanes:
         places = heard_and_brought(lanes, [lambda handle: iter([os.getpid()])] * 3)
     assert (os.getpid() in places) is not fork
     assert len(set(places)) == (3 if fork else 1)
@@ -82,7 +82,7 @@ def test_lanes_that_stop_ask_every_job_and_wait_for_it(fork, tmp_path):
         yield from ()
 
     heard = []
-    with Lanes(2, CPU, heard.append, fork) as lanes:
+    with StackPool(2, CPU, heard.append, fork) as lanes:
         for _ in range(3):
             lanes.start(job)
         wait_for(lambda: len(heard) == 2)
@@ -98,7 +98,7 @@ def test_a_cancelled_job_brings_nothing_and_what_is_to_follow_it_follows(fork):
             time.sleep(0.01)
         yield "unwanted"
 
-    with Lanes(1, CPU, heard.append, fork) as lanes:
+    with StackPool(1, CPU, heard.append, fork) as lanes:
         handle = lanes.start(job, ended.append)
         wait_for(lambda: heard)
         handle.cancel()
@@ -112,7 +112,7 @@ def test_an_error_of_a_job_is_raised_as_itself(fork, error):
         raise error
         yield
 
-    with Lanes(1, CPU, print, fork) as lanes, pytest.raises(type(error)) as raised:
+    with StackPool(1, CPU, print, fork) as lanes, pytest.raises(type(error)) as raised:
         heard_and_brought(lanes, [job])
     assert raised.value.args == error.args
     if fork:
@@ -125,7 +125,7 @@ def test_an_error_that_cannot_travel_is_told_with_its_way():
         raise OddError("cell", "broken")
         yield
 
-    with Lanes(1, CPU, print, fork=True) as lanes, pytest.raises(RuntimeError, match="OddError: cell: broken"):
+    with StackPool(1, CPU, print, fork=True) as lanes, pytest.raises(RuntimeError, match="OddError: cell: broken"):
         heard_and_brought(lanes, [job])
 
 
@@ -135,11 +135,11 @@ def test_a_process_that_is_killed_is_one_clear_line_and_the_others_go_on():
         yield "before"
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with Lanes(1, CPU, print, fork=True) as lanes:
-        with pytest.raises(LaneError, match=r"killed by SIGKILL, perhaps for want of memory; .* the same command"):
+    with StackPool(1, CPU, print, fork=True) as lanes:
+        with pytest.raises(StackPoolError, match=r"killed by SIGKILL, perhaps for want of memory; .* the same command"):
             heard_and_brought(lanes, [job])
         assert heard_and_brought(lanes, [lambda handle: iter(["after"])]) == ["after"]
-    assert issubclass(LaneError, WorkError)
+    assert issubclass(StackPoolError, WorkError)
 
 
 @needs_fork
@@ -149,7 +149,7 @@ def test_a_stop_that_reaches_the_whole_group_is_the_parents_to_act_on(number):
         os.kill(os.getpid(), number)
         yield "went on"
 
-    with Lanes(1, CPU, print, fork=True) as lanes:
+    with StackPool(1, CPU, print, fork=True) as lanes:
         assert heard_and_brought(lanes, [job]) == ["went on"]
 
 
@@ -165,7 +165,7 @@ def test_processes_end_with_a_parent_that_was_killed():
                 time.sleep(0.01)
             yield
 
-        with Lanes(1, CPU, print, fork=True) as lanes:
+        with StackPool(1, CPU, print, fork=True) as lanes:
             lanes.start(job)
             time.sleep(60)
         os._exit(1)
@@ -192,7 +192,7 @@ def test_processes_compute_on_several_threads_though_the_parent_has_done_so():
         (weights @ weights).sum().backward()
         yield (product.float() - expected).abs().max().item(), weights.grad.shape
 
-    with Lanes(2, CPU, print, fork=True) as lanes:
+    with StackPool(2, CPU, print, fork=True) as lanes:
         values = heard_and_brought(lanes, [job] * 4)
     assert len(values) == 4
     assert all(error < 2 and shape == a.shape for error, shape in values)

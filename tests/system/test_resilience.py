@@ -29,7 +29,7 @@ from pipeline.sweep.spool import Spool
 from pipeline.tracking import connect
 from pipeline.tracking.claims import Claims, worker_name
 from pipeline.training.export import checkpoint
-from pipeline.training.trainer import Keeping, train_stack
+from pipeline.training.trainer import Checkpointing, train_stack
 
 EPOCHS = 12
 GRID = f"""
@@ -428,14 +428,14 @@ def test_a_stack_that_is_stopped_goes_on_from_its_state(data, tmp_path, dropout)
     whole = {trained.cell: trained for trained in train_stack(cells, subsets, CPU)}
     spool, keys = Spool(tmp_path / "spool"), {cell: f"key{number}" for number, cell in enumerate(cells)}
     steps = iter(range(1000))
-    stop = Keeping(None, lambda state: spool.keep(state, keys, "key0"), lambda: next(steps) == 14)
+    stop = Checkpointing(None, lambda state: spool.keep(state, keys, "key0"), lambda: next(steps) == 14)
     early = [trained.cell for trained in train_stack(cells, subsets, CPU, keeping=stop)]
     assert early == [cells[2]]
     [(left, state)] = spool.unfinished(keys, cells[:2])
     assert set(left) == set(cells[:2])
     assert state.step == 14
     told = []
-    again = train_stack(left, [data.subset(cell) for cell in left], CPU, told.append, Keeping(start=state))
+    again = train_stack(left, [data.subset(cell) for cell in left], CPU, told.append, Checkpointing(start=state))
     for trained in again:
         assert trained.curves == whole[trained.cell].curves
         assert trained.best_epoch == whole[trained.cell].best_epoch

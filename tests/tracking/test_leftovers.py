@@ -12,7 +12,7 @@ from pipeline.errors import WorkError
 from pipeline.settings import Cell
 from pipeline.sweep.recorder import Recorder
 from pipeline.sweep.spool import Spool
-from pipeline.tracking import connect, patiently
+from pipeline.tracking import connect, retry_tracking
 from pipeline.tracking.claims import Claims
 
 NAME = "activation-distillation"
@@ -219,7 +219,7 @@ def test_what_is_deleted_while_it_is_worked_at_is_no_traceback(workplace, data):
         assert recorder.take([cell]) == [cell]  # in a run of its own
         tracker.client.delete_experiment(tracker.experiment_id)
         with pytest.raises(WorkError, match="deleted from MLflow meanwhile"):
-            patiently(lambda: claims.parent_run.set_tags({"a": "b"}))
+            retry_tracking(lambda: claims.parent_run.set_tags({"a": "b"}))
 
 
 def test_a_sweep_all_of_whose_students_were_deleted_is_as_good_as_new(swept, run):

@@ -138,7 +138,7 @@ def test_leaving_one_out_in_closed_form_equals_doing_so(data):
     subset = data.subset(Cell(concepts=40, layer=15))
     strength = ridge.fit(subset).strength
     x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
-    passed = x @ ridge.passing(subset)
+    passed = x @ ridge.residual_prior(subset)
     found = leave_one_out(subset)
     for left in (0, 7, 39):
         rest = [row for row in range(40) if row != left]
@@ -218,7 +218,7 @@ def test_ridge_agrees_with_scikit_learn(data):
     subset = data.subset(Cell(concepts=200, layer=15))
     fitted = ridge.fit(subset)
     reference = Ridge(alpha=fitted.strength, fit_intercept=False, solver="svd")
-    prior, x = ridge.passing(subset), subset.train.inputs.double()
+    prior, x = ridge.residual_prior(subset), subset.train.inputs.double()
     reference.fit(x.numpy(), ((subset.train.targets / subset.scale).double() - x @ prior).numpy())
     np.testing.assert_allclose(fitted.parameters["weight"].numpy().T, reference.coef_ + prior.numpy().T, atol=1e-5)
     assert 0.5 < fitted.val_cosine < 0.8
@@ -227,7 +227,7 @@ def test_ridge_agrees_with_scikit_learn(data):
 def test_what_a_linear_map_is_shrunk_to_passes_the_residual_stream_on(data):
     subset = data.subset(Cell(student="truncated", blocks=6, concepts=200, layer=15))
     x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
-    weight = ridge.passing(subset)
+    weight = ridge.residual_prior(subset)
     width = data.vectors.d_model
     kept = [weight[start : start + width] for start in range(0, len(weight), width)]
     assert all(torch.equal(part, part.diagonal()[0] * torch.eye(width, dtype=torch.float64)) for part in kept)
@@ -239,7 +239,7 @@ def test_what_a_linear_map_is_shrunk_to_passes_the_residual_stream_on(data):
     )[0]
     np.testing.assert_allclose([float(part[0, 0]) for part in kept], gains, rtol=1e-6)
     bag = data.subset(Cell(student="ridge", inputs="bag", concepts=200, layer=15))
-    assert not ridge.passing(bag).any()
+    assert not ridge.residual_prior(bag).any()
 
 
 def test_ridge_answers_in_the_units_of_the_vectors(data):
