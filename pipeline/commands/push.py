@@ -11,10 +11,10 @@ from pipeline.data.vectors import read_header
 from pipeline.errors import InputError
 from pipeline.hub import FILES, SCHEME, told
 from pipeline.storage import own_name
-from pipeline.student.card import vectors_card
 from pipeline.student.folder import CARD
 from pipeline.student.student import Student
 from pipeline.teachers.families import UNSTATED, licence_of
+from pipeline.training.card import vectors_card
 
 
 def push(source: Path, repo: str, licence: str | None = None, private: bool = False) -> str:

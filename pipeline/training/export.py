@@ -15,11 +15,11 @@ from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Vocabulary, tokenization_of
 from pipeline.metrics import interval
 from pipeline.settings import Cell
-from pipeline.student.card import student_card
 from pipeline.student.forward import first_map, of_ranks, without_first_map
 from pipeline.student.lookup import BLOCK, Table, TokenFeatures
 from pipeline.student.student import Student
 from pipeline.teachers.families import licence_of
+from pipeline.training.card import student_card
 
 MOST_CATALOGUE = 5000  # concepts whose true vectors go with a student
 log = logging.getLogger(__name__)
