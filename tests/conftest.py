@@ -37,6 +37,7 @@ import torch
 from containers import IMAGE, docker
 from faults import Faulty
 from mlflow import MlflowClient
+from shapes import check_shapes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -58,6 +59,7 @@ from pipeline.extraction.vocabulary import find
 from pipeline.teachers.find import find_teacher
 from pipeline.teachers.load import load_teacher
 
+check_shapes()
 SHIPPED = ROOT / "data" / "vectors" / "smollm2-135m.safetensors"
 CATALOGUE = ROOT / "data" / "concepts.csv"
 
