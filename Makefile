@@ -4,13 +4,16 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export GIT_PYTHON_REFRESH := quiet
 
-.PHONY: sweep test families lint ui bench image client vectors env clean
+.PHONY: sweep test test-system families lint ui bench image client vectors env clean
 
 sweep: env ## train the scaling grid on the shipped vectors
 	mlflow run . -e sweep -P epochs=100 --backend host
 
-test: env ## run the whole test suite
-	pytest
+test: env ## run the short test suite: everything that needs no other program
+	pytest -m "not system"
+
+test-system: env ## run the rest: containers, manifests, S3, servers, kills, browsers, and what takes long
+	pytest -m system
 
 families: env ## write docs/families.md: every family of models, compared with its own forward pass
 	python tests/families.py > docs/families.md

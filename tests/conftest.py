@@ -104,15 +104,15 @@ def templates():
 
 
 # Files whose tests take longest, which begin first so that no worker is left alone with one at the end.
-LONG = (
-    "test_container", "test_mlflow_run", "test_resilience", "test_sweep", "test_interrupts", "test_tracking",
-    "test_extraction", "test_storage",
-)  # fmt: skip
+LONG = ("test_container", "test_mlflow_run", "test_resilience", "test_interrupts", "test_tracking", "test_storage")
 
 
 def pytest_collection_modifyitems(items):
-    """Long files first."""
+    """Long files first; what stands in tests/system is marked so, like single tests elsewhere that take long."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    for item in items:
+        if item.path.parent.name == "system":
+            item.add_marker(pytest.mark.system)
 
 
 def pytest_sessionstart(session):
@@ -122,8 +122,8 @@ def pytest_sessionstart(session):
 
 
 def pytest_xdist_auto_num_workers():
-    """Workers of ``-n auto``: four at the least, for many tests wait for servers, kills and containers."""
-    return max(4, CORES)
+    """Workers of ``-n auto``: one per core that this process may use."""
+    return CORES
 
 
 @pytest.fixture(scope="session")
