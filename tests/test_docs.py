@@ -27,7 +27,11 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
     (ROOT / "docs").glob("*.md")
 )
 # What pages name and the tree does not have yet.
-COMING = {"test-system", "pipeline/s3.py", "pipeline/analysis/page.py", "pipeline/analysis/results.py"}
+COMING = {
+    "test-system", "pipeline/s3.py", "pipeline/analysis/page.py", "pipeline/analysis/results.py",
+    "pipeline/analysis/evaluation.py", "pipeline/analysis/export_choice.py", "pipeline/sweep/cells.py",
+    "pipeline/data/stems.py", "pipeline/training/closed_form.py", "POOLED_INPUTS", "TREE_FAMILIES", "TESTED_FAMILIES", "DATA_OPTIONS", "TRAINING_OPTIONS",
+}  # fmt: skip
 MADE = {"data/vectors/words.safetensors"}  # by commands
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^(results/|mlflow\.db)", re.MULTILINE)  # a block that shows files, not commands
@@ -242,9 +246,10 @@ def test_names_that_contributors_look_for_are_where_they_are_said_to_be():
     named = re.findall(r"`([A-Z_]+)`(?: and `([A-Z_]+)`| or `([A-Z_]+)`)? in `(pipeline/[\w/]+\.py)`", text)
     assert len(named) > 10
     for *names, file in named:
-        content = (ROOT / file).read_text() if (ROOT / file).exists() or file not in COMING else None
-        for name in filter(None, names):
-            assert content is None or re.search(rf"^{name}\b", content, re.MULTILINE), f"{name} in {file}"
+        if file not in COMING or (ROOT / file).exists():
+            content = (ROOT / file).read_text()
+            for name in set(filter(None, names)) - COMING:
+                assert re.search(rf"^{name}\b", content, re.MULTILINE), f"{name} in {file}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
