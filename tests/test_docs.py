@@ -30,7 +30,8 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 COMING = {
     "test-system", "pipeline/s3.py", "pipeline/analysis/page.py", "pipeline/analysis/results.py",
     "pipeline/analysis/evaluation.py", "pipeline/analysis/export_choice.py", "pipeline/sweep/cells.py",
-    "pipeline/data/stems.py", "pipeline/training/closed_form.py", "POOLED_INPUTS", "TREE_FAMILIES", "TESTED_FAMILIES", "DATA_OPTIONS", "TRAINING_OPTIONS",
+    "pipeline/data/stems.py", "pipeline/training/closed_form.py", "POOLED_INPUTS", "TREE_FAMILIES", "TESTED_FAMILIES",
+    "DATA_OPTIONS", "TRAINING_OPTIONS",
 }  # fmt: skip
 MADE = {"data/vectors/words.safetensors"}  # by commands
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
