@@ -1,29 +1,47 @@
-"""The commands of the README and of docs/: each one parses where it runs, and the quick ones run."""
+"""The pages: each command parses where it runs, the quick ones run, snippets run, and links and files exist."""
 
 import itertools
 import re
 import shlex
 import shutil
 import subprocess
-import sys
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import click
 import pytest
+import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SHIPPED
 from mlflow.cli import cli as mlflow_cli
 
 from pipeline.cli import cli
+from pipeline.extraction.vocabulary import find
+from pipeline.settings import Cell
+from pipeline.sweep.grid import read_grid
+from pipeline.training.export import checkpoint, export
+from pipeline.training.trainer import train_stack
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+# What pages name and the tree does not have yet.
+COMING = {
+    "test-system", "pipeline/s3.py", "pipeline/analysis/page.py", "pipeline/analysis/results.py",
+    "pipeline/analysis/evaluation.py", "pipeline/analysis/export_choice.py", "pipeline/sweep/cells.py",
+    "pipeline/data/stems.py", "pipeline/training/closed_form.py", "POOLED_INPUTS", "TREE_FAMILIES", "TESTED_FAMILIES",
+    "DATA_OPTIONS", "TRAINING_OPTIONS",
+}  # fmt: skip
+MADE = {"data/vectors/words.safetensors"}  # by commands
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(r"^(results/|mlflow\.db)", re.MULTILINE)  # a block that shows files, not commands
 
 
-def blocks(page):
-    return [text for language, text in CODE.findall(page.read_text()) if not language and not OUTPUT.match(text)]
+def blocks(page, language=""):
+    """The code blocks of a page in one language; commands have none."""
+    found = [text for name, text in CODE.findall(page.read_text()) if name == language]
+    return [text for text in found if not OUTPUT.match(text)]
 
 
 def fenced(page):
@@ -37,7 +55,7 @@ def fenced(page):
 def in_text(page):
     """Commands between single backquotes: those of tables and sentences."""
     text = CODE.sub("", page.read_text())
-    starts = "python -m pipeline [a-z]|kubectl [a-z]|mlflow [a-z]|make [a-z]|accelerate launch"
+    starts = "python -m pipeline [a-z]|kubectl [a-z]|mlflow [a-z]|make [a-z]|accelerate launch|pip install|conda env"
     return [command for command in re.findall(r"`([^`]+)`", text.replace("\n", " ")) if re.match(starts, command)]
 
 
@@ -66,10 +84,23 @@ def check_click(command, words):
         command.make_context(name, words)
 
 
+def check_pytest(words):
+    for word in words:
+        assert not word.startswith("tests/") or (ROOT / word).exists(), word
+
+
+def check_files(words):
+    """Of pip and conda: the files that they are given."""
+    for option, file in itertools.pairwise(words):
+        assert option not in ("-c", "-f", "-r") or (ROOT / file).is_file(), file
+
+
 def check_make(words):
     targets = [word for word in words if "=" not in word]
     done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert targets
+    if set(targets) & COMING:
+        pytest.skip("a target that is to come")
     assert done.returncode == 0, done.stderr
 
 
@@ -125,6 +156,10 @@ CHECKS = {
     "kubectl": check_kubectl,
     "python": check_python,
     "accelerate": check_accelerate,
+    "pytest": check_pytest,
+    "pip": check_files,
+    "conda": check_files,
+    "pre-commit": lambda words: words == ["install"] or pytest.fail("unknown"),
     "docker": lambda words: words[0] in ("tag", "push") or pytest.fail("unknown"),
     "curl": lambda words: None,
     "cat": lambda words: None,
@@ -150,11 +185,72 @@ QUICK = [command for command in COMMANDS if "--dry-run" in command and command.s
 
 
 @pytest.mark.parametrize("command", QUICK)
-def test_a_quick_command_runs_as_it_is_written(command):
-    done = subprocess.run(
-        [sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+def test_a_quick_command_runs_as_it_is_written(command, run, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, out, err = run(*shlex.split(command)[3:])
+    assert code == 0, err
+    assert "nothing was trained" in out
+
+
+@pytest.fixture(scope="module")
+def place_with_a_student(data, vectors, tmp_path_factory):
+    """A folder with a small student in ``my-student``."""
+    cpu = torch.device("cpu")
+    cell = Cell(concepts=60, hidden_dim=8, epochs=1, layer=15)
+    subset = data.subset(cell)
+    [trained] = train_stack([cell], [subset], cpu)
+    vocabulary = find(vectors, str(SHIPPED), "cpu", lambda number: nullcontext(lambda done: None))
+    home = tmp_path_factory.mktemp("snippets")
+    export(checkpoint(cell, trained.parameters, subset, data, trained.metrics), data, vocabulary).save(
+        home / "my-student"
     )
-    assert done.returncode == 0, done.stderr
+    return home
+
+
+SNIPPETS = [(page.name, text) for page in PAGES for text in blocks(page, "python")]
+
+
+@pytest.mark.parametrize(
+    ("page", "text"), SNIPPETS, ids=[f"{page}{number}" for number, (page, _) in enumerate(SNIPPETS)]
+)
+def test_a_python_snippet_runs_as_it_is_written(page, text, place_with_a_student, monkeypatch, capsys):
+    monkeypatch.chdir(place_with_a_student)
+    exec(compile(text, page, "exec"), {})
+    assert capsys.readouterr().out.count("\n") == 5 * text.count("print(")  # README: five concepts with their cosines
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_yaml_block_is_a_grid(page, tmp_path):
+    for number, text in enumerate(blocks(page, "yaml")):
+        path = tmp_path / f"grid{number}.yaml"
+        path.write_text(text)
+        assert len(read_grid(str(path))[1]) > 1
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+PLACE = re.compile(r"(?:pipeline|tests|docs|benchmarks|examples|k8s|data)/[\w./-]*")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page):
+    text = CODE.sub("", page.read_text())
+    named = {name for name in re.findall(r"`([^`\s]+)`", text) if PLACE.fullmatch(name)}
+    missing = {name for name in named if not (ROOT / name).exists()} - COMING - MADE
+    assert not missing
+
+
+def test_names_that_contributors_look_for_are_where_they_are_said_to_be():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`([A-Z_]+)`(?: and `([A-Z_]+)`| or `([A-Z_]+)`)? in `(pipeline/[\w/]+\.py)`", text)
+    assert len(named) > 10
+    for *names, file in named:
+        if file not in COMING or (ROOT / file).exists():
+            content = (ROOT / file).read_text()
+            for name in set(filter(None, names)) - COMING:
+                assert re.search(rf"^{name}\b", content, re.MULTILINE), f"{name} in {file}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
