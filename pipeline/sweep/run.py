@@ -277,7 +277,7 @@ def run_sweep(
             rows |= recorder.finished_elsewhere([cell for cell in cells if keys[cell] not in rows])
             if len(rows) < len(keys):
                 if not claims.others_at_work():
-                    parent.leave()
+                    parent.mark_scheduled()
                 return Incomplete(identity, len(rows), len(cells))
             results = results_of(name, data, [rows[keys[cell]] for cell in cells], identity) | {"vectors": vectors_uri}
             leave = functools.partial(_leave, data=data, tracker=tracker, export=export, baselines=baselines)
