@@ -114,10 +114,10 @@ def _check_run(run: MlflowRun, experiment: Experiment, role: str) -> None:
         )
     is_same = before == role or (role in SWEEPS and before in SWEEPS)
     if before in ROLES and (not is_same or (role not in SWEEPS and run.info.status == "FINISHED")):
-        raise held(run)
+        raise occupied_run(run)
 
 
-def held(run: MlflowRun) -> InputError:
+def occupied_run(run: MlflowRun) -> InputError:
     """The error for a run that the environment names and that holds finished work or that of another command."""
     return InputError(
         f"{RUN} {run.info.run_id}: holds what an earlier command tracked ({run.info.run_name}); unset the variable"

@@ -267,22 +267,22 @@ def test_of_two_results_versions_that_start_at_once_no_two_train_the_same(grid, 
 
 def test_a_worker_elsewhere_whose_beat_stands_still_is_dead_whatever_its_version(workplace, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database())
-    monkeypatch.setattr("pipeline.tracking.claims.GONE_SECONDS", 3.0)
+    monkeypatch.setattr("pipeline.tracking.claims.SILENCE_SECONDS", 3.0)
     tracker = connect()
     old, new = Claims(tracker, "old", "1"), Claims(tracker, "new", "2")
     parent = old.open_parent("grid", {"work_key": "same work"})
     tracker.client.set_tag(parent.id, "worker.elsewhere/1/2/3", "7 1")
-    assert new.other_version("other work") is None
+    assert new.find_other_version("other work") is None
     begin = time.monotonic()
-    assert new.other_version("same work") is None
+    assert new.find_other_version("same work") is None
     assert time.monotonic() - begin > 3
-    assert new.other_version("same work") is None  # and it is remembered
+    assert new.find_other_version("same work") is None  # and it is remembered
     assert time.monotonic() - begin < 6
     beating = threading.Timer(1.5, tracker.client.set_tag, (parent.id, "worker.elsewhere/1/2/4", "2 1"))
     tracker.client.set_tag(parent.id, "worker.elsewhere/1/2/4", "1 1")
     beating.start()
-    assert new.other_version("same work") == ("old", "elsewhere", "1")
-    assert Claims(tracker, "third", "1").other_version("same work") is None
+    assert new.find_other_version("same work") == ("old", "elsewhere", "1")
+    assert Claims(tracker, "third", "1").find_other_version("same work") is None
 
 
 def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid, whole):
@@ -408,7 +408,7 @@ def test_a_worker_whose_cell_was_taken_over_leaves_what_the_other_has_of_it(data
     own, other = Spool(workplace / "spool"), Spool(workplace / "spool")
     tracker = connect()
     claims = Claims(tracker, "same", "1")
-    with claims.join(claims.open_parent("grid", {})):
+    with claims.below(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, own, {cell: "key"}, {})
         assert recorder.take([cell]) == [cell]
         own.add("key", {}, student)
@@ -455,7 +455,7 @@ def test_a_state_that_is_damaged_is_passed_over(tmp_path):
 def test_a_finished_cell_that_another_worker_on_this_disk_has_removed_is_left_to_it(workplace, data):
     tracker, cell = connect(), Cell()
     claims = Claims(tracker, "sweep", "1")
-    with claims.join(claims.open_parent("grid", {})):
+    with claims.below(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, Spool(workplace / ".spool"), {cell: "key"}, {})
         assert recorder.take([cell]) == [cell]
         assert recorder.finish("key", {}) is None

@@ -211,7 +211,7 @@ def test_what_a_server_has_lost_is_found_out_in_a_few_requests(workplace, run, m
 def test_what_is_deleted_while_it_is_worked_at_is_no_traceback(workplace, data):
     tracker, cell = connect(), Cell()
     claims = Claims(tracker, "sweep", "1")
-    with claims.join(claims.open_parent("grid", {})):
+    with claims.below(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, Spool(workplace / ".spool"), {cell: "key"}, {})
         assert recorder.take([cell]) == [cell]
         tracker.client.delete_run(recorder.open["key"].id)
