@@ -196,21 +196,9 @@ def _model_template() -> tuple[Path, dict[str, Any]]:
 
 
 def curve_metrics(curves: Mapping[str, Mapping[int, float]], times: Mapping[int, int]) -> list[Metric]:
-    """Convert curves to MLflow's metrics.
-
-    Args:
-        curves: values by epoch, which is the step.
-        times: end of each epoch (ms since 1970), where known; with the same time a repeated metric is the same metric.
-
-    Returns:
-        The metrics.
-    """
-    now = int(time.time() * 1000)
-    return [
-        Metric(key, value, times.get(step, now), step)
-        for key, values in curves.items()
-        for step, value in values.items()
-    ]
+    """Convert curves (values by epoch) to MLflow's metrics, dated by the end of each epoch (ms since 1970) if known."""
+    now = int(time.time() * 1000)  # metrics with the same dates may be logged again without effect
+    return [Metric(key, values[step], times.get(step, now), step) for key, values in curves.items() for step in values]
 
 
 def final_metrics(metrics: Mapping[str, float], step: int, model_id: str, now: int) -> list[Metric]:

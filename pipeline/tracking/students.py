@@ -66,18 +66,7 @@ def intact_students(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str
 
 
 def read_student(client: MlflowClient, run_id: str) -> Student:
-    """Read the student that a run has logged.
-
-    Args:
-        client: the tracking server's.
-        run_id: the run.
-
-    Returns:
-        The student.
-
-    Raises:
-        InputError: no such run, or it has no student, several, or one that was deleted or is damaged.
-    """
+    """Read the student that a run has logged; an InputError says that it has none, several, or a damaged one."""
     try:
         run = client.get_run(run_id)
     except MlflowException as error:

@@ -118,18 +118,7 @@ class Tracker:
         return list(found)
 
     def artifact(self, run: MlflowRun, name: str) -> str:
-        """Read the text of one of a run's artifacts.
-
-        Args:
-            run: the run.
-            name: path of the artifact in it.
-
-        Returns:
-            The text.
-
-        Raises:
-            InputError: it was removed.
-        """
+        """Read the text of a run's artifact; an InputError says that it was removed."""
         store = get_artifact_repository(run.info.artifact_uri, tracking_uri=self.client.tracking_uri)
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -140,18 +129,7 @@ class Tracker:
                 raise InputError(f"run {run.info.run_id}: its artifact {name} is gone from MLflow") from error
 
     def newest_artifact(self, run: MlflowRun, part: str) -> tuple[str, str]:
-        """Read the JSON artifact whose name contains ``part`` and sorts last.
-
-        Args:
-            run: the run of a sweep.
-            part: a part of the name.
-
-        Returns:
-            The name without its suffix, and the text.
-
-        Raises:
-            InputError: there is none.
-        """
+        """Read stem and text of a sweep's JSON artifact whose name contains ``part`` and sorts last."""
         names = [item.path for item in self.client.list_artifacts(run.info.run_id) if part in item.path]
         newest = max((name for name in names if name.endswith(".json")), default=None)
         if newest is None:
@@ -162,17 +140,7 @@ class Tracker:
         return Path(newest).stem, self.artifact(run, newest)
 
     def students_below(self, run_id: str) -> tuple[str, str, list[str]]:
-        """Find the finished cells of a sweep's run; a cell's run stands for itself.
-
-        Args:
-            run_id: the run.
-
-        Returns:
-            The run's name, its grid ("" of a cell), and the ids of the cells' runs.
-
-        Raises:
-            InputError: there is no such run.
-        """
+        """Find name and grid of a sweep's run and the ids of its finished cells; a cell's run stands for itself."""
         try:
             run = self.client.get_run(run_id)
         except MlflowException as error:
@@ -188,19 +156,7 @@ class Tracker:
         return retry_tracking(lambda: read_student(self.client, run_id))
 
     def register(self, name: str, model_id: str, alias: str) -> str:
-        """Make a logged model the newest version of a registered one.
-
-        Args:
-            name: the registered model.
-            model_id: the logged model.
-            alias: the alias that the version gets.
-
-        Returns:
-            The version.
-
-        Raises:
-            InputError: MLflow refuses the name, or its database has no registry.
-        """
+        """Make a logged model the newest version of a registered one, with an alias; returns the version."""
         try:
             made = mlflow.register_model(f"models:/{model_id}", name)
             self.client.set_registered_model_alias(name, alias, made.version)
