@@ -72,6 +72,8 @@ class Claims:
         without_student: finished runs whose student was deleted from MLflow, whose cells are to be trained again.
     """
 
+    parent_run: Run  # set by `below`
+
     def __init__(
         self, tracker: Tracker, sweep_id: str, version: str, without_student: Iterable[MlflowRun] = ()
     ) -> None:
@@ -79,7 +81,6 @@ class Claims:
         # With the end time: once trained again, a run is finished.
         self._without_student = {(run.info.run_id, run.info.end_time) for run in without_student}
         self.me = worker_name()
-        self.parent: Run | None = None
         self._seen: dict[str, tuple[str, float]] = {}  # by worker: the last beat, and when this worker first saw it
         self._silent: set[str] = set()  # dead workers of other versions
         self._stop = threading.Event()
@@ -90,17 +91,8 @@ class Claims:
         return retry_tracking(lambda: open_sweep(self.tracker, self.sweep_id, name, tags, self._is_at_work))
 
     def find_other_version(self, work_key: str) -> tuple[str, str, str] | None:
-        """Find a live worker at the same work, in any sweep, that has another results version.
-
-        Only a beat that changes while this worker looks counts: dead workers leave one that stands still.
-
-        Args:
-            work_key: of the cells and the data.
-
-        Returns:
-            Its sweep, its host and its version; None where there is no such worker.
-        """
-        begin = time.monotonic()
+        """Find sweep, host and version of a live worker at the same work that has another results version."""
+        begin = time.monotonic()  # only a beat that changes meanwhile counts: dead workers leave one that stands still
         first: dict[str, str] = {}
         while beats := self._beats_of_other_versions(work_key):
             if not first:
@@ -125,7 +117,7 @@ class Claims:
 
     def below(self, parent: Run) -> Claims:
         """Claim below a parent run: ``with claims.below(parent):``."""
-        self.parent = parent
+        self.parent_run = parent
         return self
 
     def __enter__(self) -> Claims:
@@ -150,15 +142,7 @@ class Claims:
                 self.tracker.client.delete_tag(self.parent_run.id, f"worker.{worker}")
 
     def claim_cells(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
-        """Claim cells that nobody has finished and no live worker is at.
-
-        Args:
-            cells: the key and the name of each.
-            tags: further tags of their runs.
-
-        Returns:
-            The runs of the cells that are this worker's now, by key.
-        """
+        """Claim cells (key and name) that nobody has finished and no live worker is at; the runs won, by key."""
         return retry_tracking(lambda: self._claim_cells(cells, tags))
 
     def _claim_cells(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
@@ -220,12 +204,6 @@ class Claims:
     def has_live_peers(self) -> bool:
         """Whether another worker of the sweep lives."""
         return self._is_at_work(self.tracker.client.get_run(self.parent_run.id))
-
-    @property
-    def parent_run(self) -> Run:
-        """The run below which this worker works."""
-        assert self.parent is not None, "claims are made below a parent run"
-        return self.parent
 
     def _is_held(self, run: MlflowRun) -> bool:
         """Whether another live worker is at a run."""

@@ -108,14 +108,12 @@ def _check_run(run: MlflowRun, experiment: Experiment, role: str) -> None:
         )
     is_same = before == role or (role in SWEEPS and before in SWEEPS)
     if before in ROLES and (not is_same or (role not in SWEEPS and run.info.status == "FINISHED")):
-        raise occupied_run(run)
+        raise InputError(occupied(run))
 
 
-def occupied_run(run: MlflowRun) -> InputError:
-    """The error for a run of the environment that holds finished work or that of another command."""
-    return InputError(
-        f"{RUN} {run.info.run_id}: holds what an earlier command tracked ({run.info.run_name}); unset the variable"
-    )
+def occupied(run: MlflowRun) -> str:
+    """The error message for a run of the environment that holds finished work or that of another command."""
+    return f"{RUN} {run.info.run_id}: holds what an earlier command tracked ({run.info.run_name}); unset the variable"
 
 
 def artifact_folder(location: str) -> Path | None:

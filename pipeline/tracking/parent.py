@@ -12,8 +12,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline import interrupts
+from pipeline.errors import InputError
 from pipeline.interrupts import closed_by
-from pipeline.tracking.experiment import RUN, occupied_run
+from pipeline.tracking.experiment import RUN, occupied
 from pipeline.tracking.runs import Run
 from pipeline.tracking.tracker import Tracker
 
@@ -44,7 +45,7 @@ def open_sweep(tracker: Tracker, sweep_id: str, name: str, tags: Mapping[str, st
     if opened:
         current = client.get_run(opened)
         if current.info.status == "FINISHED" and current.data.tags.get("sweep_id", sweep_id) != sweep_id:
-            raise occupied_run(current)
+            raise InputError(occupied(current))
     earlier = {run.info.run_id: run for run in tracker.runs("sweep", sweep_id=sweep_id)}
     if opened in earlier:
         parent: MlflowRun | None = earlier[opened]
@@ -79,12 +80,10 @@ def _adopt_cells(tracker: Tracker, sweep_id: str, earlier: Mapping[str, MlflowRu
 
 
 def _elect(tracker: Tracker, sweep_id: str, earlier: set[str], is_at_work: IsAtWork) -> MlflowRun:
-    """Elect one parent among the candidates of several workers.
-
-    Runs have no unique names, and workers do not see the same candidates: a slow one comes late, a quick one has
-    looked early. So each worker marks the candidate with the least id that it sees, and waits until all have. Then all
-    see the same marked runs, and choose the least of those below which a worker lives, or the least of all.
-    """
+    """Elect one parent among the candidates of several workers."""
+    # Runs have no unique names, and workers do not see the same candidates: a slow one comes late, a quick one has
+    # looked early. So each worker marks the candidate with the least id that it sees, and waits until all have. Then
+    # all see the same marked runs, and choose the least of those below which a worker lives, or the least of all.
 
     def marked() -> list[MlflowRun]:
         return [run for run in tracker.runs("sweep", sweep_id=sweep_id) if run.info.run_id not in earlier]

@@ -167,10 +167,8 @@ def _retry_once(work: Callable[[], None]) -> None:
 
 @functools.cache
 def _model_template() -> tuple[Path, dict[str, Any]]:
-    """Save a student's MLflow model once, without the student: its files, and the content of its ``MLmodel``.
-
-    `mlflow.pyfunc.log_model` makes all of it again for each student, which takes as long as training some of them.
-    """
+    """Save an MLflow model without its student, once per process: its files, and the content of its ``MLmodel``."""
+    # `mlflow.pyfunc.log_model` would make all of it again, and load the model, for each student.
     package, stage = Path(__file__).parent.parent, storage.folder_of_copies()
 
     def is_left_out(folder: str, name: str) -> bool:

@@ -92,14 +92,7 @@ def _one_short_try() -> Iterator[None]:
 def _retry(
     work: Callable[[], T], patience: float, transient: type[Exception] | tuple[type[Exception], ...], notice: str
 ) -> T:
-    """Do work; while the tracking server is out of reach, say so and try again.
-
-    Args:
-        work: may be done again after it has failed half-way.
-        patience: for how many seconds; 0 tries once.
-        transient: the errors after which to try again, unless they are a server's refusal.
-        notice: beginning of the line to log, at once and every `NOTICE_SECONDS`.
-    """
+    """Do work; after transient errors log a notice and try again, for ``patience`` seconds (0: try once)."""
     begin, pause, noticed = time.monotonic(), 0.5, -NOTICE_SECONDS
     while True:
         try:
@@ -192,7 +185,8 @@ def retry_tracking(work: Callable[[], T]) -> T:
         What the work returns.
 
     Raises:
-        WorkError: the server stayed away, artifacts cannot be written, or what is written to was deleted.
+        WorkError: the server stayed away, artifacts cannot be written, or the run was deleted.
+        MlflowException, RequestException: any other refusal.
     """
     patience = float(os.environ.get(PATIENCE, "300"))
     try:

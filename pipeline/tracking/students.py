@@ -32,22 +32,22 @@ def logged_models(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str, 
     found: dict[str, list[LoggedModel]] = defaultdict(list)
     for start in range(0, len(runs), RUNS_PER_SEARCH):
         some = runs[start : start + RUNS_PER_SEARCH]
-        experiments, token = sorted({run.info.experiment_id for run in some}), ""
+        experiments = sorted({run.info.experiment_id for run in some})
         query = "source_run_id IN ({})".format(", ".join(f"'{run.info.run_id}'" for run in some))
-        while token is not None:
-            page = client.search_logged_models(experiments, query, page_token=token or None)
-            for model in page:
-                found[str(model.source_run_id)].append(model)
-            token = page.token or None
+        page = client.search_logged_models(experiments, query)
+        models = list(page)
+        while page.token:
+            page = client.search_logged_models(experiments, query, page_token=page.token)
+            models += page
+        for model in models:
+            found[str(model.source_run_id)].append(model)
     return found
 
 
 def intact_students(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str, list[LoggedModel]]:
-    """Find the logged students that nobody has deleted and whose files exist, by run id.
-
-    Local files are checked one by one. Elsewhere one request lists the folder of an experiment's models, and a model
-    counts as intact if its own folder exists.
-    """
+    """Find the logged students that nobody has deleted and whose files exist, by run id."""
+    # Local files are checked one by one. Elsewhere one request lists the folder of an experiment's models, and a model
+    # counts as intact if its own folder exists.
     listed: dict[str, Collection[str]] = {}
 
     def is_intact(model: LoggedModel) -> bool:

@@ -111,11 +111,12 @@ class Tracker:
         return complete, [run for run in found if run.info.run_id not in intact]
 
     def _search(self, query: str) -> list[MlflowRun]:
-        found = page = self.client.search_runs([self.experiment_id], query)
+        page = self.client.search_runs([self.experiment_id], query)
+        found = list(page)
         while page.token:
             page = self.client.search_runs([self.experiment_id], query, page_token=page.token)
-            found = [*found, *page]
-        return list(found)
+            found += page
+        return found
 
     def artifact(self, run: MlflowRun, name: str) -> str:
         """Read the text of a run's artifact; an InputError says that it was removed."""
@@ -180,12 +181,9 @@ def _quoted(value: str) -> str:
 
 @functools.cache
 def _context_tags(client: MlflowClient) -> dict[str, str]:
-    """MLflow's tags of user, source and commit, found once: that takes as long as creating a run.
-
-    Under ``mlflow run`` they are those of the run that it opened: a container knows neither its user nor a repository.
-    """
+    """MLflow's tags of user, source and commit, found once: that takes as long as creating a run."""
     found = dict(context.resolve_tags())
-    if run_id := os.environ.get(RUN):
+    if run_id := os.environ.get(RUN):  # opened by ``mlflow run``; a container knows neither its user nor a repository
         opened = client.get_run(run_id).data.tags
         found |= {key: value for key, value in opened.items() if key == MLFLOW_USER or key.startswith("mlflow.source.")}
     return found
