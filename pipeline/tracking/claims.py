@@ -23,7 +23,7 @@ from types import TracebackType
 from mlflow.entities import Run as MlflowRun
 
 from pipeline.interrupts import check
-from pipeline.tracking.parent import open_sweep, wait_for_peers
+from pipeline.tracking.parent import id_of, open_sweep, wait_for_peers
 from pipeline.tracking.runs import Run
 from pipeline.tracking.server import TrackingError, retry_tracking
 from pipeline.tracking.tracker import Tracker
@@ -31,6 +31,7 @@ from pipeline.tracking.tracker import Tracker
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 30.0  # without a beat, after which a worker counts as dead
 
+RUNNING = "attributes.status = 'RUNNING'"
 log = logging.getLogger(__name__)
 
 
@@ -110,7 +111,7 @@ class Claims:
         """The sweep and the beat of each worker of another version that may live."""
         return {
             worker: (run.data.tags["sweep_id"], beat)
-            for run in retry_tracking(lambda: self.tracker.running_sweeps(work_key))
+            for run in retry_tracking(lambda: self.tracker.runs("sweep", RUNNING, work_key=work_key))
             for worker, beat in _beats(run).items()
             if _version(beat) not in ("", self.version) and worker not in self._silent and not _is_known_dead(worker)
         }
@@ -156,7 +157,7 @@ class Claims:
                 continue
             claimed.add(key)
             if runs:
-                self.tracker.reopen(min(runs, key=_run_id), {"owner": self.me})
+                self.tracker.reopen(min(runs, key=id_of), {"owner": self.me})
             else:
                 own = {"role": "cell", "cell_key": key, "sweep_id": self.sweep_id, "owner": self.me}
                 self.tracker.open_child(self.parent_run, name, {**tags, **own})
@@ -167,7 +168,7 @@ class Claims:
         for key, runs in self.runs().items():
             if key not in claimed:
                 continue
-            chosen = min(runs, key=lambda run: (not self.is_finished(run), _run_id(run)))
+            chosen = min(runs, key=lambda run: (not self.is_finished(run), id_of(run)))
             for run in runs:  # lost claims, and what crashes have left
                 if run is not chosen and not self._is_held(run):
                     self.tracker.discard(run, "claimed by another worker")
@@ -191,7 +192,7 @@ class Claims:
         """The runs that this worker has claimed and not finished, also those of a claim that was cut short."""
         return [
             self.tracker.as_run(run)
-            for run in self.tracker.runs("cell", "attributes.status = 'RUNNING'", sweep_id=self.sweep_id)
+            for run in self.tracker.runs("cell", RUNNING, sweep_id=self.sweep_id)
             if run.data.tags.get("owner") == self.me
         ]
 
@@ -251,7 +252,3 @@ def _beats(parent: MlflowRun) -> dict[str, str]:
 
 def _version(beat: str) -> str:
     return beat.partition(" ")[2]
-
-
-def _run_id(run: MlflowRun) -> str:
-    return str(run.info.run_id)

@@ -93,17 +93,18 @@ def _elect(tracker: Tracker, sweep_id: str, earlier: set[str], is_at_work: IsAtW
         begin = time.monotonic()
         if standing := marked() or tracker.runs("candidate", sweep_id=sweep_id):
             with contextlib.suppress(MlflowException):  # a worker that saw a lesser one has removed this one
-                tracker.client.set_tag(min(standing, key=_run_id).info.run_id, "role", "sweep")
+                tracker.client.set_tag(min(standing, key=id_of).info.run_id, "role", "sweep")
         wait_for_peers(begin)
         found = marked()
-    parent = min([run for run in found if is_at_work(run)] or found, key=_run_id)
+    parent = min([run for run in found if is_at_work(run)] or found, key=id_of)
     for run in found:
         if run is not parent:
             tracker.discard(run, f"took part in sweep {sweep_id}, whose cells are below run {parent.info.run_id}")
     return parent
 
 
-def _run_id(run: MlflowRun) -> str:
+def id_of(run: MlflowRun) -> str:
+    """The run's id, by which all workers order runs alike."""
     return str(run.info.run_id)
 
 

@@ -186,7 +186,8 @@ def retry_tracking(work: Callable[[], T]) -> T:
 
     Raises:
         WorkError: the server stayed away, artifacts cannot be written, or the run was deleted.
-        MlflowException, RequestException: any other refusal.
+        MlflowException: another refusal of the server.
+        RequestException: another error of the connection.
     """
     patience = float(os.environ.get(PATIENCE, "300"))
     try:

@@ -79,10 +79,6 @@ class Tracker:
         parts = [f"tags.`{key}` = {_quoted(value)}" for key, value in {"role": role, **tags}.items()]
         return self._search(" and ".join([*parts, condition] if condition else parts))
 
-    def running_sweeps(self, work_key: str) -> list[MlflowRun]:
-        """Find the RUNNING parent runs of sweeps of the same cells and data, whatever their ids."""
-        return self.runs("sweep", "attributes.status = 'RUNNING'", work_key=work_key)
-
     def find_sweep(self, sweep_id: str) -> MlflowRun | None:
         """Find the newest parent run of a sweep."""
         return next(iter(self.runs("sweep", sweep_id=sweep_id)), None)
