@@ -103,15 +103,10 @@ class Run:
 
     def log_json(self, name: str, content: object) -> None:
         """Upload plain values as a JSON file."""
-        self._upload(self.client.get_run(self.id).info.artifact_uri, name, json.dumps(content, indent=1))
+        self.client.log_text(self.id, json.dumps(content, indent=1), name)
 
     def _store(self, place: str) -> ArtifactRepository:
         return get_artifact_repository(place, tracking_uri=self.client.tracking_uri)
-
-    def _upload(self, place: str, name: str, text: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, name).write_text(text, encoding="utf-8")
-            self._store(place).log_artifact(str(Path(folder, name)))
 
     def log_dataset(self, name: str, digest: str, source: str, profile: str, use: str) -> None:
         """Log the data that the run used or made; ``use`` is MLflow's context, such as "training"."""
@@ -136,15 +131,18 @@ class Run:
         if model is None:
             model = self.client.create_logged_model(self.experiment_id, name, self.id)
             self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
-        place = model.artifact_location
+        place, store = model.artifact_location, self._store(model.artifact_location)
         files, description = _model_template()
-        self._store(place).log_artifacts(str(files))
+        store.log_artifacts(str(files))
         for part in (MODEL, TOKENIZER, CARD, CONFIG):  # and nothing else that stands in the folder
             if (folder / part).is_file():
-                self._store(place).log_artifact(str(folder / part), STUDENT_PLACE)
+                store.log_artifact(str(folder / part), STUDENT_PLACE)
         own = {"run_id": self.id, "model_id": model.model_id, "model_uuid": model.model_id, "artifact_path": place}
         own["utc_time_created"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f}"
-        self._upload(place, MLMODEL_FILE_NAME, yaml.safe_dump(description | own))  # last: with it the model is whole
+        with tempfile.TemporaryDirectory() as own_folder:
+            described = Path(own_folder, MLMODEL_FILE_NAME)
+            described.write_text(yaml.safe_dump(description | own), encoding="utf-8")
+            store.log_artifact(str(described))  # last: with it the model is whole
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return str(model.model_id)
 
