@@ -104,9 +104,9 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
 def _student_at(place: str) -> Student:
     if not place.startswith(("runs:", "models:")):
         return Student.load(place)
-    from pipeline.tracking import student_at  # only here: MLflow takes seconds to load
+    from pipeline.tracking import load_student  # only here: MLflow takes seconds to load
 
-    return student_at(place)
+    return load_student(place)
 
 
 def _newest_student() -> str:

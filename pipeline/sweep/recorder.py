@@ -58,7 +58,7 @@ class Recorder:
 
     def take(self, cells: Sequence[Cell]) -> list[Cell]:
         """Claim cells; those that are ours now."""
-        runs = self.claims.take([(self.keys[cell], self.data.as_named(cell).name) for cell in cells], self.tags)
+        runs = self.claims.claim_cells([(self.keys[cell], self.data.as_named(cell).name) for cell in cells], self.tags)
         for key, run in runs.items():
             self.open[key] = Run(self.claims.tracker.client, run.info.run_id, run.info.experiment_id)
             if CURVE not in run.data.metrics:
@@ -106,7 +106,7 @@ class Recorder:
         return row
 
     def _upload(self, key: str, row: Row, run: Run, now: int) -> bool:
-        if (now_there := self.claims.still_ours(run)) is None:
+        if (now_there := self.claims.reread_claim(run)) is None:
             return False
         if (home := self.spool.home(key)) is None:  # another worker on this disk has tracked it
             self.claims.tracker.discard(now_there, "finished by another worker")

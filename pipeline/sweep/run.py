@@ -233,7 +233,7 @@ def run_sweep(
     keys = {cell: cell_key(cell, data.vectors.identity, automatic) for cell in cells}
     rows, gone = _finished(tracker, set(keys.values()), accelerator) if resume else ({}, [])
     if shard.index and _agreed(
-        len(rows) == len(cells) and retry_tracking(lambda: tracker.is_concluded(identity, len(cells)))
+        len(rows) == len(cells) and retry_tracking(lambda: tracker.has_results(identity, len(cells)))
     ):  # of many shards that find all done, the first is enough
         return Incomplete(identity, len(cells), len(cells)) if accelerator.is_main_process else None
     version, work = str(RESULTS_VERSION), work_key(cells, data.vectors.identity)
@@ -259,7 +259,7 @@ def run_sweep(
         engine.begin()  # while it is being found out who else is there
         tags |= {"grid": name, "vectors_sha256": data.vectors.sha256, "work_key": work, "precision": automatic}
         parent = _open_parent(claims, accelerator, name, tags)
-        with _closing(claims.join(parent), recorder, engine), claims:
+        with _closing(claims.below(parent), recorder, engine), claims:
             recorded = _agreed(retry_tracking(lambda: parent.tags.get("precision", automatic)))
             if is_open and recorded != automatic:
                 raise WorkError(
@@ -276,8 +276,8 @@ def run_sweep(
                 return None
             rows |= recorder.finished_elsewhere([cell for cell in cells if keys[cell] not in rows])
             if len(rows) < len(keys):
-                if not claims.others_at_work():
-                    parent.leave()
+                if not claims.has_live_peers():
+                    parent.mark_scheduled()
                 return Incomplete(identity, len(rows), len(cells))
             results = results_of(name, data, [rows[keys[cell]] for cell in cells], identity) | {"vectors": vectors_uri}
             leave = functools.partial(_leave, data=data, tracker=tracker, export=export, baselines=baselines)
@@ -351,7 +351,7 @@ def _open_parent(claims: Claims, accelerator: Accelerator, name: str, tags: dict
 
 def _check_version(claims: Claims, work: str, accelerator: Accelerator, is_needed: bool) -> None:
     """Refuse to train what others train at this moment with another results version."""
-    if found := _agreed(claims.other_version(work) if is_needed and accelerator.is_main_process else None):
+    if found := _agreed(claims.find_other_version(work) if is_needed and accelerator.is_main_process else None):
         sweep_id, host, version = found
         raise InputError(
             f"sweep {sweep_id}: {host} is at the same cells and data with results version {version}, and this worker "
@@ -366,10 +366,10 @@ def _closing(claims: Claims, recorder: Recorder, engine: Engine) -> Iterator[Non
 
     def close(status: str) -> None:
         engine.pool.ask_to_stop()  # while they keep their state, the runs are closed
-        claims.leave()  # before the others are looked for: of workers that leave together, the last finds nobody
+        claims.withdraw()  # before the others are looked for: of workers that leave together, the last finds nobody
         recorder.abandon(status)
         with contextlib.suppress(*TrackingError):
-            if not claims.others_at_work():
+            if not claims.has_live_peers():
                 claims.parent_run.end(status)
         engine.pool.stop()
 

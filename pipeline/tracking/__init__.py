@@ -1,18 +1,34 @@
-"""MLflow, of which no other room knows anything.
+"""MLflow, which no other room knows.
 
 Parameters, metrics, files and students come in; runs go out, and what earlier runs hold. What is worth tracking is
 decided elsewhere.
 """
 
-from mlflow.entities import Metric
-from mlflow.entities import Run as MlflowRun
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from pipeline.tracking.backend import HostBackend
-from pipeline.tracking.runs import Run, curve_metrics, final_metrics
-from pipeline.tracking.server import TrackingError, retry_tracking
-from pipeline.tracking.tracker import Tracker, closing, connect, fetch, student_at, wait_for_peers
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+    from mlflow.entities import Run as MlflowRun
+
+    from pipeline.tracking.backend import HostBackend
+    from pipeline.tracking.claims import Claims
+    from pipeline.tracking.runs import Run, curve_metrics, final_metrics
+    from pipeline.tracking.server import TrackingError, retry_tracking
+    from pipeline.tracking.students import fetch, load_student
+    from pipeline.tracking.tracker import Tracker, closing, connect
 
 __all__ = [
-    "HostBackend", "Metric", "MlflowRun", "Run", "Tracker", "TrackingError", "closing", "connect", "curve_metrics",
-    "fetch", "final_metrics", "retry_tracking", "student_at", "wait_for_peers",
+    "Claims", "HostBackend", "Metric", "MlflowRun", "Run", "Tracker", "TrackingError", "closing", "connect",
+    "curve_metrics", "fetch", "final_metrics", "load_student", "retry_tracking",
 ]  # fmt: skip
+MODULES = ("runs", "server", "students", "tracker", "claims", "backend")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name when asked for: MLflow imports `plugins`, and so this package, while MLflow itself is half loaded."""
+    for module in MODULES if name in __all__ else ():
+        found = vars(importlib.import_module(f"pipeline.tracking.{module}"))
+        if name in found:
+            return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The ``host`` backend of ``mlflow run``: a project's command in the current environment, without the container."""
+"""The ``host`` backend of ``mlflow run``: it runs the project's command without the container."""
 
 from __future__ import annotations
 
@@ -40,13 +40,7 @@ class HostBackend(AbstractBackend):
         tracking_uri: str,
         experiment_id: str,
     ) -> LocalSubmittedRun:
-        """Run the entry point to its end.
-
-        ``mlflow run`` does not wait for the backends of plugins, so this one waits itself.
-
-        Raises:
-            ExecutionException: the tracking server does not answer, or the command failed.
-        """
+        """Run the entry point to its end: ``mlflow run`` does not wait for the backends of plugins."""
         os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri)
         try:
             tracker = connect(experiment_id=experiment_id)
@@ -66,22 +60,22 @@ class HostBackend(AbstractBackend):
             succeeded = submitted.wait()
         except KeyboardInterrupt:
             submitted.cancel()
-            _end_if_open(tracker.client, run.info.run_id, "KILLED")
+            _end_if_running(tracker.client, run.info.run_id, "KILLED")
             raise
         if not succeeded:
-            _end_if_open(tracker.client, run.info.run_id, "FAILED")
+            _end_if_running(tracker.client, run.info.run_id, "FAILED")
             raise ExecutionException(f"the command of run {run.info.run_id} failed")
         return submitted
 
 
-def _end_if_open(client: MlflowClient, run_id: str, status: str) -> None:
-    """For a command that ended before it could take over its run."""
+def _end_if_running(client: MlflowClient, run_id: str, status: str) -> None:
+    """End the run of a command that ended before it could take the run over."""
     if client.get_run(run_id).info.status == "RUNNING":
         client.set_terminated(run_id, status)
 
 
 class _HostRun(LocalSubmittedRun):
-    """A project in a process group of its own, which is interrupted as a whole and given time to close its runs."""
+    """A project in a process group of its own, to interrupt it as a whole; it gets time to close its runs."""
 
     def cancel(self) -> None:
         group = self.command_proc.pid

@@ -1,10 +1,10 @@
-"""Who trains which cell: workers that know each other only through the runs of MLflow.
+"""Claims: which worker trains which cell, among workers that know each other only through MLflow's runs.
 
-A worker claims a cell by making its run, or by taking over one that was left, with its own name in the tag ``owner``.
-MLflow has neither locks nor unique names, so a claim is made in three steps: claim, wait until everyone who looked at
-the same time has claimed too, look again. The run with the least id and the owner that stands there then are what all
-see. A worker shows that it lives, and which results version it has, by a tag on the parent run that changes every
-few seconds; clocks are never compared.
+A worker claims a cell by creating its run, or by taking over an unfinished one, with its own name in the tag ``owner``.
+MLflow has neither locks nor unique names, so a claim takes three steps: claim, wait until all workers that looked at
+the same time have claimed too, look again. The run with the least id and the owner that it has then are what all see.
+A heartbeat, a tag on the parent run that changes every few seconds, shows that a worker lives and which results version
+it has; clocks are never compared.
 """
 
 from __future__ import annotations
@@ -15,20 +15,32 @@ import os
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from mlflow.entities import Run as MlflowRun
+
 from pipeline.interrupts import check
-from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, retry_tracking, wait_for_peers
+from pipeline.tracking.parent import id_of, open_sweep, wait_for_peers
+from pipeline.tracking.runs import Run
+from pipeline.tracking.server import TrackingError, retry_tracking
+from pipeline.tracking.tracker import Tracker
 
 BEAT_SECONDS = 5.0
-GONE_SECONDS = 30.0  # without a beat
+SILENCE_SECONDS = 30.0  # without a beat, after which a worker counts as dead
 
+RUNNING = "attributes.status = 'RUNNING'"
 log = logging.getLogger(__name__)
 
 
-def _birth(pid: int) -> str:
+def worker_name() -> str:
+    """Name this process uniquely: host, process number, its start time, and the namespace of process numbers."""
+    return f"{socket.gethostname()}/{os.getpid()}/{_start_time(os.getpid())}/{_pid_namespace()}"
+
+
+def _start_time(pid: int) -> str:
     """When a process of this machine started, in the kernel's own units; empty where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -36,8 +48,8 @@ def _birth(pid: int) -> str:
         return ""
 
 
-def _place() -> str:
-    """This boot of this machine and its process namespace: where process numbers mean the same."""
+def _pid_namespace() -> str:
+    """This boot of this machine and its process namespace, within which a process number means one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot[:13]}.{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -45,113 +57,96 @@ def _place() -> str:
         return socket.gethostname()
 
 
-def worker_name() -> str:
-    """This process, unlike any other anywhere: host, process number, its start, and where the number has a meaning."""
-    return f"{socket.gethostname()}/{os.getpid()}/{_birth(os.getpid())}/{_place()}"
-
-
-def _is_known_dead(name: str) -> bool:
-    """Whether that worker ran where we can look, and is no more."""
-    _, pid, birth, place = name.rsplit("/", 3)
-    return place == _place() and bool(birth) and _birth(int(pid)) != birth
+def _is_known_dead(worker: str) -> bool:
+    """Whether a worker ran in this process namespace and has ended."""
+    _, pid, start, namespace = worker.rsplit("/", 3)
+    return namespace == _pid_namespace() and bool(start) and _start_time(int(pid)) != start
 
 
 class Claims:
-    """The claims of one worker; as a context it shows that the worker lives.
+    """The claims of one worker; as a context it sends the worker's heartbeat.
 
     Args:
         tracker: the tracking server.
         sweep_id: the sweep.
-        version: of the code that this worker runs.
-        gone: finished runs whose student is gone from MLflow, whose cells are to be trained again.
+        version: of the results that this worker's code makes.
+        without_student: finished runs whose student was deleted from MLflow, whose cells are to be trained again.
     """
 
-    def __init__(self, tracker: Tracker, sweep_id: str, version: str, gone: Iterable[MlflowRun] = ()) -> None:
+    parent_run: Run  # set by `below`
+
+    def __init__(
+        self, tracker: Tracker, sweep_id: str, version: str, without_student: Iterable[MlflowRun] = ()
+    ) -> None:
         self.tracker, self.sweep_id, self.version = tracker, sweep_id, version
-        self._gone = {(run.info.run_id, run.info.end_time) for run in gone}  # once finished again they have another
+        # With the end time: once trained again, a run is finished.
+        self._without_student = {(run.info.run_id, run.info.end_time) for run in without_student}
         self.me = worker_name()
-        self.parent: Run | None = None
-        self._seen: dict[str, tuple[str, float]] = {}  # of each worker the last beat, and when we first saw it
-        self._silent: set[str] = set()  # workers of other versions that died
+        self._seen: dict[str, tuple[str, float]] = {}  # by worker: the last beat, and when this worker first saw it
+        self._silent: set[str] = set()  # dead workers of other versions
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def open_parent(self, name: str, tags: Mapping[str, str]) -> Run:
-        """The sweep's parent run, the same for all its workers."""
-        return retry_tracking(lambda: self.tracker.open_sweep(self.sweep_id, name, tags, self._is_at_work))
+        """Open the sweep's parent run, the same for all its workers; see `open_sweep`."""
+        return retry_tracking(lambda: open_sweep(self.tracker, self.sweep_id, name, tags, self._is_at_work))
 
-    def other_version(self, work_key: str) -> tuple[str, str, str] | None:
-        """Who is at the same work, under whatever sweep id, with another results version.
-
-        Only a beat that changes while we look tells: the dead leave one that stands still.
-
-        Returns:
-            A sweep, a worker of it that lives, and its version.
-        """
-        begin = time.monotonic()
+    def find_other_version(self, work_key: str) -> tuple[str, str, str] | None:
+        """Find sweep, host and version of a live worker at the same work that has another results version."""
+        begin = time.monotonic()  # only a beat that changes meanwhile counts: dead workers leave one that stands still
         first: dict[str, str] = {}
         while beats := self._beats_of_other_versions(work_key):
             if not first:
-                hosts = ", ".join({owner.split("/")[0] for owner in beats})
-                log.info("%s: another results version; waiting up to %.0f s for a sign of life", hosts, GONE_SECONDS)
-            for owner, (sweep_id, beat) in beats.items():
-                if first.setdefault(owner, beat) != beat:
-                    return sweep_id, owner.split("/")[0], beat.partition(" ")[2]
-            if time.monotonic() - begin > GONE_SECONDS:
+                hosts = ", ".join({worker.split("/")[0] for worker in beats})
+                log.info("%s: another results version; waiting up to %.0f s for a heartbeat", hosts, SILENCE_SECONDS)
+            for worker, (sweep_id, beat) in beats.items():
+                if first.setdefault(worker, beat) != beat:
+                    return sweep_id, worker.split("/")[0], _version(beat)
+            if time.monotonic() - begin > SILENCE_SECONDS:
                 self._silent |= set(beats)
             time.sleep(1)
         return None
 
     def _beats_of_other_versions(self, work_key: str) -> dict[str, tuple[str, str]]:
-        """Of each worker of another version that may live, its sweep and its beat."""
+        """The sweep and the beat of each worker of another version that may live."""
         return {
-            owner: (run.data.tags["sweep_id"], beat)
-            for run in retry_tracking(lambda: self.tracker.under_way(work_key))
-            for owner, beat in _beats(run).items()
-            if beat.partition(" ")[2] not in ("", self.version)
-            and owner not in self._silent
-            and not _is_known_dead(owner)
+            worker: (run.data.tags["sweep_id"], beat)
+            for run in retry_tracking(lambda: self.tracker.runs("sweep", RUNNING, work_key=work_key))
+            for worker, beat in _beats(run).items()
+            if _version(beat) not in ("", self.version) and worker not in self._silent and not _is_known_dead(worker)
         }
 
-    def join(self, parent: Run) -> Claims:
-        """Work below a parent run: ``with claims.join(parent):``."""
-        self.parent = parent
+    def below(self, parent: Run) -> Claims:
+        """Claim below a parent run: ``with claims.below(parent):``."""
+        self.parent_run = parent
         return self
 
     def __enter__(self) -> Claims:
-        retry_tracking(lambda: self._show(0))
+        retry_tracking(lambda: self._show_beat(0))
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.leave()
+        self.withdraw()
 
-    def leave(self) -> None:
-        """Tell the others that this worker is gone."""
+    def withdraw(self) -> None:
+        """End the heartbeat, and remove it and those of dead workers from the parent run."""
         if self._stop.is_set():
             return
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        with contextlib.suppress(*TrackingError):  # the tags say that we are gone, which silence says too
-            self._look(self.parent_run.client.get_run(self.parent_run.id))
-            gone = [owner for owner in self._seen if not self._lives(owner)]
-            for owner in {self.me, *gone}:
-                self.parent_run.client.delete_tag(self.parent_run.id, f"worker.{owner}")
+        with contextlib.suppress(*TrackingError):  # silence says the same
+            self._see_beats()
+            dead = [worker for worker in self._seen if not self._is_alive(worker)]
+            for worker in {self.me, *dead}:
+                self.tracker.client.delete_tag(self.parent_run.id, f"worker.{worker}")
 
-    def take(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
-        """Claim cells that nobody has finished and nobody alive is at.
+    def claim_cells(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
+        """Claim cells (key and name) that nobody has finished and no live worker is at; the runs won, by key."""
+        return retry_tracking(lambda: self._claim_cells(cells, tags))
 
-        Args:
-            cells: the key and the name of each.
-            tags: further tags of their runs.
-
-        Returns:
-            Of the cells that are ours now, the runs by key.
-        """
-        return retry_tracking(lambda: self._take(cells, tags))
-
-    def _take(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
+    def _claim_cells(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
         begin = time.monotonic()
         known = self.runs()
         claimed = set()
@@ -161,12 +156,11 @@ class Claims:
             if any(self.is_finished(run) or self._is_held(run) for run in runs):
                 continue
             claimed.add(key)
-            own = {"owner": self.me}
             if runs:
-                self.tracker.reopen_child(min(runs, key=_id), own)
+                self.tracker.reopen(min(runs, key=id_of), {"owner": self.me})
             else:
-                labels = {**tags, "role": "cell", "cell_key": key, "sweep_id": self.sweep_id, **own}
-                self.tracker.open_child(self.parent_run, name, labels)
+                own = {"role": "cell", "cell_key": key, "sweep_id": self.sweep_id, "owner": self.me}
+                self.tracker.open_child(self.parent_run, name, {**tags, **own})
         if not claimed:
             return {}
         wait_for_peers(begin)
@@ -174,8 +168,8 @@ class Claims:
         for key, runs in self.runs().items():
             if key not in claimed:
                 continue
-            chosen = min(runs, key=lambda run: (not self.is_finished(run), _id(run)))
-            for run in runs:  # what lost, and what crashes have left
+            chosen = min(runs, key=lambda run: (not self.is_finished(run), id_of(run)))
+            for run in runs:  # lost claims, and what crashes have left
                 if run is not chosen and not self._is_held(run):
                     self.tracker.discard(run, "claimed by another worker")
             if not self.is_finished(chosen) and chosen.data.tags["owner"] == self.me:
@@ -183,61 +177,57 @@ class Claims:
         return ours
 
     def runs(self) -> dict[str, list[MlflowRun]]:
-        """All runs of the sweep's cells by cell key; finds out who lives on the way."""
-        self._look(self.tracker.client.get_run(self.parent_run.id))
-        found: dict[str, list[MlflowRun]] = {}
-        for run in self.tracker.cells(self.sweep_id):
-            found.setdefault(run.data.tags["cell_key"], []).append(run)
+        """All runs of the sweep's cells by cell key, after a look at all heartbeats."""
+        self._see_beats()
+        found: dict[str, list[MlflowRun]] = defaultdict(list)
+        for run in self.tracker.runs("cell", sweep_id=self.sweep_id):
+            found[run.data.tags["cell_key"]].append(run)
         return found
 
     def is_finished(self, run: MlflowRun) -> bool:
-        """Whether a cell's run is finished, and its student was not found gone."""
-        return run.info.status == "FINISHED" and (run.info.run_id, run.info.end_time) not in self._gone
+        """Whether a cell's run is finished, and its student was not deleted."""
+        return run.info.status == "FINISHED" and (run.info.run_id, run.info.end_time) not in self._without_student
 
     def unfinished(self) -> list[Run]:
-        """The runs that we have claimed, also those of a claim that was cut short, and not finished."""
+        """The runs that this worker has claimed and not finished, also those of a claim that was cut short."""
         return [
-            Run(self.tracker.client, run.info.run_id, run.info.experiment_id)
-            for run in self.tracker.cells(self.sweep_id)
-            if run.info.status == "RUNNING" and run.data.tags.get("owner") == self.me
+            self.tracker.as_run(run)
+            for run in self.tracker.runs("cell", RUNNING, sweep_id=self.sweep_id)
+            if run.data.tags.get("owner") == self.me
         ]
 
-    def still_ours(self, run: Run) -> MlflowRun | None:
-        """A run that we claimed as it stands now; None if another took it over or finished it, or it was deleted."""
-        now = self.tracker.client.get_run(run.id)
-        is_open = now.info.status != "FINISHED" and now.info.lifecycle_stage == "active"
-        return now if is_open and now.data.tags["owner"] == self.me else None
+    def reread_claim(self, run: Run) -> MlflowRun | None:
+        """Read a claimed run again; None where another worker took it over or finished it, or it was deleted."""
+        current = self.tracker.client.get_run(run.id)
+        is_open = current.info.status != "FINISHED" and current.info.lifecycle_stage == "active"
+        return current if is_open and current.data.tags["owner"] == self.me else None
 
-    def others_at_work(self) -> bool:
+    def has_live_peers(self) -> bool:
         """Whether another worker of the sweep lives."""
         return self._is_at_work(self.tracker.client.get_run(self.parent_run.id))
 
-    @property
-    def parent_run(self) -> Run:
-        """The run below which this worker works."""
-        assert self.parent is not None, "claims are made below a parent run"
-        return self.parent
-
     def _is_held(self, run: MlflowRun) -> bool:
-        """Whether somebody else who lives is at a run."""
+        """Whether another live worker is at a run."""
         owner = run.data.tags.get("owner", self.me)
-        return run.info.status == "RUNNING" and owner != self.me and self._lives(owner)
+        return run.info.status == "RUNNING" and owner != self.me and self._is_alive(owner)
 
     def _is_at_work(self, parent: MlflowRun) -> bool:
-        self._look(parent)
-        return any(owner != self.me and self._lives(owner) for owner in _beats(parent))
+        """Whether another worker lives below a parent run."""
+        self._see_beats(parent)
+        return any(worker != self.me and self._is_alive(worker) for worker in _beats(parent))
 
-    def _lives(self, owner: str) -> bool:
-        if owner not in self._seen or _is_known_dead(owner):
+    def _is_alive(self, worker: str) -> bool:
+        if worker not in self._seen or _is_known_dead(worker):
             return False
-        return time.monotonic() - self._seen[owner][1] < GONE_SECONDS
+        return time.monotonic() - self._seen[worker][1] < SILENCE_SECONDS
 
-    def _look(self, parent: MlflowRun) -> None:
-        """Note the beats of all workers."""
+    def _see_beats(self, parent: MlflowRun | None = None) -> None:
+        """Note the beats of all workers below a parent run, by default this worker's, read now."""
+        parent = parent or self.tracker.client.get_run(self.parent_run.id)
         now, before = time.monotonic(), self._seen
         self._seen = {
-            owner: before[owner] if owner in before and before[owner][0] == beat else (beat, now)
-            for owner, beat in _beats(parent).items()
+            worker: before[worker] if worker in before and before[worker][0] == beat else (beat, now)
+            for worker, beat in _beats(parent).items()
         }
 
     def _beat(self) -> None:
@@ -245,12 +235,12 @@ class Claims:
         while not self._stop.wait(BEAT_SECONDS):
             number += 1
             try:
-                self._show(number)
-                self._look(self.tracker.client.get_run(self.parent_run.id))
-            except Exception as reason:  # out of reach for all workers alike; the work itself will say so
+                self._show_beat(number)
+                self._see_beats()
+            except Exception as reason:  # out of reach for all workers alike; the work itself reports it
                 log.debug("heartbeat: %s", reason)
 
-    def _show(self, number: int) -> None:
+    def _show_beat(self, number: int) -> None:
         self.parent_run.set_tags({f"worker.{self.me}": f"{number} {self.version}"})
 
 
@@ -260,5 +250,5 @@ def _beats(parent: MlflowRun) -> dict[str, str]:
     return {tag.removeprefix("worker."): str(beat) for tag, beat in tags if tag.startswith("worker.")}
 
 
-def _id(run: MlflowRun) -> str:
-    return str(run.info.run_id)
+def _version(beat: str) -> str:
+    return beat.partition(" ")[2]

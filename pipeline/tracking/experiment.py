@@ -1,9 +1,11 @@
-"""The experiment and the run that a command tracks to: what the environment names, once it is known to be there."""
+"""The experiment and the run that a command tracks to, as the environment names them, checked."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
@@ -18,28 +20,33 @@ EXPERIMENT = "activation-distillation"
 ID, NAME, RUN = "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"
 SWEEPS = ("sweep", "candidate", "worker")  # roles of runs that are or might have been a sweep's parent
 ROLES = (*SWEEPS, "cell", "extract", "evaluate")
+T = TypeVar("T")
 
 
 def find_experiment(client: MlflowClient, experiment_id: str | None = None, role: str | None = None) -> str:
-    """The id of the experiment to track to; the first worker creates the project's own.
+    """Find the experiment to track to; the first worker creates the project's own.
 
     Args:
         client: the tracking server's.
-        experiment_id: the experiment, where the caller knows it; else the one that the environment names, or that of
-            the run that it names, or the project's own.
-        role: of the run that the command will write; None where it writes none, and the environment's run is nothing
-            to it.
+        experiment_id: the experiment; by default the one that the environment names, or that of the run that it names,
+            or the project's own.
+        role: of the run that the command will write; None where it writes none, which ignores the environment's run.
+
+    Returns:
+        The experiment's id.
 
     Raises:
-        InputError: an experiment or a run that is not there, was deleted, or does not go with the other; or a run that
-            holds the work of another command.
+        InputError: an experiment or a run does not exist, was deleted, or does not go with the other; or the run holds
+            the work of another command.
     """
     run_id = os.environ.get(RUN) if role else None
-    run = _run(client, run_id) if run_id else None
+    uri = client.tracking_uri
+    run = _look_up(client.get_run, run_id, uri, f"{RUN} {run_id}", "such run") if run_id else None
     named, name = experiment_id or os.environ.get(ID), os.environ.get(NAME)
     if named or (run is not None and not name):
         variable = f"{ID} {named}" if named else f"{RUN} {run_id}"
-        found = _by_id(client, named or run.info.experiment_id, variable)  # type: ignore[union-attr]
+        wanted = named or run.info.experiment_id  # type: ignore[union-attr]
+        found = _look_up(client.get_experiment, wanted, uri, variable, f"experiment {wanted}")
     else:
         found = _by_name(client, name or EXPERIMENT)
     _check_experiment(client, found)
@@ -50,24 +57,14 @@ def find_experiment(client: MlflowClient, experiment_id: str | None = None, role
     return str(found.experiment_id)
 
 
-def _run(client: MlflowClient, run_id: str) -> MlflowRun:
+def _look_up(get: Callable[[str], T], identity: str, uri: str, variable: str, what: str) -> T:
+    """Get the run or experiment that a variable names."""
     try:
-        return client.get_run(run_id)
+        return get(identity)
     except MlflowException as error:
         if not is_unknown(error):
             raise
-        raise InputError(f"{RUN} {run_id}: {client.tracking_uri} has no such run; unset the variable") from error
-
-
-def _by_id(client: MlflowClient, experiment_id: str, variable: str) -> Experiment:
-    try:
-        return client.get_experiment(experiment_id)
-    except MlflowException as error:
-        if not is_unknown(error):
-            raise
-        raise InputError(
-            f"{variable}: {client.tracking_uri} has no experiment {experiment_id}; unset the variable"
-        ) from error
+        raise InputError(f"{variable}: {uri} has no {what}; unset the variable") from error
 
 
 def _by_name(client: MlflowClient, name: str) -> Experiment:
@@ -82,10 +79,7 @@ def _by_name(client: MlflowClient, name: str) -> Experiment:
 
 
 def _check_experiment(client: MlflowClient, found: Experiment) -> None:
-    """Check that the experiment takes runs: it was not deleted, and the folder of a database's artifacts is there.
-
-    A project folder that was renamed takes that away.
-    """
+    """Check that the experiment was not deleted and that the artifact folder of a database was not renamed."""
     if found.lifecycle_stage == LifecycleStage.DELETED:
         raise InputError(
             f"experiment {found.name!r}: was deleted; bring it back with: mlflow experiments restore --experiment-id "
@@ -114,24 +108,22 @@ def _check_run(run: MlflowRun, experiment: Experiment, role: str) -> None:
         )
     is_same = before == role or (role in SWEEPS and before in SWEEPS)
     if before in ROLES and (not is_same or (role not in SWEEPS and run.info.status == "FINISHED")):
-        raise held(run)
+        raise InputError(occupied(run))
 
 
-def held(run: MlflowRun) -> InputError:
-    """The error for a run that the environment names and that holds finished work or that of another command."""
-    return InputError(
-        f"{RUN} {run.info.run_id}: holds what an earlier command tracked ({run.info.run_name}); unset the variable"
-    )
+def occupied(run: MlflowRun) -> str:
+    """The error message for a run of the environment that holds finished work or that of another command."""
+    return f"{RUN} {run.info.run_id}: holds what an earlier command tracked ({run.info.run_name}); unset the variable"
 
 
 def artifact_folder(location: str) -> Path | None:
-    """The local folder of an artifact location; None where a server or a store has it."""
+    """The local folder of an artifact location; None if it is on a server or in a store."""
     url = urlsplit(location)
     return Path(unquote(url.path) if url.scheme else location) if url.scheme in ("", "file") else None
 
 
 def _artifact_location(client: MlflowClient, name: str) -> str | None:
-    """Beside an SQLite database, wherever the command runs; None where MLflow does so itself, or a server does."""
+    """The folder beside an SQLite database elsewhere; None where MLflow or its server chooses one itself."""
     path = Path(client.tracking_uri.removeprefix("sqlite:///"))
     if not path.is_absolute() or path.parent == Path.cwd():
         return None

@@ -1,6 +1,6 @@
-"""What `mlflow run` of this project needs before it begins: the experiment, and a container that can run.
+"""What ``mlflow run`` of this project needs before it begins: the experiment, and a container that can run.
 
-MLflow loads the module with itself, so it imports nothing heavy until it is asked.
+MLflow imports the module while it is itself being imported, so the module imports nothing heavy until it is asked.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pathlib import Path
 
 import yaml
 
+from pipeline.errors import InputError
+from pipeline.storage import tracking_uri
+
 NAME = "activation-distillation"
 HOST = "or run in the current environment: add --backend host"
 ARTIFACTS = "EXPERIMENT_ARTIFACTS"  # in the environment of the MLproject's commands: the experiment's local folder
@@ -24,12 +27,9 @@ class ProjectExperiment:
     """MLflow's default experiment for ``mlflow run`` of this project; a plugin of ``default_experiment_provider``."""
 
     def __init__(self) -> None:
-        """Check, as MLflow is loaded and before anything is written, whether the project can run."""
+        """Check, before MLflow writes anything, whether the project can run."""
         if not self.in_context():
             return
-        from pipeline.errors import InputError
-        from pipeline.storage import tracking_uri
-
         os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()
         try:
             if _is_in_container():
@@ -40,11 +40,10 @@ class ProjectExperiment:
     def in_context(self) -> bool:
         """Whether the command is ``mlflow run`` of a folder with this project."""
         is_run = "mlflow" in sys.argv[0] and sys.argv[1:2] == ["run"]
-        return is_run and any(_project(folder) is not None for folder in sys.argv[2:])
+        return is_run and any(_image(folder) is not None for folder in sys.argv[2:])
 
     def get_experiment_id(self) -> str:
-        """The experiment, where the user names none; leaves with one line of advice where the run could not begin."""
-        from pipeline.errors import InputError
+        """The default experiment; ends the process with one line of advice if the run cannot begin."""
         from pipeline.tracking.experiment import artifact_folder, find_experiment
         from pipeline.tracking.server import reach
 
@@ -65,11 +64,11 @@ def _is_in_container() -> bool:
 
 def _folder() -> Path:
     """The folder of the project that the command runs."""
-    return next(Path(folder) for folder in sys.argv[2:] if _project(folder) is not None)
+    return next(Path(folder) for folder in sys.argv[2:] if _image(folder) is not None)
 
 
-def _project(folder: str) -> str | None:
-    """The image of the project in a folder, where it is this one."""
+def _image(folder: str) -> str | None:
+    """The container image of the project in a folder; None where the folder holds no project or another one."""
     try:
         found = yaml.safe_load((Path(folder) / "MLproject").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -78,16 +77,12 @@ def _project(folder: str) -> str | None:
 
 
 def check_container(folder: Path) -> None:
-    """Check that ``docker run`` of the project will work, as far as can be told beforehand. Writes nothing.
+    """Check, without writing, whether ``docker run`` of the project can work.
 
     Raises:
         InputError: a path that cannot be mounted, no Docker, no image, or a database that the container cannot see.
     """
-    from pipeline.errors import InputError
-    from pipeline.storage import tracking_uri
-
-    image, home = _project(str(folder)), folder.resolve()
-    uri = tracking_uri()
+    image, home, uri = _image(str(folder)), folder.resolve(), tracking_uri()
     is_local = uri.startswith("sqlite:")
     # MLflow quotes nothing where it mounts a database and its artifacts; Docker takes no colon in any path.
     if found := re.search(UNMOUNTABLE if is_local else ":", str(home)):
@@ -106,13 +101,7 @@ def check_container(folder: Path) -> None:
 
 
 def _check_visible(path: Path, folder: Path, what: str) -> None:
-    """Check that the container, which sees the project's folder only, sees a file.
-
-    Raises:
-        InputError: it does not.
-    """
-    from pipeline.errors import InputError
-
+    """Check that a file is in the project's folder, the only one that the container sees."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise InputError(
             f"{what}: at {path}, and the container sees the project's folder only; "

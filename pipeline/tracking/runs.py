@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import platform
 import shutil
 import tempfile
 import time
@@ -13,25 +12,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import mlflow
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
+from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from pipeline import storage
 from pipeline.student.folder import CARD, CONFIG, MODEL, TOKENIZER
 from pipeline.tracking.server import without_password
 from pipeline.tracking.students import STUDENT_PLACE, logged_models
 
-DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of the two the one in C takes a tenth of the time
-ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
-# The code that a logged student carries: the room `student`, and the files below all rooms that it imports.
+ENTRIES_PER_CALL = 1000  # MLflow's limit for one request: metrics, parameters and tags together
+# The code that a logged student carries: the room `student`, and the ground files that it imports.
 STUDENT_CODE = ("__init__.py", "errors.py", "interrupts.py", "storage.py", "student")
 MODEL_ENTRY_POINT = "mlflow_model.py"  # of that room
-EXAMPLE = ("volcano", "slow cooking")  # what a logged student may be asked
+EXAMPLE = ["volcano", "slow cooking"]  # the input example that MLflow shows
 STUDENT_NEEDS = ("mlflow", "numpy", "safetensors", "tokenizers")
 
 
@@ -52,13 +54,13 @@ class Run:
         return f"run {self.id} at {uri} (see it with: make ui)"
 
     def log_params(self, params: Mapping[str, object]) -> None:
-        """Log what is not there yet: parameters cannot change, and ``mlflow run`` and other workers log them too."""
+        """Log parameters that the run lacks: they cannot change, and ``mlflow run`` and other workers log them too."""
 
         def log_missing() -> None:
             known = self.client.get_run(self.id).data.params
             self.log(params={key: value for key, value in params.items() if key not in known})
 
-        _whoever_is_faster(log_missing)
+        _retry_once(log_missing)
 
     @property
     def tags(self) -> dict[str, str]:
@@ -81,7 +83,7 @@ class Run:
         tags: Mapping[str, str] | None = None,
         metrics: Sequence[Metric] = (),
     ) -> None:
-        """Log everything in one request, or in few where it is more than MLflow takes. It may be repeated."""
+        """Log all in one request, or in more where MLflow's limit demands it. A repetition changes nothing."""
         all_params = [Param(key, str(value)) for key, value in (params or {}).items() if value is not None]
         all_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
         first = ENTRIES_PER_CALL - len(all_params) - len(all_tags)
@@ -94,53 +96,58 @@ class Run:
         """The highest step of a metric that is logged; 0 without one."""
         return max((entry.step for entry in self.client.get_metric_history(self.id, metric)), default=0)
 
-    def log_artifact(self, path: Path, there: MlflowRun | None = None) -> None:
-        """Upload a file; ``there`` is the run as it stands, where that is known."""
-        there = there or self.client.get_run(self.id)
-        self._store(there.info.artifact_uri).log_artifact(str(path))
+    def log_artifact(self, path: Path, current: MlflowRun | None = None) -> None:
+        """Upload a file; ``current`` is the run as it stands on the server, where the caller has read it."""
+        current = current or self.client.get_run(self.id)
+        self._store(current.info.artifact_uri).log_artifact(str(path))
 
     def log_json(self, name: str, content: object) -> None:
         """Upload plain values as a JSON file."""
-        self._upload(self.client.get_run(self.id).info.artifact_uri, name, json.dumps(content, indent=1))
+        self.client.log_text(self.id, json.dumps(content, indent=1), name)
 
     def _store(self, place: str) -> ArtifactRepository:
         return get_artifact_repository(place, tracking_uri=self.client.tracking_uri)
 
-    def _upload(self, place: str, name: str, text: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, name).write_text(text, encoding="utf-8")
-            self._store(place).log_artifact(str(Path(folder, name)))
-
     def log_dataset(self, name: str, digest: str, source: str, profile: str, use: str) -> None:
-        """Name the data that the run used or made; ``use`` is MLflow's context, such as "training"."""
+        """Log the data that the run used or made; ``use`` is MLflow's context, such as "training"."""
         dataset = Dataset(name, digest[:36], "local", source, profile=profile)
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", use)])]
-        _whoever_is_faster(lambda: self.client.log_inputs(self.id, inputs))
+        _retry_once(lambda: self.client.log_inputs(self.id, inputs))
 
-    def log_student(self, folder: Path, there: MlflowRun, name: str = "student") -> str:
-        """Log a student folder as an MLflow model that carries its code and needs no pickle; returns its id.
+    def log_student(self, folder: Path, current: MlflowRun, name: str = "student") -> str:
+        """Log a student folder as an MLflow model that carries its code and needs no pickle.
 
-        What `mlflow.pyfunc.log_model` does, with the parts that all students share made once. A model of that name that
-        an earlier try has begun is used again: ``there`` is the run as it stands.
+        Args:
+            folder: the student.
+            current: the run as it stands on the server. A model of that name that an earlier try began is used again.
+            name: the model's name.
+
+        Returns:
+            The model's id.
         """
-        has_begun = there.outputs and there.outputs.model_outputs
-        begun = logged_models(self.client, [there])[self.id] if has_begun else []  # none of those that were deleted
+        has_begun = current.outputs and current.outputs.model_outputs
+        begun = logged_models(self.client, [current])[self.id] if has_begun else []  # without those that were deleted
         model = next((model for model in begun if model.name == name), None)
         if model is None:
             model = self.client.create_logged_model(self.experiment_id, name, self.id)
             self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
-        store = self._store(model.artifact_location)
-        store.log_artifacts(_frame().name)
+        place, store = model.artifact_location, self._store(model.artifact_location)
+        files, description = _model_template()
+        store.log_artifacts(str(files))
         for part in (MODEL, TOKENIZER, CARD, CONFIG):  # and nothing else that stands in the folder
             if (folder / part).is_file():
                 store.log_artifact(str(folder / part), STUDENT_PLACE)
-        described = _description(self.id, model.model_id, model.artifact_location)
-        self._upload(model.artifact_location, "MLmodel", described)
+        own = {"run_id": self.id, "model_id": model.model_id, "model_uuid": model.model_id, "artifact_path": place}
+        own["utc_time_created"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f}"
+        with tempfile.TemporaryDirectory() as own_folder:
+            described = Path(own_folder, MLMODEL_FILE_NAME)
+            described.write_text(yaml.safe_dump(description | own), encoding="utf-8")
+            store.log_artifact(str(described))  # last: with it the model is whole
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return str(model.model_id)
 
-    def leave(self) -> None:
-        """Leave the run open for others, who are not at work now: SCHEDULED."""
+    def mark_scheduled(self) -> None:
+        """Mark the run SCHEDULED: unfinished, and no worker is at it now."""
         self.client.update_run(self.id, status="SCHEDULED")
 
     def end(self, status: str) -> None:
@@ -148,8 +155,8 @@ class Run:
         self.client.set_terminated(self.id, status)
 
 
-def _whoever_is_faster(work: Callable[[], None]) -> None:
-    """Do what another worker may do at this moment; where that made it fail, the second try finds it done."""
+def _retry_once(work: Callable[[], None]) -> None:
+    """Do work that another worker may do at the same moment: the second try finds it done."""
     try:
         work()
     except MlflowException:
@@ -157,93 +164,39 @@ def _whoever_is_faster(work: Callable[[], None]) -> None:
 
 
 @functools.cache
-def _frame() -> tempfile.TemporaryDirectory[str]:
-    """A model folder without student and description: code, requirements and what MLflow shows as an example.
+def _model_template() -> tuple[Path, dict[str, Any]]:
+    """Save an MLflow model without its student, once per process: its files, and the content of its ``MLmodel``."""
+    # `mlflow.pyfunc.log_model` would make all of it again, and load the model, for each student.
+    package, stage = Path(__file__).parent.parent, storage.folder_of_copies()
 
-    `mlflow.pyfunc.save_model` would write the same after it has searched all installed packages for these four, which
-    takes as long as training some students. The folder is removed as the process ends.
-    """
-    frame = tempfile.TemporaryDirectory(prefix="student-model-")
-    package, home = Path(__file__).parent.parent, Path(frame.name)
-    code = home / "code" / "pipeline"
-    code.mkdir(parents=True)
-    for name in STUDENT_CODE:
-        if (package / name).is_dir():
-            shutil.copytree(package / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(package / name, code)
-    shutil.copy(package / "student" / MODEL_ENTRY_POINT, home)
-    needs = [f"{name}=={_public_version(name)}" for name in STUDENT_NEEDS]
-    python = platform.python_version()
-    conda = {"channels": ["conda-forge"], "dependencies": [f"python={python}", "pip", {"pip": needs}]}
-    tools = ["pip", "setuptools", "wheel"]
-    texts = {
-        "requirements.txt": "\n".join(needs),
-        "conda.yaml": yaml.dump(conda, Dumper=DUMPER),
-        "python_env.yaml": yaml.dump(
-            {"python": python, "build_dependencies": tools, "dependencies": ["-r requirements.txt"]}, Dumper=DUMPER
-        ),
-        "input_example.json": json.dumps(EXAMPLE),
-        "serving_input_example.json": json.dumps({"inputs": EXAMPLE}),
-    }
-    for name, text in texts.items():
-        (home / name).write_text(text, encoding="utf-8")
-    return frame
+    def is_left_out(folder: str, name: str) -> bool:
+        return name == "__pycache__" or (folder == str(package) and name not in STUDENT_CODE)
 
-
-def _description(run_id: str, model_id: str, artifact_path: str) -> str:
-    """The ``MLmodel`` file of a logged student: texts in, vectors out, loaded from code."""
-    door = {
-        "loader_module": "mlflow.pyfunc.loaders.code_model",
-        "model_code_path": MODEL_ENTRY_POINT,
-        "code": "code",
-        "artifacts": {"student": {"path": STUDENT_PLACE, "uri": STUDENT_PLACE}},
-        "env": {"conda": "conda.yaml", "virtualenv": "python_env.yaml"},
-        "python_version": platform.python_version(),
-        "streamable": False,
-    }
-    description = {
-        "artifact_path": artifact_path,
-        "flavors": {"python_function": door},
-        "mlflow_version": importlib.metadata.version("mlflow"),
-        "model_id": model_id,
-        "model_uuid": model_id,
-        "run_id": run_id,
-        "utc_time_created": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f}",
-        "is_signature_from_type_hint": True,
-        "type_hint_from_example": False,
-        "signature": {
-            "inputs": json.dumps([{"type": "string", "required": True}]),
-            "outputs": json.dumps([{"type": "array", "items": {"type": "double"}, "required": True}]),
-        },
-        "saved_input_example_info": {
-            "artifact_path": "input_example.json",
-            "serving_input_path": "serving_input_example.json",
-            "type": "json_object",
-        },
-    }
-    return str(yaml.dump(description, Dumper=DUMPER))
+    shutil.copytree(package, stage / "pipeline", ignore=lambda at, names: {n for n in names if is_left_out(at, n)})
+    (stage / "student").mkdir()
+    mlflow.pyfunc.save_model(
+        stage / "model",
+        python_model=str(package / "student" / MODEL_ENTRY_POINT),
+        artifacts={"student": str(stage / "student")},
+        code_paths=[str(stage / "pipeline")],
+        pip_requirements=[f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in STUDENT_NEEDS],
+        input_example=EXAMPLE,
+    )
+    described = stage / "model" / MLMODEL_FILE_NAME
+    content: dict[str, Any] = yaml.safe_load(described.read_text(encoding="utf-8"))
+    described.unlink()
+    del content["model_size_bytes"]
+    flavor = content["flavors"]["python_function"]  # without the paths of this machine
+    flavor["model_code_path"], flavor["artifacts"]["student"]["uri"] = MODEL_ENTRY_POINT, STUDENT_PLACE
+    return stage / "model", content
 
 
 def curve_metrics(curves: Mapping[str, Mapping[int, float]], times: Mapping[int, int]) -> list[Metric]:
-    """Curves as MLflow's entries.
-
-    Args:
-        curves: values by epoch, which is the step.
-        times: when an epoch ended (ms since 1970), where known; the same time makes a repeated entry the same entry.
-    """
-    now = int(time.time() * 1000)
-    return [
-        Metric(key, value, times.get(step, now), step)
-        for key, values in curves.items()
-        for step, value in values.items()
-    ]
+    """Convert curves (values by epoch) to MLflow's metrics, dated by the end of each epoch (ms since 1970) if known."""
+    now = int(time.time() * 1000)  # metrics with the same dates may be logged again without effect
+    return [Metric(key, values[step], times.get(step, now), step) for key, values in curves.items() for step in values]
 
 
 def final_metrics(metrics: Mapping[str, float], step: int, model_id: str, now: int) -> list[Metric]:
-    """Values of the kept checkpoint, later than any curve's: of two of one name MLflow shows and sorts by the last."""
+    """Metrics of the kept checkpoint, dated after all curves: MLflow shows and sorts by the last of a name."""
     return [Metric(key, value, now + 1, step, model_id=model_id) for key, value in metrics.items()]
-
-
-def _public_version(package: str) -> str:
-    return importlib.metadata.version(package).split("+")[0]  # "+cpu" names a build that indexes do not offer

@@ -23,10 +23,11 @@ from pipeline.errors import InputError, WorkError
 from pipeline.storage import tracking_uri, write_atomically
 
 MOST_PAUSE_SECONDS = 10.0  # between two tries
-NOTICE_SECONDS = 15.0  # between two lines that say that it is waited
+NOTICE_SECONDS = 15.0  # between two lines that report the waiting
 PATIENCE = "TRACKING_PATIENCE_SECONDS"
+ONE_SHORT_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}  # of a first look
 DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
-PASSING = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
+TRANSIENT = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
 
 TrackingError = (MlflowException, RequestException)
 T = TypeVar("T")
@@ -36,22 +37,23 @@ log = logging.getLogger(__name__)
 def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
     """Reach the tracking server of the environment, or ``sqlite:///mlflow.db`` without one.
 
-    A server that is not there yet is waited for if TRACKING_PATIENCE_SECONDS is set: in a cluster it may start together
-    with those who need it; at a terminal an address that is wrong is better said at once.
+    Only if TRACKING_PATIENCE_SECONDS is set does the command wait for a server that does not answer: in a cluster both
+    may start together, at a terminal a wrong address is better reported at once.
 
     Args:
-        look_up: what to ask of it first, which may be asked again.
+        look_up: the first request, which may be repeated.
 
     Returns:
-        The server's client, and what it answered.
+        The server's client, and the answer to the request.
 
     Raises:
-        InputError: it does not answer, or it refuses.
-        WorkError: it has not answered for so long.
+        InputError: the server does not answer, or it refuses.
+        WorkError: the server has not answered for TRACKING_PATIENCE_SECONDS.
     """
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # warns of an image without pip
+    logging.getLogger("mlflow.models.signature").setLevel(logging.ERROR)  # warns of the model template, without student
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the command says where its run is
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every small file
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `retry_tracking` does the rest
@@ -62,7 +64,7 @@ def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
 
     def look() -> tuple[MlflowClient, T]:
         _make_sqlite_file(uri)
-        with _impatient():
+        with _one_short_try():
             client = MlflowClient()
             return client, look_up(client)
 
@@ -74,66 +76,66 @@ def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
         raise InputError(_refusal(uri, error)) from error
 
 
+@contextmanager
+def _one_short_try() -> Iterator[None]:
+    """Let MLflow try once, for a few seconds: enough to find out whether a server is there at all."""
+    before = {name: os.environ[name] for name in ONE_SHORT_TRY if name in os.environ}
+    os.environ.update(ONE_SHORT_TRY)
+    try:
+        yield
+    finally:
+        for name in ONE_SHORT_TRY:
+            del os.environ[name]
+        os.environ.update(before)
+
+
 def _retry(
-    work: Callable[[], T], patience: float, passing: type[Exception] | tuple[type[Exception], ...], what: str
+    work: Callable[[], T], patience: float, transient: type[Exception] | tuple[type[Exception], ...], notice: str
 ) -> T:
-    """Do work; while the tracking server is out of reach, say so and try again.
-
-    Args:
-        work: may be done again after it has failed half-way.
-        patience: for how many seconds; 0 tries once.
-        passing: the errors after which it is tried again, unless they are a server's refusal.
-        what: the beginning of the line that says so, a first time and every `NOTICE_SECONDS`.
-
-    Raises:
-        WorkError: the server has stayed away.
-    """
+    """Do work; after transient errors log a notice and try again, for ``patience`` seconds (0: try once)."""
     begin, pause, noticed = time.monotonic(), 0.5, -NOTICE_SECONDS
     while True:
         try:
             return work()
-        except passing as error:
+        except transient as error:
             if not patience or _is_final(error):
                 raise
             if (waited := time.monotonic() - begin) > patience:
-                raise _stayed_away(patience, error) from error
+                uri = without_password(mlflow.get_tracking_uri())
+                why = f"has not answered for {patience:.0f} s ({_reason(error)})"
+                raise WorkError(f"MLFLOW_TRACKING_URI {uri}: {why}") from error
             if waited - noticed >= NOTICE_SECONDS:
                 noticed = waited
-                log.warning("%s (%s): %.0f of at most %.0f s", what, _reason(error), waited, patience)
+                log.warning("%s (%s): %.0f of at most %.0f s", notice, _reason(error), waited, patience)
             interrupts.sleep(pause)
             pause = min(2 * pause, MOST_PAUSE_SECONDS)
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether the error is an answer of MLflow itself, or of a guard before it, that another try will not change.
-
-    An empty or HTML answer is of something that stands before a server that is not there yet, such as an ingress.
-    """
-    if isinstance(error, (InputError, WorkError)):
-        return True
-    if not isinstance(error, MlflowException):
-        return False
-    return error.error_code in DENIED or not (error.error_code in PASSING or not _is_of_mlflow(error))
+    """Whether another try will not change the error."""
+    if isinstance(error, MlflowException):
+        return error.error_code in DENIED or (_is_of_mlflow(error) and error.error_code not in TRANSIENT)
+    return isinstance(error, (InputError, WorkError))
 
 
 def _is_of_mlflow(error: MlflowException) -> bool:
-    """Whether MLflow itself has answered, and not something before it."""
+    """Whether MLflow itself has answered; before it may stand an ingress that answers with an empty or HTML page."""
     return isinstance(error, RestException) or not str(error).startswith("API request to endpoint")
 
 
 def is_unknown(error: MlflowException) -> bool:
-    """Whether MLflow says that it has nothing of the id that it was asked for, or that it is no id."""
+    """Whether MLflow answers that the requested id does not exist or is no id."""
     return _is_of_mlflow(error) and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 def _is_deleted(error: MlflowException) -> bool:
-    """Whether MLflow says that what it was to change was deleted."""
+    """Whether MLflow answers that the object to change was deleted."""
     is_inactive = "must be in the 'active' state" in str(error)
     return _is_of_mlflow(error) and (error.error_code == "RESOURCE_DOES_NOT_EXIST" or is_inactive)
 
 
 def _reason(error: Exception) -> str:
-    """A library's error in a few words."""
+    """Shorten a library's error to a few words."""
     if found := re.search(r"failed with error code (\d+)", str(error)):
         return f"HTTP {found[1]}"
     if re.search(r"NewConnectionError|Connection refused|RemoteDisconnected|NameResolutionError", str(error)):
@@ -154,16 +156,10 @@ def _refusal(uri: str, error: Exception) -> str:
     )
 
 
-def _stayed_away(patience: float, error: Exception) -> WorkError:
-    uri = without_password(mlflow.get_tracking_uri())
-    return WorkError(f"MLFLOW_TRACKING_URI {uri}: has not answered for {patience:.0f} s ({_reason(error)})")
-
-
 def _make_sqlite_file(uri: str) -> None:
-    """Make the database of a ``sqlite`` address where there is none, whole or not at all.
+    """Make the database of a ``sqlite`` address if it is missing, whole or not at all.
 
-    MLflow migrates a new file table by table, and two processes at once, or a kill in the middle, leave a file that
-    nobody can open again.
+    MLflow migrates a new file table by table; two processes at once, or a kill in the middle, leave a broken file.
     """
     url = make_url(uri) if uri.startswith("sqlite") else None
     if url is None or not url.database or Path(url.database).exists():
@@ -185,8 +181,13 @@ def retry_tracking(work: Callable[[], T]) -> T:
     Args:
         work: may be done again after it has failed half-way.
 
+    Returns:
+        What the work returns.
+
     Raises:
-        WorkError: the server stayed away, artifacts cannot be written, or what is written to was deleted.
+        WorkError: the server stayed away, artifacts cannot be written, or the run was deleted.
+        MlflowException: another refusal of the server.
+        RequestException: another error of the connection.
     """
     patience = float(os.environ.get(PATIENCE, "300"))
     try:
@@ -204,21 +205,5 @@ def retry_tracking(work: Callable[[], T]) -> T:
 
 
 def without_password(text: str) -> str:
-    """A text that holds addresses, without the names and passwords in them."""
+    """Hide the names and passwords of addresses in a text."""
     return re.sub(r"//[^/@\s]*@", "//***@", text)
-
-
-@contextmanager
-def _impatient() -> Iterator[None]:
-    """One try of a few seconds, for finding out whether a server is there at all."""
-    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -1,4 +1,4 @@
-"""The students that runs have logged: which of them are there, whole, and one of them read."""
+"""Students in MLflow: find those that runs have logged, read one, and fetch whatever stands at a place."""
 
 from __future__ import annotations
 
@@ -12,72 +12,68 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
+from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from pipeline import hub, storage
 from pipeline.errors import InputError
 from pipeline.student.folder import CONFIG, MODEL
 from pipeline.student.student import Student
 from pipeline.tracking.experiment import artifact_folder
-from pipeline.tracking.server import is_unknown
+from pipeline.tracking.server import is_unknown, reach, retry_tracking
 
-RUNS_PER_SEARCH = 100  # as many models as MLflow gives in one page
+RUNS_PER_SEARCH = 100  # MLflow gives as many models in one page
 STUDENT_PLACE = "artifacts/student"  # in the folder of a logged model
-NEEDED = ("MLmodel", *(f"{STUDENT_PLACE}/{name}" for name in (CONFIG, MODEL)))
+NEEDED = (MLMODEL_FILE_NAME, *(f"{STUDENT_PLACE}/{name}" for name in (CONFIG, MODEL)))
 
 
 def logged_models(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str, list[LoggedModel]]:
-    """The models that runs have logged and nobody has deleted, by run id; one request for a hundred runs."""
+    """Find the models that runs have logged and nobody has deleted, by run id; one request per hundred runs."""
     found: dict[str, list[LoggedModel]] = defaultdict(list)
     for start in range(0, len(runs), RUNS_PER_SEARCH):
         some = runs[start : start + RUNS_PER_SEARCH]
-        listed = ", ".join(f"'{run.info.run_id}'" for run in some)
-        experiments, token = sorted({run.info.experiment_id for run in some}), None
-        while True:
-            page = client.search_logged_models(experiments, f"source_run_id IN ({listed})", page_token=token)
-            for model in page:
-                found[str(model.source_run_id)].append(model)
-            if not (token := page.token):
-                break
+        experiments = sorted({run.info.experiment_id for run in some})
+        query = "source_run_id IN ({})".format(", ".join(f"'{run.info.run_id}'" for run in some))
+        page = client.search_logged_models(experiments, query)
+        models = list(page)
+        while page.token:
+            page = client.search_logged_models(experiments, query, page_token=page.token)
+            models += page
+        for model in models:
+            found[str(model.source_run_id)].append(model)
     return found
 
 
-def whole_students(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str, list[LoggedModel]]:
-    """Of the runs that have logged students, by id, those that nobody has deleted and whose files are there.
-
-    Local files are looked at one by one; elsewhere one request lists the folder in which an experiment has its models,
-    and a model is there if its own folder is.
-    """
-    found = logged_models(client, runs)
+def intact_students(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str, list[LoggedModel]]:
+    """Find the logged students that nobody has deleted and whose files exist, by run id."""
+    # Local files are checked one by one. Elsewhere one request lists the folder of an experiment's models, and a model
+    # counts as intact if its own folder exists.
     listed: dict[str, Collection[str]] = {}
 
-    def is_there(model: LoggedModel) -> bool:
+    def is_intact(model: LoggedModel) -> bool:
         if (folder := artifact_folder(model.artifact_location)) is not None:
             return all((folder / name).is_file() for name in NEEDED)
-        home, _, rest = model.artifact_location.partition(f"/{model.model_id}/")
-        if not rest:  # of a server with another order in its store
+        parent, _, rest = model.artifact_location.partition(f"/{model.model_id}/")
+        if not rest:  # a server with another layout of its store
             return True
-        if home not in listed:
-            listing = get_artifact_repository(home, tracking_uri=client.tracking_uri).list_artifacts()
-            listed[home] = {Path(item.path).name for item in listing}
-        return model.model_id in listed[home]
+        if parent not in listed:
+            store = get_artifact_repository(parent, tracking_uri=client.tracking_uri)
+            listed[parent] = {Path(item.path).name for item in store.list_artifacts()}
+        return model.model_id in listed[parent]
 
-    there = {run_id: [model for model in models if is_there(model)] for run_id, models in found.items()}
-    return {run_id: models for run_id, models in there.items() if models}
+    found = {run_id: list(filter(is_intact, models)) for run_id, models in logged_models(client, runs).items()}
+    return {run_id: models for run_id, models in found.items() if models}
 
 
 def read_student(client: MlflowClient, run_id: str) -> Student:
-    """The student that a run has logged.
-
-    Raises:
-        InputError: no such run, or it has no student, several, or one that is gone or damaged.
-    """
+    """Read the student that a run has logged; an InputError says that it has none, several, or a damaged one."""
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
         if not is_unknown(error):
             raise
         raise InputError(f"runs:/{run_id}: {client.tracking_uri} has no such run") from error
-    models = whole_students(client, [run]).get(run_id, [])
+    models = intact_students(client, [run]).get(run_id, [])
     if not models and run.outputs and run.outputs.model_outputs:
         raise InputError(f"run {run_id}: its student is gone from MLflow; the same sweep again trains it again")
     if not models:
@@ -88,7 +84,7 @@ def read_student(client: MlflowClient, run_id: str) -> Student:
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = mlflow.artifacts.download_artifacts(f"models:/{models[0].model_id}", dst_path=folder)
-            return Student.load(student_folder(Path(path)))
+            return Student.load(Path(path) / STUDENT_PLACE)
     except InputError as error:
         raise InputError(
             f"run {run_id}: its student in MLflow is damaged ({error}); to train it again: mlflow runs delete --run-id "
@@ -96,6 +92,47 @@ def read_student(client: MlflowClient, run_id: str) -> Student:
         ) from error
 
 
-def student_folder(model: Path) -> Path:
-    """The student in the folder of a logged model."""
-    return model / STUDENT_PLACE
+def fetch(uri: str) -> Path:
+    """Copy what stands at a place to this machine. Copies are removed as the process ends.
+
+    Args:
+        uri: a local path, ``s3://bucket/key``, ``hf://…`` (the Hugging Face hub), ``runs:/<run id>/<artifact>``, or a
+            logged or registered student: ``models:/<name>@<alias>``.
+
+    Returns:
+        The local path.
+
+    Raises:
+        InputError: there is no such file or artifact, or the place is of another kind.
+        WorkError: the store does not answer.
+    """
+    if uri.startswith(hub.SCHEME):
+        return hub.fetch(uri)
+    if not uri.startswith(("runs:", "models:")):
+        if "://" in uri and not storage.is_remote(uri):
+            raise InputError(
+                f"{uri}: expected a local path, s3://bucket/key, hf://owner/name, runs:/<run id>/<artifact> or "
+                "models:/<name>@<alias>"
+            )
+        return storage.fetch(uri)
+    _reach_any_experiment()
+    try:
+        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(storage.folder_of_copies())))
+    except (MlflowException, OSError) as error:
+        raise InputError(f"{uri}: MLflow has no such artifact ({error})") from error
+    return path / STUDENT_PLACE if (path / MLMODEL_FILE_NAME).is_file() else path
+
+
+def load_student(place: str) -> Student:
+    """Load the student at a place: one that `fetch` knows, or an MLflow run that has logged one, ``runs:/<run id>``."""
+    run_id = place.removeprefix("runs:/")
+    if place.startswith("runs:/") and "/" not in run_id:
+        client = _reach_any_experiment()
+        return retry_tracking(lambda: read_student(client, run_id))
+    return Student.load(fetch(place))
+
+
+def _reach_any_experiment() -> MlflowClient:
+    """Reach the tracking server for what belongs to no experiment in particular."""
+    client, _ = reach(lambda client: client.search_experiments(max_results=1))
+    return client

@@ -1,4 +1,4 @@
-"""Workers that are killed, doubled, or cut off from their tracking server: nothing lost, nothing counted twice."""
+"""Workers that are killed, start twice, or lose their tracking server: no result is lost or counted twice."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def grid(workplace):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What the sweep finds where nothing disturbs it."""
+    """The results of an undisturbed sweep."""
     home = tmp_path_factory.mktemp("whole")
     (home / "grid.yaml").write_text(GRID)
     finish(sweep("--output", str(home), uri=fresh_database(home / "mlflow.db"), folder=home))
@@ -58,12 +58,12 @@ def whole(tmp_path_factory):
 
 
 def database(name="mlflow"):
-    """A database in the current folder; by its whole path, for MLflow keeps one connection to an address."""
+    """A database in the current folder, by its absolute path: MLflow keeps one connection to each address."""
     return fresh_database(Path.cwd() / f"{name}.db")
 
 
 def sweep(*arguments, uri=None, folder=None, **environment):
-    """A sweep in a process of its own, in the current folder or another; pictures only where they are asked for."""
+    """Start a sweep in its own process, in the current folder or another, without a report unless asked for."""
     common = ["--grid", "grid.yaml", "--vectors", str(SHIPPED), "--no-report"]
     command = [sys.executable, "-m", "pipeline", "sweep", *common, *arguments]
     variables = {**os.environ, "MLFLOW_TRACKING_URI": uri or database(), **environment}
@@ -79,7 +79,7 @@ def finish(process):
 
 
 def tracked(uri=None):
-    """Parents and children."""
+    """The runs in MLflow: the parents and the cells."""
     client = MlflowClient(uri or database())
     experiment = client.get_experiment_by_name("activation-distillation")
     found = client.search_runs([experiment.experiment_id]) if experiment else []
@@ -103,7 +103,7 @@ def check_runs(uri=None):
 
 
 def results(folder="results"):
-    """What a sweep has found, without what differs from run to run."""
+    """The metrics and curves of a sweep's cells, without fields that differ from run to run."""
     [path] = Path(folder).glob("*_results_*.json")
     cells = json.loads(path.read_text())["cells"]
     return {
@@ -154,7 +154,7 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, w
         ends.append(int(server.stdout.readline()))
         _, children = tracked()
         done = {run.data.tags["cell_key"]: run for run in children if run.info.status == "FINISHED"}
-        for key, run in finished.items():  # what was finished stays as it is
+        for key, run in finished.items():  # finished cells do not change
             assert done[key].info.run_id == run.info.run_id
             assert done[key].info.end_time == run.info.end_time
         finished = done
@@ -176,14 +176,14 @@ def test_what_a_worker_has_left_of_cells_that_mlflow_has_is_cleared_away(grid):
         Path("results/.spool", name).touch()
     host, pid, _, place = worker_name().rsplit("/", 3)
     [parent], _ = tracked()
-    MlflowClient(database()).set_tag(parent.info.run_id, f"worker.{host}/{pid}/1/{place}", "0")  # it started never
+    MlflowClient(database()).set_tag(parent.info.run_id, f"worker.{host}/{pid}/1/{place}", "0")  # never started
     finish(sweep())
     check_runs()
     assert not Path("results/.spool").exists()
 
 
 def test_workers_that_start_at_once_agree_on_one_parent_and_train_every_cell_once(grid):
-    uri = f"sqlite:///{Path.cwd()}/new.db"  # which neither has made
+    uri = f"sqlite:///{Path.cwd()}/new.db"  # neither has created it
     workers = [sweep("--sweep-id", "same", "--output", f"out{number}", uri=uri) for number in range(2)]
     outputs = [finish(worker) for worker in workers]
     check_runs(uri)
@@ -194,10 +194,10 @@ def test_workers_that_start_at_once_agree_on_one_parent_and_train_every_cell_onc
 
 @pytest.fixture
 def other_code(tmp_path_factory):
-    """The program as an image of another results version holds it: its PYTHONPATH."""
+    """A copy of the program with another results version: its PYTHONPATH."""
     folder = tmp_path_factory.mktemp("other")
     shutil.copytree(ROOT / "pipeline", folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / "pipeline" / "options.py"
+    path = folder / "pipeline" / "settings.py"
     path.write_text(re.sub(r"^RESULTS_VERSION = .*$", "RESULTS_VERSION = 1000", path.read_text(), flags=re.MULTILINE))
     return f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"
 
@@ -206,7 +206,7 @@ LONG_GRID = "fixed: {epochs: 4000, hidden_dim: 64}\naxes: {layers: [1, 2], conce
 
 
 def check_refusal(worker):
-    """A worker that was refused says in its last line which two versions there are, and what to do."""
+    """The last line of a refused worker names both versions and what to do."""
     out, err = worker.communicate(timeout=100)
     assert worker.returncode == 2, err
     assert "Traceback" not in out + err
@@ -240,7 +240,7 @@ def test_a_worker_of_another_results_version_is_refused_while_others_are_at_work
         assert len(parents) == 1
         assert {run.data.tags["results_version"] for run in after} == {before[0].data.tags["results_version"]}
         assert first.poll() is None
-        first.kill()  # and a dead worker is no reason to refuse
+        first.kill()  # a dead worker is no reason to refuse
         other = sweep(PYTHONPATH=other_code)
         old = before[0].data.tags["results_version"]
         wait_until(lambda: [run for run in tracked()[1] if is_running(run) and run.data.tags["results_version"] != old])
@@ -267,22 +267,22 @@ def test_of_two_results_versions_that_start_at_once_no_two_train_the_same(grid, 
 
 def test_a_worker_elsewhere_whose_beat_stands_still_is_dead_whatever_its_version(workplace, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database())
-    monkeypatch.setattr("pipeline.tracking.claims.GONE_SECONDS", 3.0)
+    monkeypatch.setattr("pipeline.tracking.claims.SILENCE_SECONDS", 3.0)
     tracker = connect()
     old, new = Claims(tracker, "old", "1"), Claims(tracker, "new", "2")
     parent = old.open_parent("grid", {"work_key": "same work"})
     tracker.client.set_tag(parent.id, "worker.elsewhere/1/2/3", "7 1")
-    assert new.other_version("other work") is None
+    assert new.find_other_version("other work") is None
     begin = time.monotonic()
-    assert new.other_version("same work") is None
+    assert new.find_other_version("same work") is None
     assert time.monotonic() - begin > 3
-    assert new.other_version("same work") is None  # and it is remembered
+    assert new.find_other_version("same work") is None  # it is remembered
     assert time.monotonic() - begin < 6
     beating = threading.Timer(1.5, tracker.client.set_tag, (parent.id, "worker.elsewhere/1/2/4", "2 1"))
     tracker.client.set_tag(parent.id, "worker.elsewhere/1/2/4", "1 1")
     beating.start()
-    assert new.other_version("same work") == ("old", "elsewhere", "1")
-    assert Claims(tracker, "third", "1").other_version("same work") is None
+    assert new.find_other_version("same work") == ("old", "elsewhere", "1")
+    assert Claims(tracker, "third", "1").find_other_version("same work") is None
 
 
 def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid, whole):
@@ -296,7 +296,7 @@ def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid, whole):
     shutil.rmtree("results")
     out = finish(sweep("--shard", "1/3", "--sweep-id", "parts"))
     assert "7 of 7 cells are finished; the report stands in MLflow" in out
-    assert not list(Path("results").glob("*"))  # nothing is drawn again
+    assert not list(Path("results").glob("*"))  # the report is not written again
     check_runs()
 
 
@@ -313,12 +313,12 @@ def test_a_worker_takes_over_what_a_dead_one_has_left(grid):
     check_runs()
 
 
-def lane_of(process):
-    """The process in which a sweep of one cell trains, once it has done so for a second."""
+def training_process_of(process):
+    """The process that has trained the one cell of a sweep for a second."""
     command, until = process.cmdline(), time.monotonic() + 60
     while time.monotonic() < until:
         for child in process.children():
-            with contextlib.suppress(psutil.NoSuchProcess):  # and not what begins as a copy and becomes another program
+            with contextlib.suppress(psutil.NoSuchProcess):  # a copy that has become another program does not count
                 if child.cmdline() == command and time.time() - child.create_time() > 1:
                     return child
         time.sleep(0.05)
@@ -328,7 +328,7 @@ def lane_of(process):
 def test_a_training_process_that_is_killed_is_one_line_and_the_same_command_goes_on(workplace):
     Path("grid.yaml").write_text("fixed: {epochs: 1000, hidden_dim: 256, concepts: 300, precision: float32}")
     process = sweep()
-    lane_of(psutil.Process(process.pid)).kill()
+    training_process_of(psutil.Process(process.pid)).kill()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in err
@@ -408,12 +408,12 @@ def test_a_worker_whose_cell_was_taken_over_leaves_what_the_other_has_of_it(data
     own, other = Spool(workplace / "spool"), Spool(workplace / "spool")
     tracker = connect()
     claims = Claims(tracker, "same", "1")
-    with claims.join(claims.open_parent("grid", {})):
+    with claims.below(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, own, {cell: "key"}, {})
         assert recorder.take([cell]) == [cell]
         own.add("key", {}, student)
         run = recorder.open["key"]
-        tracker.client.set_tag(run.id, "owner", "elsewhere/1/2/3")  # who thought this one dead
+        tracker.client.set_tag(run.id, "owner", "elsewhere/1/2/3")  # it took this worker for dead
         other.add("key", {"train_seconds": 1.0}, student)
         assert recorder.finish("key", {}) is None
         assert other.row("key") == {"train_seconds": 1.0}
@@ -455,9 +455,9 @@ def test_a_state_that_is_damaged_is_passed_over(tmp_path):
 def test_a_finished_cell_that_another_worker_on_this_disk_has_removed_is_left_to_it(workplace, data):
     tracker, cell = connect(), Cell()
     claims = Claims(tracker, "sweep", "1")
-    with claims.join(claims.open_parent("grid", {})):
+    with claims.below(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, Spool(workplace / ".spool"), {cell: "key"}, {})
         assert recorder.take([cell]) == [cell]
         assert recorder.finish("key", {}) is None
-        assert recorder.take([cell]) == [cell]  # and where that one has not finished it, it is trained again
+        assert recorder.take([cell]) == [cell]  # if the other worker has not finished it, it is trained again
         recorder.abandon("KILLED")

@@ -1,4 +1,4 @@
-"""What MLflow has left: deleted experiments, runs and students, artifacts that are gone, names in the environment."""
+"""Deleted experiments, runs, students and artifacts, and runs and experiments that the environment names."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ def experiment(client, name=NAME):
 
 
 def refused(run, *command):
-    """The one line with which a command is refused."""
+    """Run a command that is refused; returns the line that says why."""
     code, _, err = run(*command)
     assert code == 2, err
     assert "Traceback" not in err
@@ -49,7 +49,7 @@ def test_a_deleted_experiment_is_one_line_with_what_brings_it_back(workplace, ru
     assert len(client.search_runs([deleted])) == 2
 
 
-def test_a_student_of_mlflow_is_read_whatever_has_become_of_the_experiment_of_the_command(workplace, run):
+def test_a_student_is_read_from_mlflow_though_the_experiment_of_the_command_was_deleted(workplace, run):
     code, _, err = run(*TRAIN)
     assert code == 0, err
     client = MlflowClient()
@@ -58,7 +58,7 @@ def test_a_student_of_mlflow_is_read_whatever_has_become_of_the_experiment_of_th
     client.delete_experiment(other)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_EXPERIMENT_NAME", "other")
-        patch.setenv("MLFLOW_RUN_ID", UNKNOWN)  # which a command that writes no run does not look at
+        patch.setenv("MLFLOW_RUN_ID", UNKNOWN)  # a command that writes no run ignores it
         code, _, err = run("predict", "--run", f"runs:/{cell.info.run_id}", "volcano", "--output", "out.npy")
     assert code == 0, err
 
@@ -101,7 +101,7 @@ def test_a_run_of_the_environment_takes_its_experiment_along_unless_another_is_n
 def test_a_run_of_the_environment_that_holds_other_work_stays_as_it_is(opened, run, monkeypatch):
     client, info = opened
     monkeypatch.setenv("MLFLOW_RUN_ID", info.run_id)
-    for _ in range(2):  # a sweep that is repeated goes on in its own run
+    for _ in range(2):  # a repeated sweep goes on in its own run
         code, _, err = run(*TRAIN)
         assert code == 0, err
     before = client.get_run(info.run_id).to_dictionary()
@@ -130,7 +130,7 @@ def test_an_experiment_of_the_environment_that_is_not_there_is_one_line(workplac
 
 
 def sweeping(run):
-    """Run a sweep of four cells, and give what runs it again."""
+    """Run a sweep of four cells; returns a function that repeats it."""
     Path("grid.yaml").write_text(GRID)
 
     def sweep():
@@ -144,7 +144,7 @@ def sweeping(run):
 
 @pytest.fixture
 def swept(workplace, run):
-    """A sweep of four cells in a database: what runs it again."""
+    """A function that repeats a sweep of four cells, which has run."""
     return sweeping(run)
 
 
@@ -153,7 +153,7 @@ def cells(client):
 
 
 def finished(client):
-    """By name the finished cells, whose students can be read: the run, and when it was finished."""
+    """Run id and end time of each finished cell, by name, once its student has been read."""
     found = cells(client)
     assert len(found) == 4
     tracker = connect()
@@ -166,7 +166,7 @@ def models(client):
     return {model.source_run_id: model for model in client.search_logged_models([experiment(client)])}
 
 
-def test_of_finished_cells_those_whose_student_or_row_is_gone_are_trained_again(swept, caplog):
+def test_finished_cells_without_student_or_row_are_trained_again(swept, caplog):
     client = MlflowClient()
     before, held = finished(client), models(client)
     whole, deleted, short, rowless = before
@@ -186,7 +186,7 @@ def test_of_finished_cells_those_whose_student_or_row_is_gone_are_trained_again(
     assert finished(client) == after
 
 
-def test_what_a_server_has_lost_is_found_out_in_a_few_requests(workplace, run, monkeypatch, caplog):
+def test_lost_students_of_a_server_are_found_in_three_requests(workplace, run, monkeypatch, caplog):
     port = free_port()
     with mlflow_server(port):
         proxy = Faulty(port)
@@ -208,10 +208,10 @@ def test_what_a_server_has_lost_is_found_out_in_a_few_requests(workplace, run, m
         proxy.close()
 
 
-def test_what_is_deleted_while_it_is_worked_at_is_no_traceback(workplace, data):
+def test_a_run_that_is_deleted_while_its_cell_trains_causes_no_traceback(workplace, data):
     tracker, cell = connect(), Cell()
     claims = Claims(tracker, "sweep", "1")
-    with claims.join(claims.open_parent("grid", {})):
+    with claims.below(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, Spool(workplace / ".spool"), {cell: "key"}, {})
         assert recorder.take([cell]) == [cell]
         tracker.client.delete_run(recorder.open["key"].id)
@@ -222,7 +222,7 @@ def test_what_is_deleted_while_it_is_worked_at_is_no_traceback(workplace, data):
             retry_tracking(lambda: claims.parent_run.set_tags({"a": "b"}))
 
 
-def test_a_sweep_all_of_whose_students_were_deleted_is_as_good_as_new(swept, run):
+def test_a_sweep_whose_students_were_all_deleted_is_trained_again(swept, run):
     client = MlflowClient()
     [parent] = client.search_runs([experiment(client)], "tags.role = 'sweep'")
     for model in client.search_logged_models([experiment(client)]):
@@ -243,7 +243,7 @@ def test_a_sweep_all_of_whose_students_were_deleted_is_as_good_as_new(swept, run
     assert code == 0, err
 
 
-def test_where_all_artifacts_were_removed_the_sweep_is_trained_again(swept, run, caplog):
+def test_a_sweep_whose_artifacts_were_all_removed_is_trained_again(swept, run, caplog):
     client = MlflowClient()
     [parent] = client.search_runs([experiment(client)], "tags.role = 'sweep'")
     shutil.rmtree("mlruns")

@@ -1,4 +1,4 @@
-"""A tracking server that demands credentials, and one that is not there yet."""
+"""A tracking server that demands credentials, one that starts late, and the plugin of ``mlflow run``."""
 
 import base64
 import os
@@ -30,9 +30,15 @@ def train(uri, *arguments, **environment):
     )
 
 
+def test_the_plugin_of_mlflow_run_needs_no_mlflow_to_be_imported():
+    # MLflow imports its plugins while it is half imported itself; one that needs it then is dropped with a warning.
+    check = "import sys, pipeline.tracking.plugins; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
 @pytest.fixture
 def locked(workplace):
-    """A lock in front of a real tracking server, and the server without it."""
+    """A proxy that demands credentials, and the address of the real tracking server behind it."""
     port = free_port()
     with mlflow_server(port):
         proxy = Faulty(port)
@@ -40,7 +46,7 @@ def locked(workplace):
         proxy.close()
 
 
-def test_credentials_are_respected_and_stand_nowhere(locked, workplace):
+def test_credentials_are_used_and_written_nowhere(locked, workplace):
     proxy, behind = locked
     for number, (right, authorization) in enumerate(((BASIC, f"Basic {ENCODED}"), (TOKEN, f"Bearer {SECRET}"))):
         proxy.authorization, proxy.refused = authorization, 0
@@ -66,7 +72,7 @@ def test_credentials_are_respected_and_stand_nowhere(locked, workplace):
         assert ENCODED.encode() not in held, path
 
 
-def test_a_token_that_expires_meanwhile_is_said_in_one_line_and_loses_nothing(locked):
+def test_a_token_that_expires_during_training_is_reported_in_one_line_and_loses_nothing(locked):
     proxy, behind = locked
     proxy.authorization = f"Bearer {SECRET}"
     client = MlflowClient(behind)
@@ -89,12 +95,12 @@ def test_a_token_that_expires_meanwhile_is_said_in_one_line_and_loses_nothing(lo
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
 
 
-def test_a_server_that_starts_with_those_who_need_it_is_waited_for(workplace):
+def test_a_command_waits_for_a_server_that_starts_late(workplace):
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     begin = time.monotonic()
     done = train(uri, TRACKING_PATIENCE_SECONDS="1")
-    assert done.returncode == 1  # out of reach is no wrong input: a Job tries again
+    assert done.returncode == 1  # not 2, wrong input: a Kubernetes job tries again
     assert f"{uri}: has not answered for 1 s" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     process = threading.Thread(target=lambda: results.append(train(uri, TRACKING_PATIENCE_SECONDS="120")))
@@ -107,18 +113,18 @@ def test_a_server_that_starts_with_those_who_need_it_is_waited_for(workplace):
         runs = client.search_runs([client.get_experiment_by_name(NAME).experiment_id])
     assert results[0].returncode == 0, results[0].stderr
     assert f"waiting for the tracking server {uri} (nothing answers there): 0 of at most 120 s" in results[0].stderr
-    assert "Retry" not in results[0].stderr  # lines of ours only
+    assert "Retry" not in results[0].stderr  # our own log lines only
     assert "make ui" not in results[0].stdout  # the run is on a server
     assert f"{uri}/#/experiments/" in results[0].stdout
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert Path("results").is_dir()
 
 
-def test_an_ingress_that_is_not_ready_is_waited_for_like_a_server_that_is_not_there(locked):
+def test_a_command_waits_for_an_ingress_without_a_server_behind_it(locked):
     proxy, behind = locked
     proxy.absent = True
     done = train(proxy.url)
-    assert done.returncode == 2  # at a terminal a wrong address is said at once
+    assert done.returncode == 2  # at a terminal a wrong address is reported at once
     assert "error code 404" in done.stderr.splitlines()[-1]
     done = train(proxy.url, TRACKING_PATIENCE_SECONDS="1")
     assert done.returncode == 1
@@ -137,7 +143,7 @@ def test_an_ingress_that_is_not_ready_is_waited_for_like_a_server_that_is_not_th
         (found := client.get_experiment_by_name(NAME)) and client.search_runs([found.experiment_id])
     ):
         time.sleep(0.1)
-    proxy.absent = True  # and again while cells train
+    proxy.absent = True  # once more while cells train
     time.sleep(5)
     proxy.absent = False
     process.join()

@@ -1,0 +1,117 @@
+"""The parent run of a sweep: one for all workers, also for those that start at the same moment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping
+
+from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from pipeline import interrupts
+from pipeline.errors import InputError
+from pipeline.interrupts import closed_by
+from pipeline.tracking.experiment import RUN, occupied
+from pipeline.tracking.runs import Run
+from pipeline.tracking.tracker import Tracker
+
+PEER_SECONDS = 1.0  # longer than a worker needs to look for a run and, where there is none, to create it
+IsAtWork = Callable[[MlflowRun], bool]
+
+
+def open_sweep(tracker: Tracker, sweep_id: str, name: str, tags: Mapping[str, str], is_at_work: IsAtWork) -> Run:
+    """Open the parent run of a sweep, the same for all workers that ask at the same time.
+
+    A sweep of the same id goes on in the same run. Under ``mlflow run`` the run that it opened is the parent, unless
+    others are at work on the sweep.
+
+    Args:
+        tracker: the tracking server.
+        sweep_id: the sweep.
+        name: the run's name.
+        tags: the run's tags; those that the sweep's first worker recorded stay.
+        is_at_work: whether a worker lives below a parent run.
+
+    Returns:
+        The parent run.
+
+    Raises:
+        InputError: the run of the environment holds another finished sweep.
+    """
+    begin, client, opened = time.monotonic(), tracker.client, os.environ.get(RUN)
+    if opened:
+        current = client.get_run(opened)
+        if current.info.status == "FINISHED" and current.data.tags.get("sweep_id", sweep_id) != sweep_id:
+            raise InputError(occupied(current))
+    earlier = {run.info.run_id: run for run in tracker.runs("sweep", sweep_id=sweep_id)}
+    if opened in earlier:
+        parent: MlflowRun | None = earlier[opened]
+    else:
+        usable = [run for run in earlier.values() if opened is None or is_at_work(run)]
+        parent = max(usable, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
+    if parent is None:
+        own = tracker.open_run(name, {**tags, "sweep_id": sweep_id, "role": "candidate"})
+        with closed_by(lambda: own.end("KILLED")):
+            wait_for_peers(begin)
+            parent = _elect(tracker, sweep_id, set(earlier), is_at_work)
+    run = tracker.as_run(parent)
+    with closed_by(lambda: None if is_at_work(client.get_run(run.id)) else run.end("KILLED")):
+        new_tags = {key: value for key, value in tags.items() if key not in parent.data.tags}
+        tracker.reopen(parent, new_tags | {"role": "sweep"})
+        for candidate in tracker.runs("candidate", sweep_id=sweep_id):
+            tracker.discard(candidate, f"took part in sweep {sweep_id}, whose cells are below run {run.id}")
+        _adopt_cells(tracker, sweep_id, earlier, run)
+        if opened not in (None, run.id):
+            tracker.discard(client.get_run(opened), f"sweep {sweep_id} goes on in run {run.id}")
+    return run
+
+
+def _adopt_cells(tracker: Tracker, sweep_id: str, earlier: Mapping[str, MlflowRun], run: Run) -> None:
+    """Move the cells whose parent was deleted or is unfinished below the run."""
+    keeping = {run_id for run_id, parent in earlier.items() if parent.info.status == "FINISHED"} | {run.id}
+    if earlier and set(earlier) <= keeping:
+        return
+    for cell in tracker.runs("cell", sweep_id=sweep_id):
+        if cell.data.tags[MLFLOW_PARENT_RUN_ID] not in keeping:
+            tracker.client.set_tag(cell.info.run_id, MLFLOW_PARENT_RUN_ID, run.id)
+
+
+def _elect(tracker: Tracker, sweep_id: str, earlier: set[str], is_at_work: IsAtWork) -> MlflowRun:
+    """Elect one parent among the candidates of several workers."""
+    # Runs have no unique names, and workers do not see the same candidates: a slow one comes late, a quick one has
+    # looked early. So each worker marks the candidate with the least id that it sees, and waits until all have. Then
+    # all see the same marked runs, and choose the least of those below which a worker lives, or the least of all.
+
+    def marked() -> list[MlflowRun]:
+        return [run for run in tracker.runs("sweep", sweep_id=sweep_id) if run.info.run_id not in earlier]
+
+    found: list[MlflowRun] = []
+    while not found:
+        begin = time.monotonic()
+        if standing := marked() or tracker.runs("candidate", sweep_id=sweep_id):
+            with contextlib.suppress(MlflowException):  # a worker that saw a lesser one has removed this one
+                tracker.client.set_tag(min(standing, key=id_of).info.run_id, "role", "sweep")
+        wait_for_peers(begin)
+        found = marked()
+    parent = min([run for run in found if is_at_work(run)] or found, key=id_of)
+    for run in found:
+        if run is not parent:
+            tracker.discard(run, f"took part in sweep {sweep_id}, whose cells are below run {parent.info.run_id}")
+    return parent
+
+
+def id_of(run: MlflowRun) -> str:
+    """The run's id, by which all workers order runs alike."""
+    return str(run.info.run_id)
+
+
+def wait_for_peers(begin: float) -> None:
+    """Wait until all workers that looked at the same time have created what they found missing.
+
+    Args:
+        begin: when this worker began to look, by `time.monotonic`; others may take twice as long as it took.
+    """
+    interrupts.sleep(max(PEER_SECONDS, 2 * (time.monotonic() - begin)))
