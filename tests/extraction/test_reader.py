@@ -244,7 +244,7 @@ from pathlib import Path
 from pipeline.data.concepts import read_catalogue
 from pipeline.extraction.reader import read_parts
 from pipeline.storage import Output
-from pipeline.extraction.parts import Plan, merge
+from pipeline.extraction.parts import PartPlan, merge
 from pipeline.extraction.request import make_request
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.find import find_teacher
@@ -253,7 +253,7 @@ from processes import each_line
 def extract(output):
     source = find_teacher(sys.argv[1])
     request = make_request(source, read_catalogue("wordfreq:en:8000"), layers="all", templates=["The {concept}"])
-    plan = Plan.open(Output(Path(output)), request, 32, 40, 128)
+    plan = PartPlan.open(Output(Path(output)), request, 32, 40, 128)
     read_parts(load_teacher(source), request, plan, plan.missing())
     merge(request, plan)
 
