@@ -20,7 +20,7 @@ from pipeline.devices import hint
 from pipeline.errors import InputError, choices
 from pipeline.extraction import vocabulary
 from pipeline.extraction.audit import Audit, audit
-from pipeline.extraction.check import Comparison, compare, reference
+from pipeline.extraction.check import Comparison, compare, reference_vectors
 from pipeline.extraction.parts import PartPlan, merge
 from pipeline.extraction.reader import Cost, automatic_batch_tokens, read_parts
 from pipeline.extraction.request import (
@@ -28,16 +28,16 @@ from pipeline.extraction.request import (
     as_merged,
     check_output,
     check_prompts,
-    header_of,
     is_extracted,
     make_request,
+    read_output_header,
 )
 from pipeline.extraction.vocabulary import Bar
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
 from pipeline.settings import ExtractOptions
 from pipeline.storage import Output, file_name, put
-from pipeline.teachers.find import Source, Teacher, find_teacher
-from pipeline.teachers.load import load_teacher, load_untouched, prepared
+from pipeline.teachers.find import Teacher, TeacherSource, find_teacher
+from pipeline.teachers.load import apply_precision, load_teacher, load_untouched
 from pipeline.teachers.residuals import flops_per_token
 from pipeline.tracking import Run, closing, connect, retry_tracking
 
@@ -89,7 +89,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
         retry_tracking(lambda: run.log_params(asdict(options)))
         if held:
             output.leave()
-            known = {"cache": "hit", "vectors_sha256": (header_of(output) or {})["sha256"]}
+            known = {"cache": "hit", "vectors_sha256": (read_output_header(output) or {})["sha256"]}
             retry_tracking(lambda: run.set_tags(known))
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
         plan, teacher, compared = _share(options, accelerator, source, request, output, shard, bar, run)
@@ -124,7 +124,7 @@ def _no_bar(_concepts: int) -> Iterator[Callable[[float], None]]:
 def _share(
     options: ExtractOptions,
     accelerator: Accelerator,
-    source: Source,
+    source: TeacherSource,
     request: Request,
     output: Output,
     shard: Worker,
@@ -174,7 +174,7 @@ def _share(
 
 
 def _loaded(
-    source: Source, request: Request, options: ExtractOptions, accelerator: Accelerator
+    source: TeacherSource, request: Request, options: ExtractOptions, accelerator: Accelerator
 ) -> tuple[Teacher, Comparison | None]:
     """The teacher, and how it compares with the untouched model.
 
@@ -184,17 +184,17 @@ def _loaded(
     untouched = load_untouched(source, accelerator.device, options.device_map)
     is_asked = options.check == "on" or (options.check == "auto" and not source.is_tested)
     if not is_asked or not accelerator.is_main_process:
-        return prepared(untouched), None
+        return apply_precision(untouched), None
     log.info("checking a few prompts against the model's own pass")
-    expected = reference(untouched, request)
-    teacher = prepared(untouched)
+    expected = reference_vectors(untouched, request)
+    teacher = apply_precision(untouched)
     return teacher, compare(teacher, request, expected)
 
 
 def _write_vocabulary(teacher: Teacher, request: Request, output: Output, bar: Bar) -> str:
     """Leave the vocabulary beside the vectors file; where it is."""
     place, path = vocabulary.beside(str(output)), Path(vocabulary.beside(str(output.path)))
-    vocabulary.write(vocabulary.read_from(teacher, request, bar), path)
+    vocabulary.write(vocabulary.read_teacher_vocabulary(teacher, request, bar), path)
     if output.url is not None:
         put(path, place)
     return place

@@ -19,7 +19,7 @@ from pipeline.errors import WorkError
 from pipeline.extraction.reader import TOLERANCE, Reader, plain_vectors
 from pipeline.extraction.request import Request
 from pipeline.teachers.find import Teacher
-from pipeline.teachers.load import is_plain
+from pipeline.teachers.load import has_plain_weights
 from pipeline.teachers.prompts import Prompt, tokenize
 
 ENDS = 2  # the shortest and the longest concepts, so many of each
@@ -73,7 +73,7 @@ class Comparison:
         return {"check_error": max(self.errors), "check_prompts": self.prompts}
 
 
-def reference(teacher: Teacher, request: Request) -> Reference:
+def reference_vectors(teacher: Teacher, request: Request) -> Reference:
     """Run a few of a request's prompts through a teacher from `load_untouched`: the shortest and longest among them."""
     by_length = sorted(request.concepts, key=len)
     middle = by_length[ENDS : len(by_length) - ENDS]
@@ -86,7 +86,7 @@ def reference(teacher: Teacher, request: Request) -> Reference:
 
     plain = vectors()
     exact = None
-    if teacher.dtype != "float32" and is_plain(teacher.model):
+    if teacher.dtype != "float32" and has_plain_weights(teacher.model):
         with in_float32(teacher.model):
             exact = vectors()
     return Reference(prompts, plain, exact)
@@ -98,7 +98,7 @@ def compare(teacher: Teacher, request: Request, expected: Reference) -> Comparis
     Args:
         teacher: the model as the extraction uses it.
         request: what is asked for.
-        expected: what `reference` found.
+        expected: what `reference_vectors` found.
 
     Raises:
         WorkError: a block's vectors are too far apart.

@@ -21,8 +21,8 @@ from pipeline.extraction.parts import Part, PartPlan
 from pipeline.extraction.request import Request
 from pipeline.storage import write_atomically
 from pipeline.teachers.find import Teacher
-from pipeline.teachers.prompts import Prompt, beginning_of, tokenize
-from pipeline.teachers.residuals import CannotShare, can_share, prefix_states, residuals, tree_residuals
+from pipeline.teachers.prompts import Prompt, template_prefix, tokenize
+from pipeline.teachers.residuals import TreeUnsupported, can_run_trees, prefix_states, residuals, tree_residuals
 from pipeline.teachers.token_tree import TokenTree, common_prefix, grow
 
 CPU_BATCH_TOKENS = 1536  # matrix products reach their full rate there, and activations still fit in the cache
@@ -149,7 +149,7 @@ def read_vocabulary(
 
     The token stands after what the template begins with, as in `Reader.read_isolated_tokens`.
     """
-    before = beginning_of(teacher, template)
+    before = template_prefix(teacher, template)
     prompts = [Prompt([*before, token], [len(before)]) for token in range(len(teacher.embedding_table))]
     return _read_prompts(teacher, prompts, block, "mean", batch_tokens, progress)
 
@@ -186,8 +186,8 @@ class Reader:
         self.teacher, self.request, self.progress = teacher, request, progress
         self.batch_tokens = batch_tokens
         self.shared: bool | None = None  # unknown until the first tree has been compared with the plain pass
-        if not can_share(teacher):
-            self._go_on_whole(CannotShare("attention that cannot be exchanged, or a convolution over tokens"))
+        if not can_run_trees(teacher):
+            self._go_on_whole(TreeUnsupported("attention that cannot be exchanged, or a convolution over tokens"))
 
     def read(self, prompts: Sequence[Sequence[Prompt]]) -> tuple[Tensor, int]:
         """The vectors of a part, ``[rows, templates, layers, d_model]`` in float32, and how many tokens ran for them.
@@ -198,7 +198,7 @@ class Reader:
         while True:
             try:
                 return self._read(prompts)
-            except CannotShare as error:
+            except TreeUnsupported as error:
                 self._go_on_whole(error)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
                 if _is_out_of_memory(error):
@@ -226,8 +226,8 @@ class Reader:
         block, width = self.request.token_block, self.teacher.d_model
         if block is None:
             return np.empty((0, width), np.float32)
-        types = np.unique([token for prompt in prompts for token in prompt.own_ids])
-        before = beginning_of(self.teacher, self.request.templates[0])
+        types = np.unique([token for prompt in prompts for token in prompt.concept_ids])
+        before = template_prefix(self.teacher, self.request.templates[0])
         values = np.empty((len(types), width), np.float32)
         step = max(1, self.batch_tokens // (len(before) + 1))
         for start in range(0, len(types), step):
@@ -278,7 +278,7 @@ class Reader:
             plain = plain_vectors(self.teacher, prompts[row], self.request.layers, self.request.pool)
             error = (pooled[row] - plain).norm(dim=-1) / plain.norm(dim=-1)
             if not (error < TOLERANCE[self.request.dtype]).all():
-                raise CannotShare(f"vectors differ from the plain pass by {float(error.max()):.2g}")
+                raise TreeUnsupported(f"vectors differ from the plain pass by {float(error.max()):.2g}")
         self.shared = True
 
     def _batches(
@@ -372,7 +372,7 @@ def _write_part(
             f"--dtype {request.dtype}: the vector of {request.concepts[part.start + row]!r} is not finite in it; "
             "try --dtype float32"
         )
-    own = [prompt.own_ids for prompt in prompts[0]]
+    own = [prompt.concept_ids for prompt in prompts[0]]
     starts = [[prompt.read(request.pool)[0] for prompt in of_template] for of_template in prompts]
     ids = np.array([token for tokens in own for token in tokens], np.int64)
     vocab = np.unique(ids)

@@ -19,7 +19,7 @@ from pipeline.data.vectors import FORMAT, UNSAID, parse_header, read_header, rea
 from pipeline.errors import InputError, choices
 from pipeline.storage import Output, beginning
 from pipeline.student.tokenizer import nfc
-from pipeline.teachers.find import Source, parse_layers
+from pipeline.teachers.find import TeacherSource, parse_layers
 
 POOLS = ("last", "mean")
 # What the key says of the computation: raised by hand (activation-vectors-3.1, ...) whenever an extraction gives other
@@ -87,7 +87,7 @@ class Request:
 
 
 def make_request(
-    source: Source,
+    source: TeacherSource,
     catalogue: Catalogue,
     *,
     layers: str,
@@ -129,7 +129,7 @@ def make_request(
         token_block=token_block,
         language=catalogue.language,
         tokenizer=source.tokenizer,
-        reader=1 if source.was_read_rightly else 2,
+        reader=1 if source.was_always_read_correctly else 2,
     )
 
 
@@ -148,7 +148,7 @@ def check_prompts(templates: Sequence[str], pool: str) -> None:
         raise choices("pool", pool, POOLS)
 
 
-def header_of(output: Output) -> dict[str, str] | None:
+def read_output_header(output: Output) -> dict[str, str] | None:
     """What stands at an output says of itself; nothing if it is no vectors file, None if nothing stands there.
 
     Raises:
@@ -167,7 +167,7 @@ def header_of(output: Output) -> dict[str, str] | None:
 
 def is_extracted(output: Output, request: Request) -> bool:
     """Whether the output holds the answer to this very request already, whole (S3 shows nothing that is not)."""
-    if output.path.suffix == ".pt" or not request.is_answered_by(header_of(output)):
+    if output.path.suffix == ".pt" or not request.is_answered_by(read_output_header(output)):
         return False
     try:
         return output.url is not None or bool(read_header(output.path))
@@ -177,7 +177,7 @@ def is_extracted(output: Output, request: Request) -> bool:
 
 def as_merged(output: Output, request: Request) -> Request:
     """The request in the precision that other shards took, where they have merged already; else as it is."""
-    header = header_of(output) or {}
+    header = read_output_header(output) or {}
     merged = replace(request, dtype=header.get("dtype", request.dtype))
     return merged if merged.is_answered_by(header) else request
 
@@ -194,7 +194,7 @@ def check_output(output: Output, request: Request, concepts: str, overwrite: boo
     Raises:
         InputError: something else stands there.
     """
-    header = header_of(output)
+    header = read_output_header(output)
     if header is None or (request.is_answered_by(header) and output.path.suffix != ".pt"):
         return
     if output.url is None and Path(concepts).exists() and output.path.samefile(concepts):

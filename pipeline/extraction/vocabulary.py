@@ -62,7 +62,7 @@ def key_of(of: Vectors | Request) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def read_from(teacher: Teacher, of: Vectors | Request, bar: Bar) -> Vocabulary:
+def read_teacher_vocabulary(teacher: Teacher, of: Vectors | Request, bar: Bar) -> Vocabulary:
     """Read a teacher's vocabulary.
 
     Args:
@@ -150,7 +150,7 @@ def find(
             raise InputError(f"{vectors.teacher}: another tokenizer than the vectors' ({vectors.tokenizer})")
         log.info("reading the vocabulary of %s, so that the student answers for any text", source.name)
         teacher = load_teacher(source, device, device_map)
-        made = read_from(teacher, vectors, bar)
+        made = read_teacher_vocabulary(teacher, vectors, bar)
     except InputError as error:
         log.warning("warning: no %s and no teacher (%s)", path, error)
         return None
@@ -185,7 +185,7 @@ def _agrees(vocabulary: Vocabulary, vectors: Vectors) -> bool:
     return True
 
 
-def tokenization_of(vocabulary: Vocabulary, vectors: Vectors) -> Tokenization:
+def fastest_tokenization(vocabulary: Vocabulary, vectors: Vectors) -> Tokenization:
     """The quickest way to the tokens that the vectors file has: less of the prompt, word by word, where they agree.
 
     Raises:

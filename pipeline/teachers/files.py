@@ -25,7 +25,7 @@ LFS_POINTER = b"version https://git-lfs"
 log = logging.getLogger(__name__)
 
 
-def files_of(name: str, folder: Path) -> list[Path]:
+def revision_files(name: str, folder: Path) -> list[Path]:
     """The files of a folder that make up a model's revision.
 
     Raises:
@@ -63,7 +63,7 @@ def weight_files(name: str, source: Path | str) -> Iterator[Path]:
         if (source / whole).is_file():
             yield source / whole
         elif index.is_file():
-            with advised(name, str(index)):
+            with translate_load_errors(name, str(index)):
                 parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             for part in parts:
                 if not (source / part).is_file():
@@ -74,7 +74,7 @@ def weight_files(name: str, source: Path | str) -> Iterator[Path]:
         return
 
 
-def check_whole(name: str, file: Path) -> None:
+def check_weight_file(name: str, file: Path) -> None:
     """Check that a local file of weights is whole, before the library opens it.
 
     Raises:
@@ -104,7 +104,7 @@ def hash_files(files: Sequence[Path]) -> str:
 
 
 @contextmanager
-def advised(name: str, location: str) -> Iterator[None]:
+def translate_load_errors(name: str, location: str) -> Iterator[None]:
     """Turn whatever a library raises on files that are not as they should be into one line.
 
     Raises:
@@ -130,7 +130,7 @@ def _advice(name: str, location: str, error: Exception) -> str:
 
 
 @contextmanager
-def quiet(downloads: bool) -> Iterator[None]:
+def silence_libraries(downloads: bool) -> Iterator[None]:
     """No word of the libraries, except with ``--verbose``.
 
     Args:

@@ -25,9 +25,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from pipeline.devices import of_teacher
 from pipeline.errors import InputError, choices
 from pipeline.storage import fetch, is_remote, own_name
-from pipeline.teachers.families import HUB_IDS, SHARED, SINKS, TESTED
-from pipeline.teachers.files import advised, check_whole, files_of, hash_files, quiet, weight_files
-from pipeline.teachers.tokenizer import fingerprint
+from pipeline.teachers.families import HUB_IDS, SINK_FAMILIES, TESTED_FAMILIES, TREE_FAMILIES
+from pipeline.teachers.files import (
+    check_weight_file,
+    hash_files,
+    revision_files,
+    silence_libraries,
+    translate_load_errors,
+    weight_files,
+)
+from pipeline.teachers.tokenizer import hash_tokenizer
 
 # Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
 # the same vectors, with a network or without; the hub id asks for the unquantised weights.
@@ -40,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
+class TeacherSource:
     """Where a teacher's weights are and what they are, found without loading them.
 
     Attributes:
@@ -70,16 +77,18 @@ class Source:
     def is_tested(self) -> bool:
         """Whether the suite compares models of this family with the plain pass; never where they bring own code."""
         own_code = getattr(self.config, "auto_map", None) or getattr(self.config, "quantization_config", None)
-        return not own_code and self.config.model_type in TESTED
+        return not own_code and self.config.model_type in TESTED_FAMILIES
 
     @property
-    def was_read_rightly(self) -> bool:
+    def was_always_read_correctly(self) -> bool:
         """Whether all versions of the program give its vectors.
 
         Attention alone mixes its tokens, without sinks; it reads no images; and it is no GGUF file, except those that
         packages carry, which are known to have been right.
         """
-        has_plain_attention = self.config.model_type in SHARED - SINKS and self.config.get_text_config() is self.config
+        has_plain_attention = (
+            self.config.model_type in TREE_FAMILIES - SINK_FAMILIES and self.config.get_text_config() is self.config
+        )
         return self.is_tested and has_plain_attention and (not self.is_packed or self.name in PACKAGED)
 
     @property
@@ -93,7 +102,7 @@ class Teacher:
     """A causal language model ready to be read.
 
     Attributes:
-        name, revision, dtype: as in its `Source`.
+        name, revision, dtype: as in its `TeacherSource`.
         model: the transformer without its language-model head.
         tokenizer: a tokenizer that gives character offsets.
         blocks: the transformer blocks, in order.
@@ -165,7 +174,7 @@ class Teacher:
 
 def find_teacher(
     name: str, dtype: str = "auto", device: torch.device | str = "cpu", trust_remote_code: bool = False
-) -> Source:
+) -> TeacherSource:
     """Find a teacher and read its configuration, not its weights.
 
     Args:
@@ -183,21 +192,21 @@ def find_teacher(
     location = str(source)
     if isinstance(source, Path) and source.is_file():
         options["gguf_file"], location = source.name, str(source.parent)
-    with advised(name, location):
+    with translate_load_errors(name, location):
         weights = tuple(weight_files(name, source))
         for file in weights:
-            check_whole(name, file)
-        with quiet(downloads=not files):
+            check_weight_file(name, file)
+        with silence_libraries(downloads=not files):
             config = AutoConfig.from_pretrained(location, **options)
         revision = hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
-        tokenizer = fingerprint(source) if isinstance(source, Path) and source.is_dir() else ""
+        tokenizer = hash_tokenizer(source) if isinstance(source, Path) and source.is_dir() else ""
     depth, d_model = _text_sizes(name, config)
     known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
     precision = _resolve_dtype(dtype, torch.device(device), getattr(config, "dtype", None))
-    return Source(known_as, revision, depth, precision, location, options, config, d_model, weights, tokenizer)
+    return TeacherSource(known_as, revision, depth, precision, location, options, config, d_model, weights, tokenizer)
 
 
-def warn_of_another(source: Source, revision: str, tokenizer: str) -> None:
+def warn_if_different(source: TeacherSource, revision: str, tokenizer: str) -> None:
     """Warn where a teacher's weights or tokenizer are not those that vectors were read with.
 
     Args:
@@ -218,7 +227,7 @@ def _locate(name: str) -> tuple[Path | str, list[Path]]:
     """Where the weights are (a local path or a hub id), and the local files that make up the revision."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return path, files_of(name, path)
+        return path, revision_files(name, path)
     if path.suffix.lower() == GGUF:
         if not path.is_file():
             raise InputError(f"--teacher {name}: no such file")

@@ -84,7 +84,7 @@ def _save_as_it_is(tokenizer: Any, folder: Path) -> None:
     plain(tokenizer_object=tokenizer.backend_tokenizer, **special).save_pretrained(folder)
 
 
-def unpacked(
+def unpack_gguf(
     path: Path, revision: str, config: Any, options: dict[str, Any], check: Callable[[Any, dict[str, Any]], None]
 ) -> Path | None:
     """The folder with the weights of a GGUF file in float32, which is exact, and its tokenizer, in the hub's cache.

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Bits
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import InputError
-from pipeline.teachers.files import advised, quiet
-from pipeline.teachers.find import DTYPES, Source, Teacher
-from pipeline.teachers.gguf import check_read, unpacked
+from pipeline.teachers.files import silence_libraries, translate_load_errors
+from pipeline.teachers.find import DTYPES, Teacher, TeacherSource
+from pipeline.teachers.gguf import check_read, unpack_gguf
 from pipeline.teachers.residuals import residuals
 from pipeline.teachers.tokenizer import check_vocabulary, load_tokenizer
 
@@ -27,7 +27,7 @@ PROBE = (3, 5, 7, 11)  # any tokens, of which each vocabulary has as many
 log = logging.getLogger(__name__)
 
 
-def load_teacher(source: Source, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
+def load_teacher(source: TeacherSource, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
     """Load a teacher's weights, with its matrix products in the source's precision.
 
     Args:
@@ -38,10 +38,10 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
     Raises:
         InputError: the weights cannot be read or reached, some are missing, or it is no causal language model.
     """
-    return prepared(load_untouched(source, device, device_map))
+    return apply_precision(load_untouched(source, device, device_map))
 
 
-def load_untouched(source: Source, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
+def load_untouched(source: TeacherSource, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
     """A teacher as the library loads it in the source's precision; arguments and errors as of `load_teacher`."""
     location, own = source.location, dict(source.options)
     log.info("loading %s%s", source.name, _size(source.files))
@@ -50,8 +50,8 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
         _check_loaded(source.name, causal, found)
 
     if "gguf_file" in own:
-        with advised(source.name, location), quiet(downloads=False):
-            folder = unpacked(Path(location, own["gguf_file"]), source.revision, source.config, own, check)
+        with translate_load_errors(source.name, location), silence_libraries(downloads=False):
+            folder = unpack_gguf(Path(location, own["gguf_file"]), source.revision, source.config, own, check)
         if folder is not None:
             location = str(folder)
             del own["gguf_file"]
@@ -66,7 +66,7 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
         options["dtype"] = torch.float32 if "gguf_file" in source.options else DTYPES[source.dtype]
     if device_map:
         options["device_map"] = device_map
-    with advised(source.name, source.location), quiet(downloads=not source.files):
+    with translate_load_errors(source.name, source.location), silence_libraries(downloads=not source.files):
         tokenizer = load_tokenizer(source.name, location, source.config, own)
         causal, found = _model_class(source).from_pretrained(
             location, config=source.config, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -78,7 +78,7 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
     if "device_map" not in options:
         model.to(device)
     causal.eval().requires_grad_(False)
-    with advised(source.name, source.location):
+    with translate_load_errors(source.name, source.location):
         blocks = _find_blocks(model, source)
         teacher = Teacher(
             source.name, source.revision, model, tokenizer, blocks, source.d_model, source.dtype, causal,
@@ -90,11 +90,11 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
     return teacher
 
 
-def prepared(teacher: Teacher) -> Teacher:
+def apply_precision(teacher: Teacher) -> Teacher:
     """The teacher with its matrix products in its short type, where it has one and weights that allow it; the same."""
     model: Any = teacher.model
     causal = teacher.causal
-    if teacher.dtype not in ("bfloat16", "float16") or not is_plain(model):
+    if teacher.dtype not in ("bfloat16", "float16") or not has_plain_weights(model):
         return teacher
     dtype = DTYPES[teacher.dtype]
     hooks = _shorten(model, dtype)
@@ -116,7 +116,7 @@ def _products(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
 
 
-def is_plain(model: nn.Module) -> bool:
+def has_plain_weights(model: nn.Module) -> bool:
     """Whether weights are numbers of 16 bits or more, one a place: packed ones (4 bits, 8 bits) stay as they are."""
     weights = [module.weight for module in _products(model)]
     is_quantised = getattr(model.config, "quantization_config", None) or getattr(model, "hf_quantizer", None)
@@ -154,7 +154,7 @@ def _shorten(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
     return hooks
 
 
-def _model_class(source: Source) -> Any:
+def _model_class(source: TeacherSource) -> Any:
     """The class that loads it: a causal language model, or one that reads images too and holds one."""
     kind = type(source.config)
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
@@ -193,7 +193,7 @@ def _check_loaded(name: str, causal: Any, found: dict[str, Any]) -> None:
     raise InputError(f"--teacher {name}: {reason}")
 
 
-def _find_blocks(model: Any, source: Source) -> Sequence[nn.Module]:
+def _find_blocks(model: Any, source: TeacherSource) -> Sequence[nn.Module]:
     """The transformer blocks, in order: of the module lists as long as the configuration says, the one that runs.
 
     A tower for images may be as deep as the text model. A few tokens tell them apart.

@@ -24,7 +24,7 @@ class Prompt:
     own: list[int]
 
     @property
-    def own_ids(self) -> list[int]:
+    def concept_ids(self) -> list[int]:
         """The concept's own tokens."""
         return [self.token_ids[position] for position in self.own]
 
@@ -55,7 +55,7 @@ def tokenize(teacher: Teacher, concepts: Sequence[str], template: str) -> list[P
     return prompts
 
 
-def beginning_of(teacher: Teacher, template: str) -> list[int]:
+def template_prefix(teacher: Teacher, template: str) -> list[int]:
     """The tokens of what stands before the concept."""
     [(ids, _)] = _encode(teacher, [template[: template.index("{concept}")].rstrip()])
     return ids

@@ -93,7 +93,7 @@ def residuals(teacher: Teacher, token_ids: Tensor, layers: Sequence[int]) -> Ten
     return torch.stack([read[layer].to(teacher.device) for layer in layers])
 
 
-class CannotShare(Exception):  # noqa: N818 (not an error)
+class TreeUnsupported(Exception):  # noqa: N818 (not an error)
     """Something besides the exchanged attention carries over from one token to the next; prompts must run whole."""
 
 
@@ -146,10 +146,10 @@ def _tree_attention(
     assert branches is not None
     unknown = [name for name, given in others.items() if name not in HARMLESS and given is not None]
     if mask is not None or unknown:
-        raise CannotShare(f"attention takes {', '.join(unknown) or 'a mask of its own'}")
+        raise TreeUnsupported(f"attention takes {', '.join(unknown) or 'a mask of its own'}")
     branches.called.append(module.layer_idx)
     if sliding_window is None and branches.longest > _window(module):
-        raise CannotShare("a window that attention is not told")
+        raise TreeUnsupported("a window that attention is not told")
     heads, nodes, head_dim = query.shape[1:]
     groups = key.shape[1]
     scaling = head_dim**-0.5 if scaling is None else scaling
@@ -210,7 +210,7 @@ def _rotary_limit(config: Any) -> float:
     return min((limit for limit in limits if limit), default=0)
 
 
-def can_share(teacher: Teacher) -> bool:
+def can_run_trees(teacher: Teacher) -> bool:
     """Whether prompts may run as a tree, as far as the model's kind tells.
 
     Its attention must be one that can be exchanged, and no convolution may run over the tokens.
@@ -257,7 +257,7 @@ def tree_residuals(
     """
     device, longest = teacher.device, int(tree.depths.max()) + 1
     if longest > _rotary_limit(teacher.model.config.get_text_config()):
-        raise CannotShare("rotary positions that change with the longest prompt of a pass")
+        raise TreeUnsupported("rotary positions that change with the longest prompt of a pass")
     levels = [(start, _to(way, device)) for start, way in tree.levels]
     called: list[int] = []
     token = _branches.set(_Branches(prefix, levels, longest, called))
@@ -271,7 +271,7 @@ def tree_residuals(
     finally:
         _branches.reset(token)
     if sorted(called) != list(range(layers[-1])):
-        raise CannotShare("blocks without attention, or with attention that cannot be exchanged")
+        raise TreeUnsupported("blocks without attention, or with attention that cannot be exchanged")
     return [read[layer][0].to(device) for layer in layers]
 
 

@@ -30,7 +30,7 @@ FEW = 0.75  # of the embeddings' rows; vocabularies padded to a round number lea
 log = logging.getLogger(__name__)
 
 
-def fingerprint(folder: Path) -> str:
+def hash_tokenizer(folder: Path) -> str:
     """Hash of the files of a folder that decide how texts become tokens; "" where it has none."""
     files = {file for pattern in (*VOCABULARIES, *OTHERS) for file in folder.glob(pattern) if file.is_file()}
     if not files:

@@ -27,7 +27,7 @@ from pipeline import Student
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError
-from pipeline.extraction.vocabulary import find, tokenization_of
+from pipeline.extraction.vocabulary import fastest_tokenization, find
 from pipeline.settings import Cell
 from pipeline.student.folder import FORMAT, _sha256
 from pipeline.student.forward import gelu
@@ -152,7 +152,7 @@ def test_students_of_any_teacher_and_template(workplace, run, tiny_folder, templ
 
 @pytest.fixture(scope="module")
 def way(vocabulary, vectors):
-    return tokenization_of(vocabulary, vectors)
+    return fastest_tokenization(vocabulary, vectors)
 
 
 @settings(deadline=None, max_examples=60)
@@ -160,7 +160,7 @@ def way(vocabulary, vectors):
 def test_tokens_are_those_of_the_teachers_prompt(smollm2, way, texts):
     texts = [text.strip() for text in texts if text.strip()]
     if texts:
-        expected = [prompt.own_ids for prompt in tokenize(smollm2[1], texts, "Tell me about {concept}")]
+        expected = [prompt.concept_ids for prompt in tokenize(smollm2[1], texts, "Tell me about {concept}")]
         found = way(texts)
         assert [found[place].tolist() for place in range(len(texts))] == expected
 
