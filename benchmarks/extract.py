@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.data.concepts import read_catalogue
 from pipeline.data.vectors import read_vectors
-from pipeline.extraction.parts import PartPlan, merge
-from pipeline.extraction.reader import automatic_batch_tokens, read_parts
+from pipeline.extraction.parts import PartPlan, merge, read_parts
+from pipeline.extraction.reader import automatic_batch_tokens
 from pipeline.extraction.request import Request, make_request
 from pipeline.processes import start
 from pipeline.storage import Output

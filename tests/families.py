@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from pipeline.data.concepts import Catalogue, read_catalogue
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import reader
-from pipeline.extraction.parts import PartPlan
+from pipeline.extraction.parts import PartPlan, read_parts
 from pipeline.extraction.request import make_request
 from pipeline.storage import Output
 from pipeline.teachers.find import find_teacher
@@ -261,7 +261,7 @@ def _extracted(teacher: str, dtype: str, place: Path) -> tuple[Vectors, tuple[in
         catalogue = Catalogue(CONCEPTS, ("any",) * len(CONCEPTS))
         request = make_request(source, catalogue, layers=f"0,mid,{source.depth}", templates=TEMPLATES, token_block=1)
         plan = PartPlan.open(Output(place / f"{dtype}.safetensors"), request, model.d_model, 1, 64)
-        reader.read_parts(model, request, plan, plan.missing())
+        read_parts(model, request, plan, plan.missing())
         [part] = [load_file(part.path) for part in plan.parts]
     finally:
         reader.tree_residuals = tree_residuals

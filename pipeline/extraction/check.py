@@ -7,6 +7,7 @@ which one module at a time is made; ours may not be much farther from that than 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from pipeline.errors import WorkError
 from pipeline.extraction.reader import TOLERANCE, Reader, plain_vectors
 from pipeline.extraction.request import Request
-from pipeline.teachers.find import Teacher
-from pipeline.teachers.load import has_plain_weights
+from pipeline.teachers.find import Teacher, TeacherSource
+from pipeline.teachers.load import apply_precision, has_plain_weights, load_untouched
 from pipeline.teachers.prompts import Prompt, tokenize
 
 ENDS = 2  # the shortest and the longest concepts, so many of each
@@ -27,6 +28,8 @@ MIDDLE = 4
 BATCH_TOKENS = 1024
 LEAST_ALLOWED = 0.005  # of a vector's norm, in a short type
 FACTOR = 2.0  # times the untouched model's own error in a short type
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,17 @@ class Comparison:
     def metrics(self) -> dict[str, float]:
         """The comparison as MLflow metrics: of the worst block."""
         return {"check_error": max(self.errors), "check_prompts": self.prompts}
+
+
+def load_checked(
+    source: TeacherSource, request: Request, device: torch.device, device_map: str | None
+) -> tuple[Teacher, Comparison]:
+    """Load a teacher and compare its vectors with those of the untouched model; arguments as of `load_teacher`."""
+    untouched = load_untouched(source, device, device_map)
+    log.info("checking a few prompts against the model's own pass")
+    expected = reference_vectors(untouched, request)
+    teacher = apply_precision(untouched)
+    return teacher, compare(teacher, request, expected)
 
 
 def reference_vectors(teacher: Teacher, request: Request) -> Reference:

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from pipeline.data.vectors import Vectors, stored_dtype
 from pipeline.errors import InputError, WorkError
-from pipeline.storage import fetch, is_remote, write_atomically
+from pipeline.storage import Output, fetch, is_remote, put, write_atomically
 from pipeline.student.tokenizer import Ragged, Tokenization
 
 if TYPE_CHECKING:
@@ -87,6 +87,15 @@ def read_teacher_vocabulary(teacher: Teacher, of: Vectors | Request, bar: Bar) -
 def beside(vectors: str) -> str:
     """The place of the vocabulary that belongs to the vectors file at a place."""
     return vectors.removesuffix(".safetensors") + SUFFIX
+
+
+def write_beside(output: Output, teacher: Teacher, request: Request, bar: Bar) -> str:
+    """Read a teacher's vocabulary and write it beside a vectors file; returns its place."""
+    place, path = beside(str(output)), Path(beside(str(output.path)))
+    write(read_teacher_vocabulary(teacher, request, bar), path)
+    if output.url is not None:
+        put(path, place)
+    return place
 
 
 def write(vocabulary: Vocabulary, path: Path) -> None:

@@ -291,9 +291,9 @@ def test_a_tree_is_compared_even_where_the_first_prompts_ran_whole(tiny_folder):
     request = make_request(source, catalogue_of(WORDS), layers="2", templates=["{concept}"])
     reader = Reader(teacher, request, 256, lambda done: None)
     reader.read([tokenize(teacher, [f"{word} of the sea and the sun " * 20 for word in WORDS[:2]], "{concept}")])
-    assert reader.shared is None
+    assert reader.uses_trees is None
     reader.read([tokenize(teacher, WORDS, "Tell me about {concept}")])
-    assert reader.shared
+    assert reader.uses_trees
 
 
 GGUF_LOSSES = {

@@ -234,7 +234,7 @@ def test_an_end_token_that_the_text_or_the_template_has_is_read(folder):
     [prompt] = tokenize(teacher, ["a <pad>"], PROMPT)
     assert prompt.token_ids[-1] == prompt.concept_ids[-1] == 0
     [prompt] = tokenize(teacher, ["volcano"], "{concept}<pad>")
-    assert prompt.token_ids[prompt.read("last")[0]] == 0
+    assert prompt.token_ids[prompt.pooled("last")[0]] == 0
     assert 0 not in prompt.concept_ids
 
 
