@@ -150,11 +150,7 @@ def _extract(run: Run, job: _Job, plan: PartPlan, bar: Bar, tokens_bar: Bar) -> 
 
 
 def _read_missing(job: _Job, plan: PartPlan, bar: Bar) -> tuple[Teacher | None, Comparison | None, dict[str, float]]:
-    """Read this process's parts that are missing.
-
-    Returns:
-        The teacher where there were any, its comparison with the untouched model where asked for, and metrics.
-    """
+    """Read this process's missing parts; returns teacher and comparison where they were needed, and metrics."""
     options, source, device = job.options, job.source, job.accelerator.device
     missing = [] if options.merge else plan.missing(job.worker)
     if done := len(plan.parts) - len(plan.missing()):

@@ -92,12 +92,15 @@ def _few(names: list[str]) -> str:
 
 
 def audit(path: Path, request: Request, in_sink: list[str]) -> Audit:
-    """Read a vectors file twice, a few rows at a time: for the means, then for what is centred on them.
+    """Audit a vectors file, read a few rows at a time.
 
     Args:
         path: the vectors file.
-        request: what it answers.
+        request: the request that it answers.
         in_sink: concepts that were read at position 0.
+
+    Returns:
+        The audit.
     """
     norms = np.concatenate([np.linalg.norm(chunk, axis=-1) for _, chunk in _chunks(path)])
     rows = len(norms)

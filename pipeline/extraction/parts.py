@@ -275,7 +275,8 @@ def merge(request: Request, plan: PartPlan) -> list[str]:
 
     Raises:
         WorkError: parts are missing.
-        InputError, OSError: parts cannot be read, or the file cannot be written.
+        InputError: a part is damaged, or the file cannot be written.
+        OSError: a part cannot be read.
     """
     output = plan.output
 

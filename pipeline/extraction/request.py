@@ -139,11 +139,7 @@ def make_request(
 
 
 def check_prompts(templates: Sequence[str], pool: str) -> None:
-    """Check templates and pool.
-
-    Raises:
-        InputError: a template without ``{concept}``, one given twice, or an unknown pool.
-    """
+    """Refuse a template without ``{concept}``, one given twice, or an unknown pool."""
     for template in templates:
         if template.count("{concept}") != 1:
             raise InputError(f"--template {template!r}: expected {{concept}} exactly once")

