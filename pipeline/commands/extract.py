@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Job:
-    """What this process is to do, and the header of the vectors file that answers it already, where there is one."""
+    """One process's share of an extraction; ``extracted`` is the header of a vectors file that answers it already."""
 
     options: ExtractOptions
     accelerator: Accelerator

@@ -210,13 +210,7 @@ def find_teacher(
 
 
 def warn_if_different(source: TeacherSource, revision: str, tokenizer: str) -> None:
-    """Warn if a teacher's weights or tokenizer are not those that vectors were read with.
-
-    Args:
-        source: the teacher.
-        revision: of the vectors' teacher.
-        tokenizer: the hash of its tokenizer; "" where it is not known.
-    """
+    """Warn if a teacher has another revision or tokenizer hash (unless "", unknown) than the teacher of vectors."""
     found = {"weights": (source.revision, revision), "tokenizer files": (source.tokenizer, tokenizer)}
     for part, (own, other) in found.items():
         if own != other and own and other:

@@ -30,11 +30,7 @@ KEYS = {
 
 
 def check_read(path: Path, causal: Any) -> None:
-    """Check that `transformers` has read all of a GGUF file that decides vectors into a model.
-
-    Raises:
-        InputError: weights, rotary frequencies or sizes of the file are not in the model.
-    """
+    """Refuse a GGUF file whose weights, rotary frequencies or sizes `transformers` has not all read into a model."""
     reader = GGUFReader(path)
     architecture = _value(reader, "general.architecture")
     if fault := _unread(reader, architecture, causal):

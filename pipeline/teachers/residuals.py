@@ -218,16 +218,6 @@ def can_run_trees(teacher: Teacher) -> bool:
     )
 
 
-@contextmanager
-def _attention(teacher: Teacher, name: str) -> Iterator[None]:
-    before = teacher.model.config._attn_implementation
-    teacher.model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        teacher.model.set_attn_implementation(before)
-
-
 def prefix_states(teacher: Teacher, token_ids: Sequence[int], layers: Sequence[int]) -> dict[int, tuple[Any, Any]]:
     """Keys and values of the common prefix, by layer: ``[1, key heads, prefix, head_dim]`` each."""
     if not token_ids:
@@ -260,9 +250,11 @@ def tree_residuals(
         raise TreeUnsupported("rotary positions that change with the longest prompt of a pass")
     levels = [(start, _to(way, device)) for start, way in tree.levels]
     called: list[int] = []
+    own_attention = teacher.model.config._attn_implementation
     token = _running.set(_Running(prefix, levels, longest, called))
     try:
-        with _attention(teacher, TREE), _reading(teacher, layers) as read:
+        teacher.model.set_attn_implementation(TREE)
+        with _reading(teacher, layers) as read:
             teacher.model(
                 input_ids=_to(tree.token_ids, device)[None],
                 position_ids=_to(tree.depths, device)[None],
@@ -270,6 +262,7 @@ def tree_residuals(
             )
     finally:
         _running.reset(token)
+        teacher.model.set_attn_implementation(own_attention)
     if sorted(called) != list(range(layers[-1])):
         raise TreeUnsupported("blocks without attention, or with attention that cannot be exchanged")
     return [read[layer][0].to(device) for layer in layers]
