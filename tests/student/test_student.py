@@ -26,7 +26,7 @@ from sklearn.preprocessing import FunctionTransformer
 from pipeline import Student
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
-from pipeline.errors import InputError
+from pipeline.errors import InputError, WorkError
 from pipeline.extraction.vocabulary import fastest_tokenization, find
 from pipeline.settings import Cell
 from pipeline.student.folder import FORMAT, _sha256
@@ -408,3 +408,10 @@ def test_the_readme_of_a_folder_can_be_edited(exported, tmp_path):
     assert Student.load(tmp_path / "mine").card == "# Mine\n"
     (tmp_path / "mine" / "README.md").unlink()
     assert Student.load(tmp_path / "mine").card == ""
+
+
+def test_a_student_that_would_not_load_again_is_not_left(data, tmp_path):
+    _, made = trained(replace(SHORT, epochs=1, hidden_dim=8), data)
+    with pytest.raises(WorkError, match="would not load again"):
+        replace(made, mean=made.mean[:5]).save(tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_student import SHORT, trained
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.data.concepts import Catalogue
 from pipeline.data.vectors import read_vectors
-from pipeline.errors import InputError, WorkError
+from pipeline.errors import InputError
 from pipeline.extraction.reader import read_texts
 from pipeline.extraction.request import make_request
 from pipeline.extraction.vocabulary import find
@@ -329,10 +328,3 @@ def test_vectors_that_do_not_name_their_tokenizer_are_taken_over(folder):
     assert not now.is_answered_by(other.header)
     assert not before.is_answered_by(now.header)
     assert not now.is_answered_by(None)
-
-
-def test_a_student_that_would_not_load_again_is_not_left(data, tmp_path):
-    _, made = trained(replace(SHORT, epochs=1, hidden_dim=8), data)
-    with pytest.raises(WorkError, match="would not load again"):
-        replace(made, mean=made.mean[:5]).save(tmp_path / "mine")
-    assert not (tmp_path / "mine").exists()
