@@ -149,7 +149,7 @@ def _tree_attention(
         raise TreeUnsupported(f"attention takes {', '.join(unknown) or 'a mask of its own'}")
     tree.called.append(module.layer_idx)
     if sliding_window is None and tree.longest > _window(module):
-        raise TreeUnsupported("a window that attention is not told")
+        raise TreeUnsupported("a window that attention is not given")
     heads, nodes, head_dim = query.shape[1:]
     groups = key.shape[1]
     scaling = head_dim**-0.5 if scaling is None else scaling
