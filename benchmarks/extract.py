@@ -29,12 +29,12 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.data.concepts import read_catalogue
 from pipeline.data.vectors import read_vectors
-from pipeline.extraction.parts import PartPlan, merge
-from pipeline.extraction.reader import automatic_batch_tokens, read_parts
+from pipeline.extraction.parts import PartPlan, merge, read_parts
+from pipeline.extraction.reader import automatic_batch_tokens
 from pipeline.extraction.request import Request, make_request
 from pipeline.processes import start
 from pipeline.storage import Output
-from pipeline.teachers.find import Source, Teacher, find_teacher
+from pipeline.teachers.find import Teacher, TeacherSource, find_teacher
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.residuals import flops_per_token
 from pipeline.teachers.token_tree import common_prefix
@@ -109,7 +109,7 @@ def with_nnsight(model: Any, tokenizer: Any, texts: list[str], layer: int) -> Fl
     return np.stack(found)
 
 
-def ours(source: Source, teacher: Teacher, request: Request, folder: Path) -> Path:
+def ours(source: TeacherSource, teacher: Teacher, request: Request, folder: Path) -> Path:
     """From the request to the finished file."""
     output = folder / f"{request.dtype}.safetensors"
     output.unlink(missing_ok=True)

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from pipeline.data.concepts import Catalogue, read_catalogue
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction import reader
-from pipeline.extraction.parts import PartPlan
+from pipeline.extraction.parts import PartPlan, read_parts
 from pipeline.extraction.request import make_request
 from pipeline.storage import Output
 from pipeline.teachers.find import find_teacher
@@ -245,7 +245,7 @@ class _PlainPass:
 
 def _extracted(teacher: str, dtype: str, place: Path) -> tuple[Vectors, tuple[int, ...], list[int], bool]:
     """Our vectors as an extraction writes them, their blocks, the single tokens, and whether all prompts ran whole."""
-    told = _Told()
+    log_lines = _LogLines()
     trees: list[object] = []
 
     def counted(*given: Any) -> Any:
@@ -253,7 +253,7 @@ def _extracted(teacher: str, dtype: str, place: Path) -> tuple[Vectors, tuple[in
         return tree_residuals(*given)
 
     log = logging.getLogger("pipeline")
-    log.addHandler(told)
+    log.addHandler(log_lines)
     reader.tree_residuals = counted
     try:
         source = find_teacher(teacher, dtype)
@@ -261,19 +261,19 @@ def _extracted(teacher: str, dtype: str, place: Path) -> tuple[Vectors, tuple[in
         catalogue = Catalogue(CONCEPTS, ("any",) * len(CONCEPTS))
         request = make_request(source, catalogue, layers=f"0,mid,{source.depth}", templates=TEMPLATES, token_block=1)
         plan = PartPlan.open(Output(place / f"{dtype}.safetensors"), request, model.d_model, 1, 64)
-        reader.read_parts(model, request, plan, plan.missing())
+        read_parts(model, request, plan, plan.missing())
         [part] = [load_file(part.path) for part in plan.parts]
     finally:
         reader.tree_residuals = tree_residuals
-        log.removeHandler(told)
+        log.removeHandler(log_lines)
     prompts = part["vectors"].swapaxes(0, 1)  # [templates, concepts, layers, d_model]
     alone = part["token_activations"][::SINGLE, None]
-    is_whole = not trees or any("runs whole" in line for line in told.lines)
+    is_whole = not trees or any("runs whole" in line for line in log_lines.lines)
     tokens = part["token_vocab"][::SINGLE].tolist()
     return Vectors(prompts.reshape(-1, *prompts.shape[2:]), alone), request.layers, tokens, is_whole
 
 
-class _Told(logging.Handler):
+class _LogLines(logging.Handler):
     """Keeps what is logged."""
 
     def __init__(self) -> None:
@@ -349,8 +349,8 @@ def largest_exponent(cell: str) -> int | None:
 def _cell(reading: TokenFeatures, errors: Sequence[float]) -> str:
     if reading.verdict == "right":
         return " to ".join(dict.fromkeys(map(power, errors)))
-    told = re.sub(r"https?://[^\s|]+", "(a link)", f"{reading.refused or reading.failed}")
-    return f"{reading.verdict}: {told}".replace("|", "/")
+    reason = re.sub(r"https?://[^\s|]+", "(a link)", f"{reading.refused or reading.failed}")
+    return f"{reading.verdict}: {reason}".replace("|", "/")
 
 
 def row(finding: Finding) -> list[str]:
@@ -375,14 +375,14 @@ def page(findings: Sequence[Finding]) -> str:
 
 def line(finding: Finding) -> str:
     """A finding in one line, with all its figures."""
-    told = [f"{finding.family.name}: {finding.verdict}"]
+    cells = [f"{finding.family.name}: {finding.verdict}"]
     for dtype, reading in finding.readings.items():
         figures = (
             f"{reading.largest[0]:.1e} median {reading.typical[0]:.1e}"
             f" (plain {reading.largest[1]:.1e}, {reading.typical[1]:.1e}), {'whole' if reading.is_whole else 'shared'}"
         )
-        told.append(f"{dtype} {reading.refused or reading.failed or figures}")
-    return " | ".join([*told, *finding.notes])
+        cells.append(f"{dtype} {reading.refused or reading.failed or figures}")
+    return " | ".join([*cells, *finding.notes])
 
 
 def main() -> None:
@@ -398,10 +398,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             try:
                 findings.append(examine(family, Path(place)))
-                told = line(findings[-1])
+                text = line(findings[-1])
             except Exception as error:
-                told = f"{name}: not made: {type(error).__name__} {' '.join(str(error).split())[:300]}"
-        (sys.stdout if patterns else sys.stderr).write(f"{told}\n")
+                text = f"{name}: not made: {type(error).__name__} {' '.join(str(error).split())[:300]}"
+        (sys.stdout if patterns else sys.stderr).write(f"{text}\n")
     if not patterns:
         sys.stdout.write(page(findings) + "\n")
 

@@ -29,7 +29,7 @@ from pipeline.settings import Cell, EvaluateOptions
 from pipeline.storage import file_name, is_remote, own_name, writable, write_atomically
 from pipeline.student.student import Student
 from pipeline.sweep.results import newest_results, read_results, vectors_for
-from pipeline.teachers.find import Teacher, find_teacher, warn_of_another
+from pipeline.teachers.find import Teacher, find_teacher, warn_if_different
 from pipeline.teachers.load import load_teacher
 from pipeline.tracking import Run, Tracker, closing, connect, retry_tracking
 
@@ -231,7 +231,7 @@ def run_evaluate(
     if options.teacher is not None:
         dtype = options.dtype or data.vectors.dtype
         source = find_teacher(options.teacher, dtype, accelerator.device, options.trust_remote_code)
-        warn_of_another(source, data.vectors.revision, data.vectors.tokenizer)
+        warn_if_different(source, data.vectors.revision, data.vectors.tokenizer)
         teacher = load_teacher(source, accelerator.device, options.device_map)
     with bar(sum(len(seeds) for seeds in students.values())) as advance:
         rows = evaluate(students, data, teacher, advance)

@@ -126,13 +126,13 @@ def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str
     """What gives the centred cosines with the teacher's own vectors; the teacher is loaded here."""
     from pipeline.extraction.reader import read_texts
     from pipeline.processes import start
-    from pipeline.teachers.find import find_teacher, warn_of_another
+    from pipeline.teachers.find import find_teacher, warn_if_different
     from pipeline.teachers.load import load_teacher
 
     device = start().device
     name, dtype = options.teacher or student.config["teacher"], options.dtype or student.config["dtype"]
     source = find_teacher(name, dtype, device, options.trust_remote_code)
-    warn_of_another(source, student.config["revision"], student.config.get("tokenizer", ""))
+    warn_if_different(source, student.config["revision"], student.config.get("tokenizer", ""))
     teacher = load_teacher(source, device, options.device_map)
 
     def compare(texts: list[str], vectors: Floats) -> Floats:

@@ -30,16 +30,15 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Audit:
-    """What the vectors of a file look like.
+    """Properties of the vectors of a file.
 
     Attributes:
         layers: the blocks.
         norms: ``[concepts, templates, layers]``.
         outliers: concept, template number, block, and norm in units of the block's median, largest first.
         in_sink: concepts whose vector was read at position 0 of a prompt.
-        agreement: for each layer the mean cosine between a concept's centred vectors under two templates: how well one
-            template's vectors predict another's, so a ceiling for a student that knows the concept alone; empty for
-            one template.
+        agreement: for each layer the mean cosine between a concept's centred vectors under two templates, a ceiling
+            for a student that knows the concept alone; empty for one template.
         categories: the largest categories.
         structure: ``[layers, categories, categories]`` mean cosine between centred vectors of two concepts.
     """
@@ -53,7 +52,7 @@ class Audit:
     structure: Floats
 
     def manifest(self) -> dict[str, Any]:
-        """What a person wants to know, as plain values."""
+        """The audit as plain values, without the structure of categories."""
         by_layer = np.moveaxis(self.norms, -1, 0).reshape(len(self.layers), -1)
         return {
             "norms": {
@@ -69,13 +68,16 @@ class Audit:
         }
 
     def metrics(self) -> dict[str, float]:
-        """The same for MLflow."""
-        values = {f"norm_median_layer_{k}": v["median"] for k, v in self.manifest()["norms"].items()}
-        values |= {f"template_agreement_layer_{k}": v for k, v in self.manifest()["template_agreement"].items()}
+        """The audit as MLflow metrics."""
+        manifest = self.manifest()
+        values = {f"norm_median_layer_{layer}": norms["median"] for layer, norms in manifest["norms"].items()}
+        values |= {
+            f"template_agreement_layer_{layer}": value for layer, value in manifest["template_agreement"].items()
+        }
         return values | {"norm_outliers": len(self.outliers), "read_at_position_0": len(self.in_sink)}
 
     def warnings(self) -> list[str]:
-        """One line for each thing that may spoil what is trained on the file."""
+        """One line for each property that may harm students trained on the file."""
         lines = []
         if self.in_sink:
             lines.append(
@@ -92,12 +94,15 @@ def _few(names: list[str]) -> str:
 
 
 def audit(path: Path, request: Request, in_sink: list[str]) -> Audit:
-    """Read a vectors file twice, a few rows at a time: for the means, then for what is centred on them.
+    """Audit a vectors file, read a few rows at a time.
 
     Args:
         path: the vectors file.
-        request: what it answers.
+        request: the request that it answers.
         in_sink: concepts that were read at position 0.
+
+    Returns:
+        The audit.
     """
     norms = np.concatenate([np.linalg.norm(chunk, axis=-1) for _, chunk in _chunks(path)])
     rows = len(norms)

@@ -7,9 +7,11 @@ which one module at a time is made; ours may not be much farther from that than 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,15 +20,17 @@ from torch import Tensor, nn
 from pipeline.errors import WorkError
 from pipeline.extraction.reader import TOLERANCE, Reader, plain_vectors
 from pipeline.extraction.request import Request
-from pipeline.teachers.find import Teacher
-from pipeline.teachers.load import is_plain
+from pipeline.teachers.find import Teacher, TeacherSource
+from pipeline.teachers.load import apply_precision, has_plain_weights, load_untouched
 from pipeline.teachers.prompts import Prompt, tokenize
 
-ENDS = 2  # the shortest and the longest concepts, so many of each
+ENDS = 2  # concepts from each end of the lengths
 MIDDLE = 4
 BATCH_TOKENS = 1024
-LEAST_ALLOWED = 0.005  # of a vector's norm, in a short type
+MIN_ALLOWED = 0.005  # of a vector's norm, in a short type
 FACTOR = 2.0  # times the untouched model's own error in a short type
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far vectors are from the untouched model's, of each block the median over prompts, relative to their norm.
+    """Distances from the untouched model's vectors, relative to their norm, for each block.
 
     Attributes:
         layers: the blocks.
-        prompts: how many prompts were compared.
-        errors: of each block, ours.
-        allowed: of each block, how far they may be.
+        prompts: the number of prompts compared.
+        errors: ours: the largest over prompts in float32, the median in a short type.
+        allowed: the largest that is accepted.
     """
 
     layers: Sequence[int]
@@ -73,23 +77,32 @@ class Comparison:
         return {"check_error": max(self.errors), "check_prompts": self.prompts}
 
 
-def reference(teacher: Teacher, request: Request) -> Reference:
-    """Run a few of a request's prompts through a teacher from `load_untouched`: the shortest and longest among them."""
+def load_checked(
+    source: TeacherSource, request: Request, device: torch.device, device_map: str | None
+) -> tuple[Teacher, Comparison]:
+    """Load a teacher and compare its vectors with those of the untouched model; arguments as of `load_teacher`."""
+    untouched = load_untouched(source, device, device_map)
+    log.info("checking a few prompts against the model's own pass")
+    expected = reference_vectors(untouched, request)
+    teacher = apply_precision(untouched)
+    return teacher, compare(teacher, request, expected)
+
+
+def reference_vectors(teacher: Teacher, request: Request) -> Reference:
+    """Run a few of a request's concepts, the shortest and longest among them, through an untouched teacher."""
     by_length = sorted(request.concepts, key=len)
     middle = by_length[ENDS : len(by_length) - ENDS]
     chosen = dict.fromkeys([*by_length[:ENDS], *middle[:: max(1, len(middle) // MIDDLE)][:MIDDLE], *by_length[-ENDS:]])
     prompts = [tokenize(teacher, list(chosen), template) for template in request.templates]
 
     def vectors() -> Tensor:
-        every = [prompt for of_template in prompts for prompt in of_template]
-        return torch.stack([plain_vectors(teacher, prompt, request.layers, request.pool) for prompt in every])
+        return torch.stack([plain_vectors(teacher, prompt, request.layers, request.pool) for prompt in chain(*prompts)])
 
     plain = vectors()
-    exact = None
-    if teacher.dtype != "float32" and is_plain(teacher.model):
-        with in_float32(teacher.model):
-            exact = vectors()
-    return Reference(prompts, plain, exact)
+    if teacher.dtype == "float32" or not has_plain_weights(teacher.model):
+        return Reference(prompts, plain, None)
+    with in_float32(teacher.model):
+        return Reference(prompts, plain, vectors())
 
 
 def compare(teacher: Teacher, request: Request, expected: Reference) -> Comparison:
@@ -98,21 +111,28 @@ def compare(teacher: Teacher, request: Request, expected: Reference) -> Comparis
     Args:
         teacher: the model as the extraction uses it.
         request: what is asked for.
-        expected: what `reference` found.
+        expected: the vectors of `reference_vectors`.
+
+    Returns:
+        The comparison.
 
     Raises:
         WorkError: a block's vectors are too far apart.
     """
     values, _ = Reader(teacher, request, BATCH_TOKENS, lambda prompts: None).read(expected.prompts)
     ours = values.transpose(0, 1).flatten(0, 1).to(expected.plain)  # [prompts, layers, d_model]
-    # In float32 every prompt counts; rounding in a short type may send a token to another expert now and then.
-    over_prompts = torch.amax if teacher.dtype == "float32" else lambda errors, dim: errors.median(dim).values
+    exact = expected.plain if expected.exact is None else expected.exact
+
+    def errors_of(vectors: Tensor) -> Tensor:  # [layers]
+        errors: Tensor = (vectors - exact).norm(dim=-1) / exact.norm(dim=-1)
+        # In float32 every prompt counts; rounding in a short type may send a token to another expert now and then.
+        return errors.amax(0) if teacher.dtype == "float32" else errors.median(0).values
+
+    errors = errors_of(ours)
     if expected.exact is None:
-        errors = over_prompts(_errors(ours, expected.plain), 0)
         allowed = torch.full_like(errors, TOLERANCE[teacher.dtype])
     else:
-        errors = over_prompts(_errors(ours, expected.exact), 0)
-        allowed = (FACTOR * over_prompts(_errors(expected.plain, expected.exact), 0)).clamp_min(LEAST_ALLOWED)
+        allowed = (FACTOR * errors_of(expected.plain)).clamp_min(MIN_ALLOWED)
     found = Comparison(request.layers, len(ours), errors.tolist(), allowed.tolist())
     for layer, error, most in zip(request.layers, found.errors, found.allowed, strict=True):
         if not error <= most:
@@ -123,49 +143,35 @@ def compare(teacher: Teacher, request: Request, expected: Reference) -> Comparis
     return found
 
 
-def _errors(found: Tensor, expected: Tensor) -> Tensor:
-    relative: Tensor = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return relative
-
-
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Run a model in float32 arithmetic, with the weights of one module at a time in float32.
+    """Run a model of short floating-point weights in float32 arithmetic, one module at a time in float32."""
+    short: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by module: its tensors and their data
 
-    Args:
-        model: whose weights are in a short type, one number a place.
-    """
-    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        own = [
-            value for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if _is_short(value)
-        ]
-        kept[id(module)] = [(value, value.data) for value in own]
-        for value in own:
-            value.data = value.data.float()
+    def lengthen(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        short[id(module)] = [(tensor, tensor.data) for tensor in own if _is_short(tensor)]
+        for tensor, data in short[id(module)]:
+            tensor.data = data.float()
         return _lengthened(args), {name: _lengthened(value) for name, value in kwargs.items()}
 
-    def after(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-        for value, data in kept.pop(id(module), []):
-            value.data = data
+    def restore(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        for tensor, data in short.pop(id(module), []):
+            tensor.data = data
         return _lengthened(output)
 
     hooks = []
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            hooks.append(module.register_forward_hook(lambda _module, _args, output: _lengthened(output)))
-        else:
-            hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+        if not isinstance(module, nn.Embedding):  # a table has no arithmetic
+            hooks.append(module.register_forward_pre_hook(lengthen, with_kwargs=True))
+        hooks.append(module.register_forward_hook(restore, with_kwargs=True, always_call=True))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for values in kept.values():
-            for value, data in values:
-                value.data = data
+        for tensor, data in chain(*short.values()):
+            tensor.data = data
 
 
 def _is_short(value: object) -> bool:

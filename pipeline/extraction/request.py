@@ -1,7 +1,4 @@
-"""What is asked of an extraction, and whether it stands at the output already.
-
-A request is known by a hash of all that decides its vectors.
-"""
+"""What an extraction is asked for, known by a hash of all that decides its vectors, and what its output holds."""
 
 from __future__ import annotations
 
@@ -19,15 +16,15 @@ from pipeline.data.vectors import FORMAT, UNSAID, parse_header, read_header, rea
 from pipeline.errors import InputError, choices
 from pipeline.storage import Output, beginning
 from pipeline.student.tokenizer import nfc
-from pipeline.teachers.find import Source, parse_layers
+from pipeline.teachers.find import TeacherSource, parse_layers
 
 POOLS = ("last", "mean")
-# What the key says of the computation: raised by hand (activation-vectors-3.1, ...) whenever an extraction gives other
-# vectors for the same request. `FORMAT` tells only whether a file can be read.
+# Version of the computation in the key: raised by hand (activation-vectors-3.1, ...) when an extraction gives other
+# vectors for the same request. `FORMAT` is the version of the file alone.
 EXTRACTION_VERSION = "activation-vectors-3"
-MOST_HEADER_BYTES = 1 << 30
-COMPARED = ("teacher", "revision", "concepts", "layers", "templates", "pool", "dtype", "token_block")
-MOST_LISTED = 8
+MAX_HEADER_BYTES = 1 << 30
+COMPARED_FIELDS = ("teacher", "revision", "concepts", "layers", "templates", "pool", "dtype", "token_block")
+MAX_LISTED = 8  # of the values of a list in a message
 _VECTORS = Path(__file__).parents[2] / "data" / "vectors"
 SHIPPED_FILES = {_VECTORS / f"{name}.safetensors" for name in ("smollm2-135m", "smollm2-135m-templates")}
 
@@ -38,8 +35,8 @@ log = logging.getLogger(__name__)
 class Request:
     """What is to be extracted, with all that decides the vectors.
 
-    ``reader`` is 2 for teachers that the program once read otherwise: in some batches a state ran from one prompt into
-    the next, and GGUF files lost the token in front. What was extracted then does not answer the request.
+    ``reader`` is 2 for teachers that earlier versions read wrongly, whose old vectors do not answer the request: a
+    state ran from one prompt into the next, and GGUF files lost the token in front.
     """
 
     concepts: tuple[str, ...]
@@ -60,34 +57,39 @@ class Request:
     @cached_property
     def key(self) -> str:
         """Hash of the request; the teacher counts by its weights and tokenizer, and not by its name."""
-        content = {name: value for name, value in self._said.items() if name != "teacher"}
-        content["format"] = EXTRACTION_VERSION
+        content = self._written_fields | {"format": EXTRACTION_VERSION}
+        del content["teacher"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
-    def _said(self) -> dict[str, Any]:
-        """Its values, without those that keys and headers leave out."""
+    def _written_fields(self) -> dict[str, Any]:
+        """All fields but those whose value is the one that keys and headers leave out."""
         left_out = UNSAID | {"reader": 1}
         return {name: value for name, value in asdict(self).items() if (name, value) not in left_out.items()}
 
     def is_answered_by(self, header: Mapping[str, str] | None) -> bool:
-        """Whether a vectors file with this header answers the request; of its tokenizer an older file says nothing."""
-        held = header or {}
-        asked = self if "tokenizer" in held else replace(self, tokenizer="")
-        return held.get("extraction_key") in (self.key, asked.key)
+        """Whether a vectors file with this header answers the request; older files do not name their tokenizer."""
+        found = header or {}
+        asked = self if "tokenizer" in found else replace(self, tokenizer="")
+        return found.get("extraction_key") in (self.key, asked.key)
+
+    def in_merged_precision(self, header: Mapping[str, str] | None) -> Request:
+        """The request in the precision of a vectors file that answers it so, merged by other shards; else itself."""
+        merged = replace(self, dtype=(header or {}).get("dtype", self.dtype))
+        return merged if merged.is_answered_by(header) else self
 
     @property
     def header(self) -> dict[str, str]:
         """The header of its vectors file, without checksums."""
         values = {
             name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for name, value in self._said.items()
+            for name, value in self._written_fields.items()
         }
         return values | {"format": FORMAT, "extraction_key": self.key}
 
 
 def make_request(
-    source: Source,
+    source: TeacherSource,
     catalogue: Catalogue,
     *,
     layers: str,
@@ -96,7 +98,7 @@ def make_request(
     count: int | None = None,
     token_block: int | None = None,
 ) -> Request:
-    """Check what the user asks for, before anything slow begins.
+    """Make a request from what the user asks for, before anything slow begins.
 
     Args:
         source: the teacher.
@@ -104,8 +106,11 @@ def make_request(
         layers: "mid", "all", or block numbers such as "8,15"; 0 is the embedding output.
         templates: prompts, each with ``{concept}`` exactly once.
         pool: "last" reads the last token of the prompt, "mean" averages over the concept's tokens (in float32).
-        count: extract only the first so many concepts, spread over the categories; all by default.
+        count: the number of concepts, spread over the categories; all by default.
         token_block: an early block at which to read each of the concepts' tokens by itself as well.
+
+    Returns:
+        The request.
 
     Raises:
         InputError: a template without ``{concept}``, an unknown pool or layer, or too few concepts.
@@ -129,16 +134,12 @@ def make_request(
         token_block=token_block,
         language=catalogue.language,
         tokenizer=source.tokenizer,
-        reader=1 if source.was_read_rightly else 2,
+        reader=1 if source.was_always_read_correctly else 2,
     )
 
 
 def check_prompts(templates: Sequence[str], pool: str) -> None:
-    """Check how concepts are to be put to the teacher.
-
-    Raises:
-        InputError: a template without ``{concept}``, one given twice, or an unknown pool.
-    """
+    """Refuse a template without ``{concept}``, one given twice, or an unknown pool."""
     for template in templates:
         if template.count("{concept}") != 1:
             raise InputError(f"--template {template!r}: expected {{concept}} exactly once")
@@ -148,26 +149,20 @@ def check_prompts(templates: Sequence[str], pool: str) -> None:
         raise choices("pool", pool, POOLS)
 
 
-def header_of(output: Output) -> dict[str, str] | None:
-    """What stands at an output says of itself; nothing if it is no vectors file, None if nothing stands there.
-
-    Raises:
-        InputError, WorkError: the store does not let us look.
-    """
+def read_output_header(output: Output) -> dict[str, str] | None:
+    """The header of the vectors file at an output, unverified; empty for any other file, None where there is none."""
     if output.url is None:
         return read_unverified_header(output.path) if output.path.is_file() else None
     head = beginning(output.url, 8)
     if head is None:
         return None
     length = 8 + int.from_bytes(head, "little")
-    if length > MOST_HEADER_BYTES:
-        return {}
-    return parse_header(beginning(output.url, length) or b"")
+    return {} if length > MAX_HEADER_BYTES else parse_header(beginning(output.url, length) or b"")
 
 
-def is_extracted(output: Output, request: Request) -> bool:
-    """Whether the output holds the answer to this very request already, whole (S3 shows nothing that is not)."""
-    if output.path.suffix == ".pt" or not request.is_answered_by(header_of(output)):
+def is_extracted(output: Output, request: Request, header: dict[str, str] | None) -> bool:
+    """Whether the output, which begins with ``header``, holds the whole answer (S3 shows no part of a file)."""
+    if output.path.suffix == ".pt" or not request.is_answered_by(header):
         return False
     try:
         return output.url is not None or bool(read_header(output.path))
@@ -175,34 +170,35 @@ def is_extracted(output: Output, request: Request) -> bool:
         return False
 
 
-def as_merged(output: Output, request: Request) -> Request:
-    """The request in the precision that other shards took, where they have merged already; else as it is."""
-    header = header_of(output) or {}
-    merged = replace(request, dtype=header.get("dtype", request.dtype))
-    return merged if merged.is_answered_by(header) else request
-
-
-def check_output(output: Output, request: Request, concepts: str, overwrite: bool) -> None:
-    """Refuse to write over anything but the answer to this very request, unless the user says so.
+def check_output(
+    output: Output, request: Request, header: dict[str, str] | None, concepts: str, overwrite: bool
+) -> bool:
+    """Find whether the output answers the request already, and refuse to overwrite anything else.
 
     Args:
-        output: where the vectors will be.
-        request: what is asked for.
+        output: the vectors file to be.
+        request: what it should answer.
+        header: what it begins with, from `read_output_header`.
         concepts: the file of the concepts, as the user names it.
-        overwrite: replace other vectors.
+        overwrite: whether other vectors may be replaced.
+
+    Returns:
+        Whether it holds the whole answer.
 
     Raises:
-        InputError: something else stands there.
+        InputError: the output is another file, or a .pt file cannot hold the request.
     """
-    header = header_of(output)
-    if header is None or (request.is_answered_by(header) and output.path.suffix != ".pt"):
-        return
+    is_pt = output.path.suffix == ".pt"
+    if is_pt and (len(request.layers), len(request.templates)) != (1, 1):
+        raise InputError(f"--output {output}: a .pt file holds one layer and one template; write .safetensors")
+    if header is None or (request.is_answered_by(header) and not is_pt):
+        return is_extracted(output, request, header)
     if output.url is None and Path(concepts).exists() and output.path.samefile(concepts):
         raise InputError(f"--output {output}: that is the file of the concepts")
     if output.url is None and output.path.resolve() in SHIPPED_FILES:
         raise InputError(f"--output {output}: comes with the project ({_differences(header, request)}); name another")
-    is_vectors = header.get("format", "").startswith(FORMAT.rstrip("0123456789"))  # those of older versions too
-    if not is_vectors and output.path.suffix != ".pt":
+    is_vectors = header.get("format", "").startswith(FORMAT.rstrip("0123456789"))  # of any version
+    if not is_vectors and not is_pt:
         raise InputError(f"--output {output}: exists, and is no vectors file; remove it or name another")
     if not overwrite:
         raise InputError(
@@ -210,25 +206,26 @@ def check_output(output: Output, request: Request, concepts: str, overwrite: boo
             "with --overwrite"
         )
     log.warning("%s: replaces other vectors (extraction key %s)", output, header.get("extraction_key", "?")[:12])
+    return False
 
 
 def _differences(header: dict[str, str], request: Request) -> str:
-    """What a vectors file holds and what is asked for, where they differ."""
-    asked = request.header
-    names = [name for name in COMPARED if header.get(name) != asked[name]]
-    if "tokenizer" in header and header["tokenizer"] != request.tokenizer:
-        names.append("tokenizer")
+    """The fields in which a vectors file differs from a request, each with both values."""
     if not header:
         return "of a kind that does not say what it holds"
-    told = [f"{name} {_brief(header.get(name))}, asked for {_brief(asked.get(name))}" for name in names]
-    return "; ".join(told) or "of another version"
+    asked = request.header
+    names = [name for name in COMPARED_FIELDS if header.get(name) != asked[name]]
+    if "tokenizer" in header and header["tokenizer"] != request.tokenizer:
+        names.append("tokenizer")
+    values = [f"{name} {_shorten(header.get(name))}, asked for {_shorten(asked.get(name))}" for name in names]
+    return "; ".join(values) or "of another version"
 
 
-def _brief(value: str | None) -> str:
-    """A header's value in few characters; of a long list its length."""
+def _shorten(value: str | None) -> str:
+    """A header's value, or the length of a long list."""
     if value is None:
         return "unknown"
     if not value.startswith("["):
         return value
-    found = json.loads(value)
-    return f"{len(found):,}" if len(found) > MOST_LISTED else ", ".join(map(str, found))
+    values = json.loads(value)
+    return f"{len(values):,}" if len(values) > MAX_LISTED else ", ".join(map(str, values))

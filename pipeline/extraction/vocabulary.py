@@ -1,7 +1,7 @@
-"""A teacher's whole vocabulary as students read it: what makes them answer for any text.
+"""A teacher's whole vocabulary as students read it, so that they answer for any text.
 
-The file beside a vectors file, ``<vectors>.vocabulary.safetensors``, which ``extract`` leaves. Where it is absent and
-the teacher is at hand, it is made when a student is saved.
+``extract`` writes it beside a vectors file, as ``<vectors>.vocabulary.safetensors``. Where it is absent and the teacher
+can be loaded, it is made when a student is saved.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 
 from pipeline.data.vectors import Vectors, stored_dtype
 from pipeline.errors import InputError, WorkError
-from pipeline.storage import fetch, is_remote, write_atomically
-from pipeline.student.tokenizer import Ragged, Tokenization
+from pipeline.storage import Output, fetch, is_remote, put, write_atomically
+from pipeline.student.tokenizer import Tokenization
 
 if TYPE_CHECKING:
     from pipeline.extraction.request import Request
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = "teacher-vocabulary-1"
 SUFFIX = ".vocabulary.safetensors"
-ALIKE = 0.05  # how far a row may be from the vectors file's own, in units of its norm: the rounding of 16 bits
+TOLERANCE = 0.05  # of a row's norm: the rounding of 16 bits
 Bar = Callable[[int], AbstractContextManager[Callable[[float], None]]]
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Vocabulary:
         tables: ``token_embeddings`` and, where an early block was read, ``token_activations``;
             ``[vocabulary, d_model]`` each, a row a token id.
         tokenizer: in the tokenizers library's JSON.
-        key: of what the tables follow from.
+        key: from `key_of`.
     """
 
     tables: dict[str, NDArray[Any]] = field(repr=False)
@@ -54,7 +54,7 @@ class Vocabulary:
 
 
 def key_of(of: Vectors | Request) -> str:
-    """Hash of what decides a vocabulary's numbers, for that which belongs to vectors or to what is asked for."""
+    """Hash of all that decides the numbers of the vocabulary of vectors or of a request."""
     beginning = of.templates[0][: of.templates[0].index("{concept}")].rstrip()
     content = [FORMAT, of.revision, beginning, of.token_block, of.dtype]
     if of.tokenizer:
@@ -62,31 +62,41 @@ def key_of(of: Vectors | Request) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def read_from(teacher: Teacher, of: Vectors | Request, bar: Bar) -> Vocabulary:
+def read_teacher_vocabulary(teacher: Teacher, of: Vectors | Request, bar: Bar) -> Vocabulary:
     """Read a teacher's vocabulary.
 
     Args:
         teacher: the model.
-        of: vectors or what is asked for: the first prompt, whose beginning stands before each token, and the early
-            block to read; without one the embeddings alone.
+        of: the vectors or request with the template whose beginning stands before each token, and the early block to
+            read; without one the embeddings alone are read.
         bar: given a number of tokens, a progress bar that is advanced by tokens.
+
+    Returns:
+        The vocabulary, in as few bits as hold it.
     """
-    from pipeline.extraction.reader import (
-        read_vocabulary,  # only where a teacher is read: transformers takes seconds to load
-    )
+    from pipeline.extraction.reader import read_vocabulary  # transformers takes seconds to load
 
     tables = {"token_embeddings": teacher.embedding_table.float().cpu().numpy()}
     if of.token_block is not None:
         with bar(len(tables["token_embeddings"])) as advance:
-            tables["token_activations"] = read_vocabulary(teacher, of.templates[0], of.token_block, progress=advance)
+            tables["token_activations"] = read_vocabulary(teacher, of.templates[0], of.token_block, advance)
     short = {name: table.astype(stored_dtype(float(np.abs(table).max()))) for name, table in tables.items()}
     backend: Any = teacher.tokenizer
     return Vocabulary(short, backend.backend_tokenizer.to_str(), key_of(of))
 
 
 def beside(vectors: str) -> str:
-    """The place of the vocabulary that belongs to the vectors file at a place."""
+    """The place of the vocabulary of a vectors file."""
     return vectors.removesuffix(".safetensors") + SUFFIX
+
+
+def write_beside(output: Output, teacher: Teacher, request: Request, bar: Bar) -> str:
+    """Read a teacher's vocabulary and write it beside a vectors file; returns its place."""
+    place, path = beside(str(output)), Path(beside(str(output.path)))
+    write(read_teacher_vocabulary(teacher, request, bar), path)
+    if output.url is not None:
+        put(path, place)
+    return place
 
 
 def write(vocabulary: Vocabulary, path: Path) -> None:
@@ -98,11 +108,7 @@ def write(vocabulary: Vocabulary, path: Path) -> None:
 
 
 def read(path: Path) -> Vocabulary:
-    """Read the file.
-
-    Raises:
-        InputError: missing, damaged or of another format.
-    """
+    """Read the file; an InputError where it is missing, damaged or of another format."""
     try:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
@@ -123,11 +129,11 @@ def find(
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> Vocabulary | None:
-    """The vocabulary that belongs to vectors: beside their file, or read from the teacher where that is at hand.
+    """Find the vocabulary of vectors beside their file, or read it from the teacher and keep it there.
 
     Args:
         vectors: the vectors.
-        place: where their file is; what is read is kept beside it where that is a folder that can be written.
+        place: where their file is.
         device: where the teacher computes.
         bar: a progress bar for reading it.
         device_map: spread the teacher over several devices instead.
@@ -136,26 +142,19 @@ def find(
     Returns:
         None where there is neither file nor teacher.
     """
-    wanted, path = key_of(vectors), beside(place)
-    if found := _beside(path, wanted):
-        return found
-    from pipeline.teachers.find import find_teacher
-    from pipeline.teachers.load import load_teacher
-
+    path = beside(place)
+    if ":" not in place or is_remote(place):
+        with suppress(InputError):
+            kept = read(fetch(path))
+            if kept.key == key_of(vectors):
+                return kept
     try:
-        source = find_teacher(vectors.teacher, vectors.dtype, device, trust_remote_code)
-        if source.revision != vectors.revision:
-            raise InputError(f"{vectors.teacher}: other weights than the vectors' ({vectors.revision})")
-        if vectors.tokenizer and source.tokenizer != vectors.tokenizer:
-            raise InputError(f"{vectors.teacher}: another tokenizer than the vectors' ({vectors.tokenizer})")
-        log.info("reading the vocabulary of %s, so that the student answers for any text", source.name)
-        teacher = load_teacher(source, device, device_map)
-        made = read_from(teacher, vectors, bar)
+        made = _read_again(vectors, device, bar, device_map, trust_remote_code)
     except InputError as error:
         log.warning("warning: no %s and no teacher (%s)", path, error)
         return None
-    if not _agrees(made, vectors):
-        log.warning("warning: %s reads its tokens otherwise than when the vectors were made", source.name)
+    if not _has_tokens_of(made, vectors):
+        log.warning("warning: %s reads its tokens otherwise than when the vectors were made", vectors.teacher)
         return None
     if ":" not in place:
         try:
@@ -165,51 +164,61 @@ def find(
     return made
 
 
-def _beside(place: str, wanted: str) -> Vocabulary | None:
-    if ":" in place and not is_remote(place):
-        return None
-    try:
-        found = read(fetch(place))
-    except InputError:
-        return None
-    return found if found.key == wanted else None
+def _read_again(
+    vectors: Vectors, device: torch.device | str, bar: Bar, device_map: str | None, trust_remote_code: bool
+) -> Vocabulary:
+    """Read the vocabulary from the teacher of vectors, if it still has their weights and tokenizer."""
+    from pipeline.teachers.find import find_teacher
+    from pipeline.teachers.load import load_teacher
+
+    source = find_teacher(vectors.teacher, vectors.dtype, device, trust_remote_code)
+    if source.revision != vectors.revision:
+        raise InputError(f"{vectors.teacher}: other weights than the vectors' ({vectors.revision})")
+    if vectors.tokenizer and source.tokenizer != vectors.tokenizer:
+        raise InputError(f"{vectors.teacher}: another tokenizer than the vectors' ({vectors.tokenizer})")
+    log.info("reading the vocabulary of %s, so that the student answers for any text", source.name)
+    return read_teacher_vocabulary(load_teacher(source, device, device_map), vectors, bar)
 
 
-def _agrees(vocabulary: Vocabulary, vectors: Vectors) -> bool:
+def _has_tokens_of(vocabulary: Vocabulary, vectors: Vectors) -> bool:
     """Whether the rows are those that the vectors file has for its own tokens."""
     for name, table in vocabulary.tables.items():
         own = getattr(vectors, name).astype(np.float32)
         error = np.linalg.norm(table[vectors.token_vocab].astype(np.float32) - own, axis=1)
-        if (error > ALIKE * np.linalg.norm(own, axis=1) + 1e-3).any():
+        if (error > TOLERANCE * np.linalg.norm(own, axis=1) + 1e-3).any():
             return False
     return True
 
 
-def tokenization_of(vocabulary: Vocabulary, vectors: Vectors) -> Tokenization:
-    """The quickest way to the tokens that the vectors file has: less of the prompt, word by word, where they agree.
+def fastest_tokenization(vocabulary: Vocabulary, vectors: Vectors) -> Tokenization:
+    """The fastest way to the tokens in the vectors file: word by word, without the template, or with it.
+
+    Args:
+        vocabulary: whose tokenizer is used.
+        vectors: whose tokens must come out.
+
+    Returns:
+        The first way that gives exactly these tokens.
 
     Raises:
-        InputError: the tokenizer gives other tokens in any way.
+        InputError: no way does.
     """
     from tokenizers import Tokenizer
 
-    expected = Ragged(vectors.token_ids, vectors.token_offsets)
     template = vectors.templates[0]
     short = " {concept}" if template[: template.index("{concept}")].endswith((" ", "\n")) else "{concept}"
     tokenizer = Tokenizer.from_str(vocabulary.tokenizer)
-    rows = len(vocabulary.tables["token_embeddings"])
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    rows = len(vocabulary.tables["token_embeddings"])
     for prompt, whole, by_word in (
         (short, True, short.startswith(" ")),
         (short, True, False),
         (template, False, False),
     ):
-        way = Tokenization(tokenizer, prompt, whole, by_word, rows)
-        try:
-            found = way(vectors.concepts)
-        except InputError:
-            continue
-        if np.array_equal(found.offsets, expected.offsets) and np.array_equal(found.values, expected.values):
-            return way
+        tokenization = Tokenization(tokenizer, prompt, whole, by_word, rows)
+        with suppress(InputError):
+            found = tokenization(vectors.concepts)
+            if np.array_equal(found.offsets, vectors.token_offsets) and np.array_equal(found.values, vectors.token_ids):
+                return tokenization
     raise InputError(f"the tokenizer of {vectors.teacher} gives other tokens than the vectors file has")

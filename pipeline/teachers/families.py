@@ -36,7 +36,7 @@ def licence_of(name: str) -> str:
 
 # Model types of transformers whose extraction the tests compare with the plain pass, as docs/families.md has it. Of the
 # shared ones prompts run together, as attention alone mixes their tokens; of the others each runs whole.
-SHARED = frozenset(
+TREE_FAMILIES = frozenset(
     """
     apertus arcee aria aria_text aya_vision beam biogpt bitnet cohere cohere2 cohere2_moe cohere2_vision
     cohere_compass_text ctrl cwm dbrx deepseek_vl dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint
@@ -50,8 +50,8 @@ SHARED = frozenset(
     solar_open stablelm starcoder2 vaultgemma video_llava whisper
     """.split()  # noqa: SIM905 (reads better)
 )
-SINKS = frozenset({"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"})  # which attention ends in
-TESTED = SHARED.union(
+SINK_FAMILIES = frozenset({"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"})  # attention sinks
+TESTED_FAMILIES = TREE_FAMILIES.union(
     """
     afmoe axk1 axk2 bailing_hybrid bamba bart bigbird_pegasus blenderbot blenderbot-small bloom codegen
     deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots3_note dots3_note_text falcon falcon_h1 falcon_mamba

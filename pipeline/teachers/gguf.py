@@ -1,4 +1,4 @@
-"""GGUF files, unpacked once for all: to read one takes `transformers` forty times as long as to load its weights."""
+"""GGUF files, unpacked once: `transformers` takes forty times as long to read one as to load its weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pipeline import hub
 from pipeline.errors import InputError
 from pipeline.teachers.tokenizer import load_tokenizer
 
-FORM = 4  # of what is kept; raised when a file that was kept before should be looked at again
-MOST_BYTES = 500_000_000  # of a file that is kept unpacked, in which it takes up to eight times as many
-# Keys of a file that decide vectors, and what configurations call the same.
+FORM = 4  # of unpacked folders; raised when the files of older ones should be read again
+MAX_BYTES = 500_000_000  # of a file that is kept unpacked, which takes up to eight times as many
+# Keys of a file that decide vectors, and their names in configurations.
 KEYS = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_eps"),
     "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"),
@@ -30,15 +30,7 @@ KEYS = {
 
 
 def check_read(path: Path, causal: Any) -> None:
-    """Check that `transformers` has read all of a GGUF file that decides vectors.
-
-    Args:
-        path: the file.
-        causal: the model that was made of it.
-
-    Raises:
-        InputError: weights, rotary frequencies or sizes of the file are not in the model.
-    """
+    """Refuse a GGUF file whose weights, rotary frequencies or sizes `transformers` has not all read into a model."""
     reader = GGUFReader(path)
     architecture = _value(reader, "general.architecture")
     if fault := _unread(reader, architecture, causal):
@@ -49,7 +41,7 @@ def check_read(path: Path, causal: Any) -> None:
 
 
 def _unread(reader: GGUFReader, architecture: str, causal: Any) -> str | None:
-    """What of a file is not in the model, or None."""
+    """The first part of a file that is not in the model, or None."""
     config = causal.config.get_text_config()
     scaling = _value(reader, f"{architecture}.rope.scaling.type")
     factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
@@ -77,27 +69,27 @@ def _value(reader: GGUFReader, key: str) -> Any:
     return None if found is None else found.contents()
 
 
-def _save_as_it_is(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer by a class that adds nothing: its own might make it anew, without the <bos> in front."""
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer by a generic class: its own might make it anew, without the <bos> in front."""
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     plain: Any = PreTrainedTokenizerFast
     plain(tokenizer_object=tokenizer.backend_tokenizer, **special).save_pretrained(folder)
 
 
-def unpacked(
+def unpack_gguf(
     path: Path, revision: str, config: Any, options: dict[str, Any], check: Callable[[Any, dict[str, Any]], None]
 ) -> Path | None:
-    """The folder with the weights of a GGUF file in float32, which is exact, and its tokenizer, in the hub's cache.
+    """Unpack a GGUF file to exact float32 weights and a tokenizer, in a folder of the hub's cache.
 
     Args:
         path: the file.
         revision: a hash of it.
         config: the model's configuration.
         options: what `transformers` needs to read the file.
-        check: raises where weights are missing, given the model and what the library says of loading it.
+        check: raises where weights are missing, given the model and the library's loading info.
 
     Returns:
-        None where the file is large or the cache cannot be written: then it is read anew each time.
+        The folder; None where the file is large or the cache cannot be written, so that it is read anew each time.
 
     Raises:
         InputError: the library would read the file wrongly.
@@ -105,7 +97,7 @@ def unpacked(
     folder = hub.cache() / "unpacked" / f"{revision[:32]}-{transformers.__version__}-{FORM}"
     if folder.is_dir():
         return folder
-    if path.stat().st_size > MOST_BYTES:
+    if path.stat().st_size > MAX_BYTES:
         return None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +113,8 @@ def unpacked(
         check(read, found)
         check_read(path, read)
         whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-        whole.load_state_dict(read.state_dict())  # what was read counts as quantised, and cannot be saved
-        _save_as_it_is(tokenizer, part)
+        whole.load_state_dict(read.state_dict())  # the model that was read counts as quantised, and cannot be saved
+        _save_tokenizer(tokenizer, part)
         whole.save_pretrained(part)
         for file in part.iterdir():
             file.chmod(0o644)  # as the hub's files: for every user of the cache

@@ -15,19 +15,20 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Bits
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import InputError
-from pipeline.teachers.files import advised, quiet
-from pipeline.teachers.find import DTYPES, Source, Teacher
-from pipeline.teachers.gguf import check_read, unpacked
+from pipeline.teachers.files import silence_libraries, translate_load_errors
+from pipeline.teachers.find import DTYPES, Teacher, TeacherSource
+from pipeline.teachers.gguf import check_read, unpack_gguf
 from pipeline.teachers.residuals import residuals
 from pipeline.teachers.tokenizer import check_vocabulary, load_tokenizer
 
-COMPILED = "_orig_mod."
-PROBE = (3, 5, 7, 11)  # any tokens, of which each vocabulary has as many
+COMPILED = "_orig_mod."  # before the names of a compiled model's weights
+MATRIX_PRODUCTS = (nn.Linear, Conv1D)
+PROBE = (3, 5, 7, 11)  # tokens that every vocabulary has
 
 log = logging.getLogger(__name__)
 
 
-def load_teacher(source: Source, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
+def load_teacher(source: TeacherSource, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
     """Load a teacher's weights, with its matrix products in the source's precision.
 
     Args:
@@ -35,14 +36,17 @@ def load_teacher(source: Source, device: torch.device | str = "cpu", device_map:
         device: where the model computes.
         device_map: spread the model over several devices instead: "auto", "balanced" or "sequential".
 
+    Returns:
+        The teacher.
+
     Raises:
         InputError: the weights cannot be read or reached, some are missing, or it is no causal language model.
     """
-    return prepared(load_untouched(source, device, device_map))
+    return apply_precision(load_untouched(source, device, device_map))
 
 
-def load_untouched(source: Source, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
-    """A teacher as the library loads it in the source's precision; arguments and errors as of `load_teacher`."""
+def load_untouched(source: TeacherSource, device: torch.device | str = "cpu", device_map: str | None = None) -> Teacher:
+    """Load a teacher without exchanging any arithmetic of the library; arguments and errors as of `load_teacher`."""
     location, own = source.location, dict(source.options)
     log.info("loading %s%s", source.name, _size(source.files))
 
@@ -50,8 +54,8 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
         _check_loaded(source.name, causal, found)
 
     if "gguf_file" in own:
-        with advised(source.name, location), quiet(downloads=False):
-            folder = unpacked(Path(location, own["gguf_file"]), source.revision, source.config, own, check)
+        with translate_load_errors(source.name, location), silence_libraries(downloads=False):
+            folder = unpack_gguf(Path(location, own["gguf_file"]), source.revision, source.config, own, check)
         if folder is not None:
             location = str(folder)
             del own["gguf_file"]
@@ -66,7 +70,7 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
         options["dtype"] = torch.float32 if "gguf_file" in source.options else DTYPES[source.dtype]
     if device_map:
         options["device_map"] = device_map
-    with advised(source.name, source.location), quiet(downloads=not source.files):
+    with translate_load_errors(source.name, source.location), silence_libraries(downloads=not source.files):
         tokenizer = load_tokenizer(source.name, location, source.config, own)
         causal, found = _model_class(source).from_pretrained(
             location, config=source.config, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -78,7 +82,7 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
     if "device_map" not in options:
         model.to(device)
     causal.eval().requires_grad_(False)
-    with advised(source.name, source.location):
+    with translate_load_errors(source.name, source.location):
         blocks = _find_blocks(model, source)
         teacher = Teacher(
             source.name, source.revision, model, tokenizer, blocks, source.d_model, source.dtype, causal,
@@ -90,35 +94,30 @@ def load_untouched(source: Source, device: torch.device | str = "cpu", device_ma
     return teacher
 
 
-def prepared(teacher: Teacher) -> Teacher:
-    """The teacher with its matrix products in its short type, where it has one and weights that allow it; the same."""
+def apply_precision(teacher: Teacher) -> Teacher:
+    """Put a teacher's matrix products into its short type, where it has one and weights that allow it."""
     model: Any = teacher.model
-    causal = teacher.causal
-    if teacher.dtype not in ("bfloat16", "float16") or not is_plain(model):
+    if teacher.dtype not in ("bfloat16", "float16") or not has_plain_weights(model):
         return teacher
     dtype = DTYPES[teacher.dtype]
     hooks = _shorten(model, dtype)
     try:
         with torch.inference_mode():
             model(input_ids=torch.tensor([PROBE], device=teacher.device), use_cache=False)
-    except RuntimeError:  # a model that multiplies by weights past their modules
+    except RuntimeError:  # the model multiplies by weights without calling their modules
         for hook in hooks:
             hook.remove()
         model.to(dtype)
         return teacher
-    head: Any = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: Any = teacher.causal.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None:
         head.register_forward_pre_hook(lambda own, args: (args[0].to(own.weight), *args[1:]))
     return teacher
 
 
-def _products(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
-
-
-def is_plain(model: nn.Module) -> bool:
-    """Whether weights are numbers of 16 bits or more, one a place: packed ones (4 bits, 8 bits) stay as they are."""
-    weights = [module.weight for module in _products(model)]
+def has_plain_weights(model: nn.Module) -> bool:
+    """Whether the weights of matrix products are floating-point numbers of 16 bits or more, not quantised."""
+    weights = [module.weight for module in model.modules() if isinstance(module, MATRIX_PRODUCTS)]
     is_quantised = getattr(model.config, "quantization_config", None) or getattr(model, "hf_quantizer", None)
     return not is_quantised and all(
         type(weight) is nn.Parameter and weight.is_floating_point() and weight.itemsize >= 2 for weight in weights
@@ -126,16 +125,14 @@ def is_plain(model: nn.Module) -> bool:
 
 
 def _shorten(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
-    """Matrix products in a short type; the residual stream, norms and attention between them in float32; its hooks.
-
-    The products are nearly all of the arithmetic, and rounding the stream at every block is most of the error: on
-    SmolLM2-135M at block 15 the least centred cosine to float32 is 0.9997 so, and 0.9984 with all in bfloat16.
-    Models with weights in other places (mixtures of experts) compute in the short type throughout.
-    """
-    products = _products(model)
+    """Hook matrix products to run in a short type, with the stream, norms and attention between them in float32."""
+    # The products are nearly all of the arithmetic, and rounding the stream at every block is most of the error: on
+    # SmolLM2-135M at block 15 the least centred cosine to float32 is 0.9997 so, and 0.9984 with all in bfloat16.
+    # Models with weights in other modules (mixtures of experts) compute in the short type throughout.
+    products = [module for module in model.modules() if isinstance(module, MATRIX_PRODUCTS)]
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     matrices = {id(module.weight) for module in products}
-    kept = matrices | {id(module.weight) for module in tables}  # a table has no arithmetic: it stays as it is stored
+    kept = matrices | {id(module.weight) for module in tables}  # a table has no arithmetic and keeps its type
     if any(parameter.dim() > 1 and id(parameter) not in kept for parameter in model.parameters()):
         model.to(dtype)
         return []
@@ -154,13 +151,13 @@ def _shorten(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
     return hooks
 
 
-def _model_class(source: Source) -> Any:
-    """The class that loads it: a causal language model, or one that reads images too and holds one."""
+def _model_class(source: TeacherSource) -> Any:
+    """The auto class that loads it: for causal language models, or for those that read images too."""
     kind = type(source.config)
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if kind in auto._model_mapping or "auto_map" in source.config.to_dict():
             return auto
-    return AutoModelForCausalLM  # which says what it does not know
+    return AutoModelForCausalLM  # whose error names the unknown model
 
 
 def _size(files: Sequence[Path]) -> str:
@@ -169,21 +166,17 @@ def _size(files: Sequence[Path]) -> str:
 
 
 def _check_loaded(name: str, causal: Any, found: dict[str, Any]) -> None:
-    """Compare the weights that were loaded with those that the model has; the head's may be missing.
-
-    Raises:
-        InputError: weights are missing or have other shapes, which the library fills with random numbers.
-    """
+    """Refuse missing weights and other shapes, which the library fills at random; the head may be missing."""
     head = causal.get_output_embeddings()
     of_head = {id(weight) for weight in head.parameters()} if head is not None else set()
     own = dict(causal.named_parameters()) | dict(causal.named_buffers())
     shapes = {key: f"{tuple(stored)}, expected {tuple(shape)}" for key, stored, shape in found["mismatched_keys"]}
     missing = sorted(key for key in found["missing_keys"] if key not in own or id(own[key]) not in of_head)
     wrong = sorted([*missing, *shapes])
-    if not wrong and not found["error_msgs"]:
-        return
     if not wrong:
-        raise InputError(f"--teacher {name}: {found['error_msgs'][0]}")
+        if found["error_msgs"]:
+            raise InputError(f"--teacher {name}: {found['error_msgs'][0]}")
+        return
     reason = f"{len(wrong)} of {len(own)} weights are not in its files or do not fit its configuration, "
     reason += f"the first {wrong[0]}" + (f" {shapes[wrong[0]]}" if wrong[0] in shapes else "")
     if any(COMPILED in key for key in found["unexpected_keys"]):
@@ -193,14 +186,9 @@ def _check_loaded(name: str, causal: Any, found: dict[str, Any]) -> None:
     raise InputError(f"--teacher {name}: {reason}")
 
 
-def _find_blocks(model: Any, source: Source) -> Sequence[nn.Module]:
-    """The transformer blocks, in order: of the module lists as long as the configuration says, the one that runs.
-
-    A tower for images may be as deep as the text model. A few tokens tell them apart.
-
-    Raises:
-        InputError: there is no such list.
-    """
+def _find_blocks(model: Any, source: TeacherSource) -> Sequence[nn.Module]:
+    """The transformer blocks, in order: the module list of the configured length that runs for tokens."""
+    # A tower for images may be as deep as the text model.
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == source.depth]
     if len(lists) > 1:
         lists = [blocks for blocks in lists if _runs(model, blocks)]
@@ -211,30 +199,19 @@ def _find_blocks(model: Any, source: Source) -> Sequence[nn.Module]:
 
 def _runs(model: Any, blocks: nn.ModuleList) -> bool:
     """Whether every module of a list runs for tokens, once."""
-    calls = [0] * len(blocks)
-
-    def count(place: int) -> Any:
-        def hook(*_: Any) -> None:
-            calls[place] += 1
-
-        return hook
-
-    hooks = [block.register_forward_hook(count(place)) for place, block in enumerate(blocks)]
+    calls: list[nn.Module] = []
+    hooks = [block.register_forward_hook(lambda block, _args, _output: calls.append(block)) for block in blocks]
     try:
         with torch.inference_mode():
             model(input_ids=torch.tensor([PROBE], device=next(model.parameters()).device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return calls == [1] * len(blocks)
+    return sorted(map(id, calls)) == sorted(map(id, blocks))
 
 
 def _check_causal(teacher: Teacher) -> None:
-    """Check that a token's residual stream does not change with the tokens behind it.
-
-    Raises:
-        InputError: it does.
-    """
+    """Refuse a model whose residual stream at a token changes with the tokens behind it."""
     layers = range(len(teacher.blocks) + 1)
     other = torch.tensor([[*PROBE[:-1], PROBE[0]]])
     first, second = (residuals(teacher, ids, layers)[:, 0, :-1].float() for ids in (torch.tensor([PROBE]), other))

@@ -17,58 +17,66 @@ class Prompt:
 
     Attributes:
         token_ids: the prompt's tokens, without those that a tokenizer appends.
-        own: which of them overlap the concept's characters, ascending.
+        positions: of the tokens that overlap the concept's characters, ascending.
     """
 
     token_ids: list[int]
-    own: list[int]
+    positions: list[int]
 
     @property
-    def own_ids(self) -> list[int]:
+    def concept_ids(self) -> list[int]:
         """The concept's own tokens."""
-        return [self.token_ids[position] for position in self.own]
+        return [self.token_ids[position] for position in self.positions]
 
-    def read(self, pool: str) -> list[int]:
+    def pooled(self, pool: str) -> list[int]:
         """The positions whose residual stream makes the vector."""
-        return self.own if pool == "mean" else [len(self.token_ids) - 1]
+        return self.positions if pool == "mean" else [len(self.token_ids) - 1]
 
 
 def tokenize(teacher: Teacher, concepts: Sequence[str], template: str) -> list[Prompt]:
-    """Every concept in a template as tokens, with the positions of the concept's own.
+    """Tokenize every concept in a template.
+
+    Args:
+        teacher: the model.
+        concepts: the concepts.
+        template: a prompt with ``{concept}``.
+
+    Returns:
+        One prompt per concept.
 
     Raises:
-        InputError: a concept that leaves no token of its own, a token that the teacher has no embedding for, or a
-            prompt longer than the teacher's context.
+        InputError: a concept without a token of its own, a token without an embedding, or a prompt longer than the
+            teacher's context.
     """
     start = template.index("{concept}")
     texts = [template.replace("{concept}", concept) for concept in concepts]
-    room = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
     prompts = []
     for concept, (ids, spans) in zip(concepts, _encode(teacher, texts), strict=True):
         stop = start + len(concept)
-        own = [position for position, (left, right) in enumerate(spans) if left < stop and right > start]
-        if not own:
+        positions = [position for position, (left, right) in enumerate(spans) if left < stop and right > start]
+        if not positions:
             raise InputError(f"concept {concept!r}: the teacher's tokenizer gives it no token")
-        if room is not None and len(ids) > room:
-            raise InputError(f"concept {concept[:60]!r}: its prompt has {len(ids)} tokens, the teacher takes {room}")
-        prompts.append(Prompt(ids, own))
+        if context is not None and len(ids) > context:
+            raise InputError(f"concept {concept[:60]!r}: its prompt has {len(ids)} tokens, the teacher takes {context}")
+        prompts.append(Prompt(ids, positions))
     return prompts
 
 
-def beginning_of(teacher: Teacher, template: str) -> list[int]:
-    """The tokens of what stands before the concept."""
+def template_prefix(teacher: Teacher, template: str) -> list[int]:
+    """Tokens of the template's text before the concept."""
     [(ids, _)] = _encode(teacher, [template[: template.index("{concept}")].rstrip()])
     return ids
 
 
 def _encode(teacher: Teacher, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """As `encode`, of tokens that the teacher has an embedding for."""
-    rows, found = len(teacher.embedding_table), encode(teacher.tokenizer, texts)
-    for text, (ids, _) in zip(texts, found, strict=True):
+    """Tokens and spans from `encode`, once every token has an embedding."""
+    rows, encoded = len(teacher.embedding_table), encode(teacher.tokenizer, texts)
+    for text, (ids, _) in zip(texts, encoded, strict=True):
         if ids and max(ids) >= rows:
             token: Any = teacher.tokenizer.convert_ids_to_tokens(max(ids))
             raise InputError(
                 f"prompt {text[:60]!r}: the teacher has no embedding for the token {token!r} in it (number {max(ids)} "
                 f"of {rows:,} rows); leave it out, or resize the model's embeddings"
             )
-    return found
+    return encoded

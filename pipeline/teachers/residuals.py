@@ -1,8 +1,8 @@
 """The truncated, prefix-shared forward pass: a teacher's residual stream at chosen blocks, and no other arithmetic.
 
-A token tree runs through the teacher's own blocks as one row of tokens without padding. Only attention is exchanged
-(through the interface by which `transformers` exchanges it): every token looks at the tokens on its way to the root,
-and at the prefix, whose keys and values were computed once. Nothing past the deepest block runs, and no logits.
+A token tree runs through the teacher's own blocks as one row of tokens without padding. Only attention is exchanged,
+through the interface of `transformers`: every token attends to its ancestors in the tree and to the common prefix,
+whose keys and values were computed once. Nothing past the deepest block runs, and no logits.
 """
 
 from __future__ import annotations
@@ -25,23 +25,20 @@ from pipeline.teachers.find import Teacher
 from pipeline.teachers.token_tree import TokenTree
 
 TREE = "token-tree"
-# What models tell attention that changes nothing in a pass without dropout and padding, or is in the positions already.
+# Arguments of attention that change nothing in a pass without dropout and padding, or that the positions contain.
 HARMLESS = {
     "dropout", "is_causal", "position_ids", "output_attentions", "deterministic", "use_cache", "cache_position",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_router_logits",
 }  # fmt: skip
 
 
-class _Deepest(Exception):  # noqa: N818 (not an error)
-    """Leaves the forward pass once the deepest block asked for has been read."""
+class _Stop(Exception):  # noqa: N818 (not an error)
+    """Ends the forward pass once the deepest block asked for has been read."""
 
 
 @contextmanager
 def _reading(teacher: Teacher, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Hooks that keep the residual stream at ``layers`` and end the forward pass at the deepest of them.
-
-    The stream is read from the blocks themselves, so the last block's is not normed.
-    """
+    """Hook the blocks to keep the residual stream at ``layers``, before the final norm, and to stop at the deepest."""
     read: dict[int, Tensor] = {}
 
     def keep(layer: int, value: Any) -> None:
@@ -54,7 +51,7 @@ def _reading(teacher: Teacher, layers: Sequence[int]) -> Iterator[dict[int, Tens
                 )
             read[layer] = value
         if layer == layers[-1]:
-            raise _Deepest
+            raise _Stop
 
     def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(0, args[0] if args else kwargs["hidden_states"])
@@ -66,7 +63,7 @@ def _reading(teacher: Teacher, layers: Sequence[int]) -> Iterator[dict[int, Tens
     hooks = [teacher.blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
     hooks += [block.register_forward_hook(after(number)) for number, block in enumerate(teacher.blocks, start=1)]
     try:
-        with suppress(_Deepest), torch.inference_mode():
+        with suppress(_Stop), torch.inference_mode():
             yield read
             raise InputError(f"--teacher {teacher.name}: its blocks do not all run, and cannot be read")
     finally:
@@ -75,7 +72,7 @@ def _reading(teacher: Teacher, layers: Sequence[int]) -> Iterator[dict[int, Tens
 
 
 def residuals(teacher: Teacher, token_ids: Tensor, layers: Sequence[int]) -> Tensor:
-    """The plain forward pass up to the deepest of ``layers``, for prompts of one length.
+    """Run the plain forward pass up to the deepest of ``layers``, for prompts of one length.
 
     Args:
         teacher: the model.
@@ -84,6 +81,9 @@ def residuals(teacher: Teacher, token_ids: Tensor, layers: Sequence[int]) -> Ten
 
     Returns:
         ``[layers, batch, tokens, d_model]``.
+
+    Raises:
+        InputError: the blocks do not return one residual stream.
     """
     with _reading(teacher, layers) as read:
         teacher.model(input_ids=token_ids.to(teacher.device), use_cache=False)
@@ -93,21 +93,21 @@ def residuals(teacher: Teacher, token_ids: Tensor, layers: Sequence[int]) -> Ten
     return torch.stack([read[layer].to(teacher.device) for layer in layers])
 
 
-class CannotShare(Exception):  # noqa: N818 (not an error)
-    """Something besides the exchanged attention carries over from one token to the next; prompts must run whole."""
+class TreeUnsupported(Exception):  # noqa: N818 (not an error)
+    """The model does more than the tree's attention computes; prompts must run whole."""
 
 
 @dataclass(frozen=True)
-class _Branches:
-    """What attention needs to know about the tree that runs through the teacher."""
+class _Running:
+    """The tree that runs through the teacher, for its attention."""
 
     prefix: Mapping[int, tuple[Tensor, Tensor]]  # by layer: keys and values, [1, heads, prefix, head_dim]
     levels: Sequence[tuple[int, Tensor]]
     longest: int  # tokens of the longest prompt
-    called: list[int]  # the layers whose attention ran
+    called: list[int]  # layers whose attention ran
 
 
-_branches: ContextVar[_Branches | None] = ContextVar("branches", default=None)
+_running: ContextVar[_Running | None] = ContextVar("running", default=None)
 
 
 def _tree_attention(
@@ -122,34 +122,34 @@ def _tree_attention(
     s_aux: Tensor | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Attention of every node to the prefix and to the nodes on its way to it; in float32, whatever the teacher's.
+    """Attention of every node to the prefix and to its ancestors, in float32.
 
     Args:
         module: the teacher's attention module.
         query: ``[1, heads, nodes, head_dim]``, with positions applied.
         key: ``[1, key heads, nodes, head_dim]``, each serving ``heads / key heads`` query heads.
         value: ``[1, key heads, nodes, value head_dim]``.
-        mask: none; a model that makes a mask of its own cannot be read so.
+        mask: None; a model that makes its own mask is refused.
         scaling: of the scores; 1 / sqrt(head_dim) by default.
-        sliding_window: how far back a token sees, itself included; all the way by default.
+        sliding_window: tokens that a token sees, itself included; all by default.
         softcap: bound of the scores, where the architecture has one (Gemma 2).
         s_aux: ``[heads]``, the score of each head's sink, where the architecture has one (gpt-oss).
-        others: whatever else the model tells attention.
+        others: other arguments of attention.
 
     Returns:
         ``[1, nodes, heads, value head_dim]``, and no attention weights.
 
     Raises:
-        CannotShare: the model asks for more than this.
+        TreeUnsupported: the model asks for more than this.
     """
-    branches = _branches.get()
-    assert branches is not None
+    tree = _running.get()
+    assert tree is not None
     unknown = [name for name, given in others.items() if name not in HARMLESS and given is not None]
     if mask is not None or unknown:
-        raise CannotShare(f"attention takes {', '.join(unknown) or 'a mask of its own'}")
-    branches.called.append(module.layer_idx)
-    if sliding_window is None and branches.longest > _window(module):
-        raise CannotShare("a window that attention is not told")
+        raise TreeUnsupported(f"attention takes {', '.join(unknown) or 'a mask of its own'}")
+    tree.called.append(module.layer_idx)
+    if sliding_window is None and tree.longest > _window(module):
+        raise TreeUnsupported("a window that attention is not given")
     heads, nodes, head_dim = query.shape[1:]
     groups = key.shape[1]
     scaling = head_dim**-0.5 if scaling is None else scaling
@@ -157,14 +157,14 @@ def _tree_attention(
     k, v = key[0].transpose(0, 1).float(), value[0].transpose(0, 1).float()  # [nodes, groups, head_dim]
     prefix_scores, prefix_values = None, None
     length = 0
-    if branches.prefix:
-        prefix_keys, prefix_values = (part[0].to(q) for part in branches.prefix[module.layer_idx])  # [g, prefix, d]
+    if tree.prefix:
+        prefix_keys, prefix_values = (part[0].to(q) for part in tree.prefix[module.layer_idx])  # [g, prefix, d]
         length = prefix_keys.shape[1]
         flat = q.transpose(0, 1).reshape(groups, -1, head_dim)
         prefix_scores = (flat @ prefix_keys.mT).view(groups, nodes, -1, length).transpose(0, 1)  # [n, g, h, prefix]
     sink = None if s_aux is None else s_aux.float().view(groups, -1)  # [g, h]
     on_prefix, on_branch = [], []
-    for start, way in branches.levels:
+    for start, way in tree.levels:
         here = slice(start, start + len(way))
         scores = torch.einsum("nghd,ntgd->nght", q[here], k[way])
         if prefix_scores is not None:
@@ -175,7 +175,7 @@ def _tree_attention(
             scores[..., : scores.shape[-1] - sliding_window] = -torch.inf
         if sink is None:
             weights = scores.softmax(-1)
-        else:  # it takes its share of the attention, and has no value
+        else:  # a share of the attention without a value
             weights = torch.cat([scores, sink[:, :, None].expand(*scores.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
         on_prefix.append(weights[..., :length])
         on_branch.append(torch.einsum("nght,ntgd->nghd", weights[..., length:], v[way]))
@@ -190,7 +190,7 @@ ALL_ATTENTION_FUNCTIONS.register(TREE, _tree_attention)
 
 
 def _window(module: Any) -> float:
-    """Tokens that a layer sees at the most, by its configuration: a layer of sliding or chunked attention."""
+    """Tokens that a layer of sliding or chunked attention sees, by its configuration; infinite for full attention."""
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -200,7 +200,7 @@ def _window(module: Any) -> float:
 
 
 def _rotary_limit(config: Any) -> float:
-    """Tokens of the longest prompt up to which the rotary frequencies of a pass do not depend on it."""
+    """Length of the longest prompt up to which a pass's rotary frequencies do not depend on that length."""
     rotary = getattr(config, "rope_parameters", None) or {}
     kinds = [own for own in rotary.values() if isinstance(own, dict)] or [rotary]  # by kind of layer, or one for all
     if not any(own.get("rope_type") in ("longrope", "dynamic") for own in kinds):
@@ -210,25 +210,12 @@ def _rotary_limit(config: Any) -> float:
     return min((limit for limit in limits if limit), default=0)
 
 
-def can_share(teacher: Teacher) -> bool:
-    """Whether prompts may run as a tree, as far as the model's kind tells.
-
-    Its attention must be one that can be exchanged, and no convolution may run over the tokens.
-    """
+def can_run_trees(teacher: Teacher) -> bool:
+    """Whether the model's attention can be exchanged, and no convolution runs over the tokens."""
     can_exchange = getattr(teacher.model, "_can_set_attn_implementation", lambda: True)
     return can_exchange() and not any(
         isinstance(module, nn.Conv1d) for block in teacher.blocks for module in block.modules()
     )
-
-
-@contextmanager
-def _attention(teacher: Teacher, name: str) -> Iterator[None]:
-    before = teacher.model.config._attn_implementation
-    teacher.model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        teacher.model.set_attn_implementation(before)
 
 
 def prefix_states(teacher: Teacher, token_ids: Sequence[int], layers: Sequence[int]) -> dict[int, tuple[Any, Any]]:
@@ -254,24 +241,30 @@ def tree_residuals(
 
     Returns:
         For each layer ``[nodes, d_model]``.
+
+    Raises:
+        TreeUnsupported: a pass of the tree differs from those of its prompts.
     """
     device, longest = teacher.device, int(tree.depths.max()) + 1
     if longest > _rotary_limit(teacher.model.config.get_text_config()):
-        raise CannotShare("rotary positions that change with the longest prompt of a pass")
+        raise TreeUnsupported("rotary positions that change with the longest prompt of a pass")
     levels = [(start, _to(way, device)) for start, way in tree.levels]
     called: list[int] = []
-    token = _branches.set(_Branches(prefix, levels, longest, called))
+    own_attention = teacher.model.config._attn_implementation
+    token = _running.set(_Running(prefix, levels, longest, called))
     try:
-        with _attention(teacher, TREE), _reading(teacher, layers) as read:
+        teacher.model.set_attn_implementation(TREE)
+        with _reading(teacher, layers) as read:
             teacher.model(
                 input_ids=_to(tree.token_ids, device)[None],
                 position_ids=_to(tree.depths, device)[None],
                 use_cache=False,
             )
     finally:
-        _branches.reset(token)
+        _running.reset(token)
+        teacher.model.set_attn_implementation(own_attention)
     if sorted(called) != list(range(layers[-1])):
-        raise CannotShare("blocks without attention, or with attention that cannot be exchanged")
+        raise TreeUnsupported("blocks without attention, or with attention that cannot be exchanged")
     return [read[layer][0].to(device) for layer in layers]
 
 
@@ -281,9 +274,6 @@ def _to(values: Any, device: torch.device) -> Tensor:
 
 
 def flops_per_token(teacher: Teacher, layers: Sequence[int]) -> float:
-    """Floating-point operations of a token up to the deepest of ``layers``: two for each weight of a matrix.
-
-    Attention to other tokens is left out (a few per cent for short prompts); of a mixture of experts all count.
-    """
+    """Floating-point operations of a token up to the deepest of ``layers``: two per weight of a matrix, all experts."""
     blocks = teacher.blocks[: layers[-1]]
     return 2.0 * sum(weight.numel() for block in blocks for weight in block.parameters() if weight.dim() > 1)

@@ -1,9 +1,9 @@
-"""Prompts as a tree of tokens, in which every distinct beginning stands once.
+"""Prompts as a tree of tokens (a trie), in which every distinct prefix stands once.
 
-A causal model's residual stream at a position depends on the tokens up to it and on nothing else. So what two prompts
-begin with in common needs to be computed once: the tokens that all prompts of a batch share (the template's text
-before the concept), and below them every shared beginning of concepts ("ice", "ice cream"). The tree is found on token
-ids, never on text, because a tokenizer may merge across any boundary of the text.
+A causal model's residual stream at a position depends on the tokens up to it alone. So a prefix of several prompts is
+computed once: the tokens that all prompts of a batch share (the template's text before the concept), and below them
+every shared prefix of concepts ("ice", "ice cream"). The tree is found on token ids, never on text, because a
+tokenizer may merge across any boundary of the text.
 """
 
 from __future__ import annotations
@@ -38,20 +38,23 @@ class TokenTree:
 
 
 def common_prefix(prompts: Sequence[Sequence[int]], longest: int) -> int:
-    """How many tokens all prompts begin with in common, at most ``longest``."""
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # whatever these two share, all between them share
+    """The number of tokens that all prompts begin with, at most ``longest``."""
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # all prompts between them share their prefix
     limit = min(len(first), len(last), longest)
     return next((place for place in range(limit) if first[place] != last[place]), limit)
 
 
 def grow(prompts: Sequence[Sequence[int]], prefix: int, budget: int, long: int) -> Iterator[TokenTree]:
-    """Trees over all prompts, each of at most ``budget`` nodes (or of one prompt); long prompts have their own.
+    """Grow trees over all prompts, each of at most ``budget`` nodes (or of one prompt), long prompts apart.
 
     Args:
         prompts: token ids; all begin with the same ``prefix`` tokens and go on after them.
         prefix: the number of common tokens, which are in no tree.
         budget: tokens of a tree.
-        long: tokens after the prefix that make a prompt long.
+        long: tokens after the prefix beyond which a prompt is long.
+
+    Yields:
+        The trees.
     """
     is_long = np.array([len(prompt) - prefix > long for prompt in prompts])
     for rows in (np.flatnonzero(~is_long), np.flatnonzero(is_long)):
@@ -77,7 +80,7 @@ def _grow(prompts: Sequence[Sequence[int]], rows: Ints, prefix: int, budget: int
 
 
 def _first_occurrences(table: Ints) -> NDArray[np.bool_]:
-    """Where a sorted table of prompts has a beginning that the row above does not have, ``[prompts, longest]``."""
+    """Where a row of a sorted table of prompts differs from the row above up to there, ``[prompts, longest]``."""
     new = np.ones(table.shape, bool)
     new[1:] = np.logical_or.accumulate(table[1:] != table[:-1], axis=1)
     return new & (table >= 0)

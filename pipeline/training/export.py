@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.data.concepts import balanced_order
 from pipeline.data.dataset import ONE_HOT_INPUTS, Dataset, Examples, Subset, reading_of
 from pipeline.errors import InputError
-from pipeline.extraction.vocabulary import Vocabulary, tokenization_of
+from pipeline.extraction.vocabulary import Vocabulary, fastest_tokenization
 from pipeline.metrics import interval
 from pipeline.settings import Cell
 from pipeline.student.forward import first_map, of_ranks, without_first_map
@@ -109,7 +109,7 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
         reading=reading.in_8_bits(),
         concepts=tuple(data.vectors.concepts[row] for row in first),
         token_rows=None,
-        tokenization=tokenization_of(vocabulary, data.vectors),
+        tokenization=fastest_tokenization(vocabulary, data.vectors),
         catalogue=Table.in_8_bits(catalogue),
     )
     student = _of_lower_rank(student, data, subset.val)

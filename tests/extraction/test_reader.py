@@ -21,9 +21,8 @@ from pipeline import hub
 from pipeline.data.concepts import Catalogue, split
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError, WorkError
-from pipeline.extraction.parts import PartPlan, merge
-from pipeline.extraction.reader import read_parts
-from pipeline.extraction.request import is_extracted, make_request
+from pipeline.extraction.parts import PartPlan, merge, read_parts
+from pipeline.extraction.request import is_extracted, make_request, read_output_header
 from pipeline.processes import Worker
 from pipeline.storage import Output
 from pipeline.teachers import gguf
@@ -242,9 +241,8 @@ EXTRACTIONS = """
 import sys
 from pathlib import Path
 from pipeline.data.concepts import read_catalogue
-from pipeline.extraction.reader import read_parts
 from pipeline.storage import Output
-from pipeline.extraction.parts import Plan, merge
+from pipeline.extraction.parts import PartPlan, merge, read_parts
 from pipeline.extraction.request import make_request
 from pipeline.teachers.load import load_teacher
 from pipeline.teachers.find import find_teacher
@@ -253,7 +251,7 @@ from processes import each_line
 def extract(output):
     source = find_teacher(sys.argv[1])
     request = make_request(source, read_catalogue("wordfreq:en:8000"), layers="all", templates=["The {concept}"])
-    plan = Plan.open(Output(Path(output)), request, 32, 40, 128)
+    plan = PartPlan.open(Output(Path(output)), request, 32, 40, 128)
     read_parts(load_teacher(source), request, plan, plan.missing())
     merge(request, plan)
 
@@ -373,7 +371,8 @@ def test_the_key_names_all_that_decides_the_vectors(tiny_folder, tmp_path):
         make_request(replace(source, dtype="bfloat16"), FEW, **asked),
     ]
     assert len({request.key, *(other.key for other in others)}) == 7
-    assert not is_extracted(Output(tmp_path / "none.safetensors"), request)
+    output = Output(tmp_path / "none.safetensors")
+    assert not is_extracted(output, request, read_output_header(output))
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from sklearn.preprocessing import FunctionTransformer
 from pipeline import Student
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
-from pipeline.errors import InputError
-from pipeline.extraction.vocabulary import find, tokenization_of
+from pipeline.errors import InputError, WorkError
+from pipeline.extraction.vocabulary import fastest_tokenization, find
 from pipeline.settings import Cell
 from pipeline.student.folder import FORMAT, _sha256
 from pipeline.student.forward import gelu
@@ -152,7 +152,7 @@ def test_students_of_any_teacher_and_template(workplace, run, tiny_folder, templ
 
 @pytest.fixture(scope="module")
 def way(vocabulary, vectors):
-    return tokenization_of(vocabulary, vectors)
+    return fastest_tokenization(vocabulary, vectors)
 
 
 @settings(deadline=None, max_examples=60)
@@ -160,7 +160,7 @@ def way(vocabulary, vectors):
 def test_tokens_are_those_of_the_teachers_prompt(smollm2, way, texts):
     texts = [text.strip() for text in texts if text.strip()]
     if texts:
-        expected = [prompt.own_ids for prompt in tokenize(smollm2[1], texts, "Tell me about {concept}")]
+        expected = [prompt.concept_ids for prompt in tokenize(smollm2[1], texts, "Tell me about {concept}")]
         found = way(texts)
         assert [found[place].tolist() for place in range(len(texts))] == expected
 
@@ -408,3 +408,10 @@ def test_the_readme_of_a_folder_can_be_edited(exported, tmp_path):
     assert Student.load(tmp_path / "mine").card == "# Mine\n"
     (tmp_path / "mine" / "README.md").unlink()
     assert Student.load(tmp_path / "mine").card == ""
+
+
+def test_a_student_that_would_not_load_again_is_not_left(data, tmp_path):
+    _, made = trained(replace(SHORT, epochs=1, hidden_dim=8), data)
+    with pytest.raises(WorkError, match="would not load again"):
+        replace(made, mean=made.mean[:5]).save(tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()

@@ -39,7 +39,7 @@ from transformers import (
 from pipeline.analysis.intervention import NextTokenDistributions
 from pipeline.data.concepts import Catalogue
 from pipeline.errors import InputError, WorkError
-from pipeline.extraction.check import compare, in_float32, reference
+from pipeline.extraction.check import compare, in_float32, reference_vectors
 from pipeline.extraction.reader import Reader, plain_vectors
 from pipeline.extraction.request import make_request
 from pipeline.teachers.find import find_teacher
@@ -291,9 +291,9 @@ def test_a_tree_is_compared_even_where_the_first_prompts_ran_whole(tiny_folder):
     request = make_request(source, catalogue_of(WORDS), layers="2", templates=["{concept}"])
     reader = Reader(teacher, request, 256, lambda done: None)
     reader.read([tokenize(teacher, [f"{word} of the sea and the sun " * 20 for word in WORDS[:2]], "{concept}")])
-    assert reader.shared is None
+    assert reader.uses_trees is None
     reader.read([tokenize(teacher, WORDS, "Tell me about {concept}")])
-    assert reader.shared
+    assert reader.uses_trees
 
 
 GGUF_LOSSES = {
@@ -355,7 +355,7 @@ def test_vectors_far_from_the_untouched_model_end_the_extraction(folder):
     source = find_teacher(str(folder), "bfloat16")
     untouched = load_untouched(source)
     request = make_request(source, catalogue_of(WORDS), layers="2,3", templates=["Tell me about {concept}"])
-    expected = reference(untouched, request)
+    expected = reference_vectors(untouched, request)
     with torch.no_grad():
         untouched.blocks[2].mlp.down_proj.weight.add_(0.02)
     with pytest.raises(WorkError, match=r"after block 3 vectors are \S+ of their norm from the model's own pass"):

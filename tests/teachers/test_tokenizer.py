@@ -10,21 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_student import SHORT, trained
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.data.concepts import Catalogue
 from pipeline.data.vectors import read_vectors
-from pipeline.errors import InputError, WorkError
+from pipeline.errors import InputError
 from pipeline.extraction.reader import read_texts
 from pipeline.extraction.request import make_request
 from pipeline.extraction.vocabulary import find
 from pipeline.student.student import Student
 from pipeline.teachers.find import find_teacher
 from pipeline.teachers.load import load_teacher
-from pipeline.teachers.prompts import beginning_of, tokenize
-from pipeline.teachers.tokenizer import fingerprint
+from pipeline.teachers.prompts import template_prefix, tokenize
+from pipeline.teachers.tokenizer import hash_tokenizer
 
 WHOLE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 EXTRACT = (
@@ -198,9 +197,9 @@ ENOUGH = {
 @pytest.mark.parametrize("apply", ENOUGH.values(), ids=ENOUGH)
 def test_files_that_are_enough_are_taken(folder, apply):
     texts = ["volcano", "slow cooking"]
-    expected = [prompt.own_ids for prompt in tokenize(load(folder), texts, PROMPT)]
+    expected = [prompt.concept_ids for prompt in tokenize(load(folder), texts, PROMPT)]
     apply(folder)
-    assert [prompt.own_ids for prompt in tokenize(load(folder), texts, PROMPT)] == expected
+    assert [prompt.concept_ids for prompt in tokenize(load(folder), texts, PROMPT)] == expected
 
 
 BOS, PAD = ("<bos>", 1), ("<pad>", 0)
@@ -222,7 +221,7 @@ def test_what_a_tokenizer_appends_is_not_read(folder, caplog, ending):
     assert "ends prompts with <pad>" in caplog.text
     for template in (PROMPT, "{concept}", "What is {concept} like?"):
         assert tokenize(ends, texts, template) == tokenize(plain, texts, template)
-        assert beginning_of(ends, template) == beginning_of(plain, template)
+        assert template_prefix(ends, template) == template_prefix(plain, template)
     for pool in ("last", "mean"):
         expected, found = (read_texts(teacher, texts, PROMPT, 2, pool) for teacher in (plain, ends))
         np.testing.assert_array_equal(found, expected)
@@ -232,10 +231,10 @@ def test_an_end_token_that_the_text_or_the_template_has_is_read(folder):
     change(folder / WHOLE, post_processor=as_json(ENDINGS["template"]))
     teacher = load(folder)
     [prompt] = tokenize(teacher, ["a <pad>"], PROMPT)
-    assert prompt.token_ids[-1] == prompt.own_ids[-1] == 0
+    assert prompt.token_ids[-1] == prompt.concept_ids[-1] == 0
     [prompt] = tokenize(teacher, ["volcano"], "{concept}<pad>")
-    assert prompt.token_ids[prompt.read("last")[0]] == 0
-    assert 0 not in prompt.own_ids
+    assert prompt.token_ids[prompt.pooled("last")[0]] == 0
+    assert 0 not in prompt.concept_ids
 
 
 NORMALIZERS = [normalizers.Lowercase(), normalizers.NFKC(), normalizers.NFD(), normalizers.BertNormalizer()]
@@ -248,7 +247,7 @@ def test_the_concepts_own_tokens_are_found_whatever_the_tokenizer_makes_of_the_t
     texts = ["Volcano", "ﬁre İstanbul", "naïve É", "x²", "😀😀", "山"]
     for template in ("Tell ME about ﬁve {concept}", "{concept} İS", "É {concept}, and so on"):
         for text, prompt in zip(texts, tokenize(teacher, texts, template), strict=True):
-            own = teacher.tokenizer.decode(prompt.own_ids)
+            own = teacher.tokenizer.decode(prompt.concept_ids)
             assert own.replace(" ", "") == normalizer.normalize_str(text).replace(" ", "")
 
 
@@ -293,7 +292,7 @@ def test_a_teacher_is_known_by_its_tokenizer_too(workplace, run, folder, caplog)
     code, _, err = run(*TRAIN, "--student", "ridge")
     assert code == 0, err
     held = read_vectors(Path("v.safetensors"))
-    assert held.tokenizer == fingerprint(folder) == Student.load("mine").config["tokenizer"]
+    assert held.tokenizer == hash_tokenizer(folder) == Student.load("mine").config["tokenizer"]
 
     change(folder / SETTINGS, chat_template="{{ messages }}")  # which makes no difference to a prompt
     code, out, err = run(*EXTRACT, "--teacher", folder)
@@ -302,7 +301,7 @@ def test_a_teacher_is_known_by_its_tokenizer_too(workplace, run, folder, caplog)
     change(folder / WHOLE, post_processor=None)
     code, _, err = run(*EXTRACT, "--teacher", folder)
     assert code == 2
-    assert f"tokenizer {held.tokenizer}, asked for {fingerprint(folder)}" in err
+    assert f"tokenizer {held.tokenizer}, asked for {hash_tokenizer(folder)}" in err
 
     caplog.clear()
     code, _, err = run("predict", "volcano", "--compare", "--run", "mine", "--teacher", folder)
@@ -329,10 +328,3 @@ def test_vectors_that_do_not_name_their_tokenizer_are_taken_over(folder):
     assert not now.is_answered_by(other.header)
     assert not before.is_answered_by(now.header)
     assert not now.is_answered_by(None)
-
-
-def test_a_student_that_would_not_load_again_is_not_left(data, tmp_path):
-    _, made = trained(replace(SHORT, epochs=1, hidden_dim=8), data)
-    with pytest.raises(WorkError, match="would not load again"):
-        replace(made, mean=made.mean[:5]).save(tmp_path / "mine")
-    assert not (tmp_path / "mine").exists()
