@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 
-def of_teacher(stored: object, device: torch.device) -> str:
+def teacher_precision(stored: object, device: torch.device) -> str:
     """The precision of a teacher: bfloat16 on CUDA for weights of 16 bits or fewer, else float32.
 
     Such weights lose nothing in bfloat16 arithmetic but the rounding of activations; others lose more.
@@ -23,12 +23,12 @@ def of_teacher(stored: object, device: torch.device) -> str:
     return "bfloat16" if is_short and device.type == "cuda" else "float32"
 
 
-def of_training(device: torch.device) -> str:
+def training_precision(device: torch.device) -> str:
     """The precision of training: bfloat16 on CUDA, float32 elsewhere."""
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def hint(option: str, taken: str, device: torch.device) -> str | None:
+def bfloat16_hint(option: str, taken: str, device: torch.device) -> str | None:
     """Advice for processors that have instructions for bfloat16 where float32 was taken; None for others.
 
     Args:

@@ -48,7 +48,7 @@ def fetch(place: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     kind, repo, revision, name = _parse(place)
-    with told(place):
+    with translate_errors(place):
         if name:
             return Path(hf_hub_download(repo, name, repo_type=kind, revision=revision))
         files = [hf_hub_download(repo, part, repo_type=kind, revision=revision) for part in FILES]
@@ -67,7 +67,7 @@ def _parse(place: str) -> tuple[str, str, str | None, str]:
 
 
 @contextmanager
-def told(place: str) -> Iterator[None]:
+def translate_errors(place: str) -> Iterator[None]:
     """Turn the hub's errors into ours: one line that says what to do."""
     from huggingface_hub.errors import (
         HfHubHTTPError,

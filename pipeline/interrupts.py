@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # All of these are counted from the signal.
 CLOSE_SECONDS = 0.4  # for the main thread to close what is open, before the watching thread helps
 AGAIN_SECONDS = 0.5  # a signal that comes later is a second one: launchers hand on the first to those who have had it
@@ -36,7 +36,7 @@ _answered = threading.Event()  # the main thread has noticed it
 
 
 @contextlib.contextmanager
-def closed_by(close: Callable[[], None]) -> Iterator[None]:
+def close_on_interrupt(close: Callable[[], None]) -> Iterator[None]:
     """Where the command is interrupted while the context is open, ``close`` is called once, the newest first.
 
     The thread that leaves the context calls it, or the watching thread where that one is late. Its errors are passed
@@ -59,7 +59,7 @@ def closed_by(close: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undone_by(undo: Callable[[], None]) -> Iterator[None]:
+def undo_on_exit(undo: Callable[[], None]) -> Iterator[None]:
     """Where the process is ended while the context is open, ``undo`` is called before; it must take no time."""
     _undoers.append(undo)
     try:
@@ -68,7 +68,7 @@ def undone_by(undo: Callable[[], None]) -> Iterator[None]:
         _undoers.remove(undo)
 
 
-def check() -> None:
+def raise_if_interrupted() -> None:
     """Raise KeyboardInterrupt where the command was interrupted: for threads, which no signal reaches."""
     if _stopped.is_set():
         raise KeyboardInterrupt
@@ -81,11 +81,11 @@ def sleep(seconds: float) -> None:
         KeyboardInterrupt: it was.
     """
     _stopped.wait(seconds)
-    check()
+    raise_if_interrupted()
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Turn signals into KeyboardInterrupt, after which the process ends in time, whatever it does.
 
     The main thread enters it, before libraries are loaded. Processes that are forked meanwhile inherit nothing of it
@@ -106,14 +106,14 @@ def watching() -> Iterator[None]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     atexit.register(_end)  # the first to be registered is the last to be called
-    before = {number: signal.signal(number, answer) for number in STOPS}
+    before = {number: signal.signal(number, answer) for number in STOP_SIGNALS}
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     thread = threading.Thread(target=_watch, args=(read,), name="interrupts", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        check()
+        raise_if_interrupted()
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -124,7 +124,7 @@ def watching() -> Iterator[None]:
         atexit.unregister(_end)
 
 
-def leave() -> NoReturn:
+def exit_interrupted() -> NoReturn:
     """End the process after an interruption.
 
     Python would go on to take its objects apart one by one, which takes seconds with torch loaded; so the last of the
@@ -137,7 +137,7 @@ def leave() -> NoReturn:
 
 
 def _watch(read: int) -> None:
-    while (number := os.read(read, 1)[0]) not in STOPS:
+    while (number := os.read(read, 1)[0]) not in STOP_SIGNALS:
         if not number:
             return
     begin = time.monotonic()

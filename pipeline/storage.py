@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, WorkError
-from pipeline.interrupts import undone_by
+from pipeline.interrupts import undo_on_exit
 
 log = logging.getLogger(__name__)
 S3 = "s3://"
@@ -68,7 +68,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     remove = functools.partial(part.unlink, missing_ok=True)
     try:
-        with undone_by(remove):
+        with undo_on_exit(remove):
             path.parent.mkdir(parents=True, exist_ok=True)
             part.touch()
             mode = part.stat().st_mode  # that the user's files have
@@ -90,7 +90,7 @@ def _of_disk(path: Path, error: OSError) -> InputError | WorkError:
     return (WorkError if full else InputError)(f"cannot write {path}: {error.strerror or error}")
 
 
-def print_lines(lines: Iterable[str] = ()) -> None:
+def write_to_stdout(lines: Iterable[str] = ()) -> None:
     """Write lines to standard output, and all that waits to be written there.
 
     Raises:
@@ -139,7 +139,7 @@ def tracking_uri() -> str:
     return uri if path in (uri, "") or path.startswith(":") else f"sqlite:///{Path(path).resolve()}"
 
 
-def own_name(path: Path) -> str:
+def base_name(path: Path) -> str:
     """The last part of a path, also of ``.`` and ``..``; a link has a name of its own."""
     return path.name if path.name not in ("", "..") else path.resolve().name
 
@@ -155,7 +155,7 @@ def is_remote(place: str | Path) -> bool:
     return str(place).startswith(S3)
 
 
-def create(place: str, text: str) -> str:
+def write_if_absent(place: str, text: str) -> str:
     """Write a small file where none stands; what stands there then, for of several workers one is the first."""
     if not is_remote(place):
         return _create_here(Path(place), text)
@@ -203,16 +203,16 @@ def fetch(place: str) -> Path:
     if not is_remote(place):
         return Path(place)
     bucket, key = _split(place)
-    path = folder_of_copies() / (Path(key).name or bucket)
-    names = [name for name in names_below(place) if name]
+    path = temporary_folder() / (Path(key).name or bucket)
+    names = [name for name in object_names(place) if name]
     for name in names:
-        get(f"{place.rstrip('/')}/{name}", path / name)
+        download(f"{place.rstrip('/')}/{name}", path / name)
     if not names:
-        get(place, path)
+        download(place, path)
     return path
 
 
-def get(url: str, path: Path) -> None:
+def download(url: str, path: Path) -> None:
     """Copy an object to a file, whole or not at all, and check that it is what was uploaded."""
     bucket, key = _split(url)
 
@@ -231,7 +231,7 @@ def get(url: str, path: Path) -> None:
     write_atomically(path, write)
 
 
-def put(path: Path, url: str) -> None:
+def upload(path: Path, url: str) -> None:
     """Copy a file to an object, which appears when it is whole."""
     from boto3.exceptions import S3UploadFailedError
     from boto3.s3.transfer import TransferConfig
@@ -251,7 +251,7 @@ def put(path: Path, url: str) -> None:
             raise error.__context__ or error from None
 
 
-def beginning(url: str, number: int) -> bytes | None:
+def first_bytes(url: str, number: int) -> bytes | None:
     """The first so many bytes of an object, or all if it is shorter; None where there is none."""
     bucket, key = _split(url)
     with _told(url):
@@ -267,7 +267,7 @@ def beginning(url: str, number: int) -> bytes | None:
         return bytes(found["Body"].read(number))
 
 
-def names_below(url: str) -> set[str]:
+def object_names(url: str) -> set[str]:
     """Names of the objects below a folder, relative to it."""
     bucket, key = _split(url)
     prefix = f"{key.rstrip('/')}/" if key else ""
@@ -276,15 +276,15 @@ def names_below(url: str) -> set[str]:
         return {entry["Key"].removeprefix(prefix) for page in pages for entry in page.get("Contents", [])}
 
 
-def remove(url: str) -> None:
+def remove_objects(url: str) -> None:
     """Remove all objects below a folder."""
     bucket, _ = _split(url)
-    for name in sorted(names_below(url)):
+    for name in sorted(object_names(url)):
         with _told(url):
             _client().delete_object(Bucket=bucket, Key=_split(f"{url.rstrip('/')}/{name}")[1])
 
 
-def staged(place: str) -> Path:
+def staging_path(place: str) -> Path:
     """The local path at which what will stand at a place in S3 is made; the same for a command that is repeated."""
     home = Path(tempfile.gettempdir(), f"activation-distillation-{os.getuid()}")
     bucket, key = _split(place)
@@ -305,7 +305,7 @@ def output_folder(place: str) -> Iterator[Path]:
     with _told(place):
         bucket, key = _split(place)
         _client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)  # is it there at all? asked before long work
-    folder = staged(place)
+    folder = staging_path(place)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     yield folder
     if int(os.environ.get("RANK", "0")) > 0:  # of the processes that accelerate has launched, one writes files
@@ -313,7 +313,7 @@ def output_folder(place: str) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not str(name).startswith(".") and before.get(path) != path.stat().st_mtime_ns:
-            put(path, f"{place.rstrip('/')}/{name}")
+            upload(path, f"{place.rstrip('/')}/{name}")
     if not any(folder.glob(".*")):
         shutil.rmtree(folder.parent, ignore_errors=True)
 
@@ -337,7 +337,7 @@ class Output:
         Raises:
             InputError: it cannot.
         """
-        return cls(writable(staged(place)), place) if is_remote(place) else cls(writable(place))
+        return cls(writable(staging_path(place)), place) if is_remote(place) else cls(writable(place))
 
     def __str__(self) -> str:
         return self.url or str(self.path)
@@ -345,9 +345,9 @@ class Output:
     def publish(self) -> None:
         """Put the finished file where it belongs."""
         if self.url is not None:
-            put(self.path, self.url)
+            upload(self.path, self.url)
 
-    def leave(self) -> None:
+    def remove_local_copy(self) -> None:
         """Remove what was here only to be put into S3."""
         if self.url is not None:
             shutil.rmtree(self.path.parent, ignore_errors=True)
@@ -366,7 +366,7 @@ def _split(url: str) -> tuple[str, str]:
     return bucket, key
 
 
-def folder_of_copies() -> Path:
+def temporary_folder() -> Path:
     """A new folder for copies of what stands elsewhere, removed as the process ends."""
     return Path(tempfile.mkdtemp(dir=_copies().name))
 

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from pipeline.analysis import plots
 from pipeline.data.concepts import counts, divide, read_catalogue
 from pipeline.data.vectors import read_header
-from pipeline.devices import hint
+from pipeline.devices import bfloat16_hint
 from pipeline.errors import InputError, choices
 from pipeline.extraction import vocabulary
 from pipeline.extraction.audit import Audit, audit
@@ -35,7 +35,7 @@ from pipeline.extraction.request import (
 from pipeline.extraction.vocabulary import Bar
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
 from pipeline.settings import ExtractOptions
-from pipeline.storage import Output, file_name, put
+from pipeline.storage import Output, file_name, upload
 from pipeline.teachers.find import Source, Teacher, find_teacher
 from pipeline.teachers.load import load_teacher, load_untouched, prepared
 from pipeline.teachers.residuals import flops_per_token
@@ -88,7 +88,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
     with closing(retry_tracking(lambda: tracker.open_run(f"extract {source.name}", tags))) as run:
         retry_tracking(lambda: run.log_params(asdict(options)))
         if held:
-            output.leave()
+            output.remove_local_copy()
             known = {"cache": "hit", "vectors_sha256": (header_of(output) or {})["sha256"]}
             retry_tracking(lambda: run.set_tags(known))
             return f"{output}: holds these very vectors already (extraction key {request.key[:12]}); nothing to do"
@@ -98,7 +98,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
             key = {"extraction_key": request.key}
             retry_tracking(lambda: run.set_tags(key))
         if not options.merge and (missing := len(plan.missing())) and not plan.is_merged:
-            output.leave()
+            output.remove_local_copy()
             return f"{output}: shard {options.shard} is done; the last shard merges, {missing} parts are left to others"
         in_sink = merge(request, plan)
         told = retry_tracking(lambda: _log(run, request, output, options, in_sink, compared))
@@ -106,7 +106,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
             teacher = teacher or load_teacher(source, accelerator.device, options.device_map)
             place = _write_vocabulary(teacher, request, output, tokens_bar)
             told += f"\n{place}: the teacher's vocabulary, with which students answer for any text"
-        output.leave()
+        output.remove_local_copy()
         return told
 
 
@@ -150,7 +150,7 @@ def _share(
     if done := len(plan.parts) - len(plan.missing()):
         log.info("%d of %d parts were extracted before", done, len(plan.parts))
     if todo:
-        advice = hint("--dtype bfloat16", plan.dtype, accelerator.device) if options.dtype == "auto" else None
+        advice = bfloat16_hint("--dtype bfloat16", plan.dtype, accelerator.device) if options.dtype == "auto" else None
         if advice and accelerator.is_main_process:
             log.info(advice)
         with plan.removed_on_failure() if me.count == 1 and not done else nullcontext():  # else others may be at it
@@ -196,7 +196,7 @@ def _write_vocabulary(teacher: Teacher, request: Request, output: Output, bar: B
     place, path = vocabulary.beside(str(output)), Path(vocabulary.beside(str(output.path)))
     vocabulary.write(vocabulary.read_from(teacher, request, bar), path)
     if output.url is not None:
-        put(path, place)
+        upload(path, place)
     return place
 
 

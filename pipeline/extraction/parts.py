@@ -36,7 +36,7 @@ from pipeline.data.vectors import (
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction.request import Request, is_extracted
 from pipeline.processes import Worker
-from pipeline.storage import Output, create, get, names_below, put, remove, write_atomically
+from pipeline.storage import Output, download, object_names, remove_objects, upload, write_atomically, write_if_absent
 
 PLAN = "plan.json"
 PART_ROWS = 4096  # concepts of a part: what an interruption can cost
@@ -94,7 +94,7 @@ class PartPlan:
         parts = f".parts-{asked.key[:12]}"
         folder = output.path.with_name(output.path.name + parts)
         url = None if output.url is None else output.url + parts
-        stands = create(f"{url or folder}/{PLAN}", content)
+        stands = write_if_absent(f"{url or folder}/{PLAN}", content)
         return cls(output, folder, url, len(request.concepts), **{"dtype": request.dtype} | json.loads(stands))
 
     @cached_property
@@ -109,7 +109,7 @@ class PartPlan:
     def _names(self) -> set[str]:
         """What of the plan and its parts is there."""
         if self.url is not None:
-            return names_below(self.url)
+            return object_names(self.url)
         return {path.name for path in self.folder.glob("*")}
 
     @property
@@ -126,13 +126,13 @@ class PartPlan:
     def publish(self, part: Part) -> None:
         """Show a part that was written to the workers on other machines."""
         if self.url is not None:
-            put(part.path, f"{self.url}/{part.path.name}")
+            upload(part.path, f"{self.url}/{part.path.name}")
 
     def collect(self) -> None:
         """Bring the parts of other machines here."""
         for part in self.parts:
             if not part.path.is_file():
-                get(f"{self.url}/{part.path.name}", part.path)
+                download(f"{self.url}/{part.path.name}", part.path)
 
     @contextmanager
     def removed_on_failure(self) -> Iterator[None]:
@@ -146,7 +146,7 @@ class PartPlan:
     def clear(self) -> None:
         """Remove the parts."""
         if self.url is not None:
-            remove(self.url)
+            remove_objects(self.url)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.data.concepts import Catalogue, split
 from pipeline.data.vectors import FORMAT, UNSAID, parse_header, read_header, read_unverified_header
 from pipeline.errors import InputError, choices
-from pipeline.storage import Output, beginning
+from pipeline.storage import Output, first_bytes
 from pipeline.student.tokenizer import nfc
 from pipeline.teachers.find import Source, parse_layers
 
@@ -156,13 +156,13 @@ def header_of(output: Output) -> dict[str, str] | None:
     """
     if output.url is None:
         return read_unverified_header(output.path) if output.path.is_file() else None
-    head = beginning(output.url, 8)
+    head = first_bytes(output.url, 8)
     if head is None:
         return None
     length = 8 + int.from_bytes(head, "little")
     if length > MOST_HEADER_BYTES:
         return {}
-    return parse_header(beginning(output.url, length) or b"")
+    return parse_header(first_bytes(output.url, length) or b"")
 
 
 def is_extracted(output: Output, request: Request) -> bool:

@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from pipeline.devices import of_teacher
+from pipeline.devices import teacher_precision
 from pipeline.errors import InputError, choices
-from pipeline.storage import fetch, is_remote, own_name
+from pipeline.storage import base_name, fetch, is_remote
 from pipeline.teachers.families import HUB_IDS, SHARED, SINKS, TESTED
 from pipeline.teachers.files import advised, check_whole, files_of, hash_files, quiet, weight_files
 from pipeline.teachers.tokenizer import fingerprint
@@ -171,7 +171,7 @@ def find_teacher(
     Args:
         name: a short name of `HUB_IDS`, a hub id (``owner/model``), a local folder, or a ``.gguf`` file.
         dtype: precision of the matrix products: "float32", "bfloat16", "float16", "int8" (8-bit weights), or "auto":
-            the rule of `precision.of_teacher`.
+            the rule of `pipeline.devices.teacher_precision`.
         device: where the model will compute.
         trust_remote_code: run model code that comes with the weights; off unless the user says so.
 
@@ -247,7 +247,7 @@ def _recorded_here(name: str) -> str | None:
 
 def _local_name(path: Path) -> str:
     """The name of a teacher from a folder, in full, or from a GGUF file, without that suffix alone."""
-    return path.stem if path.is_file() else own_name(path)
+    return path.stem if path.is_file() else base_name(path)
 
 
 def _packaged_weights(package: str) -> Path | None:
@@ -258,7 +258,7 @@ def _packaged_weights(package: str) -> Path | None:
 
 def _resolve_dtype(dtype: str, device: torch.device, stored: object) -> str:
     if dtype == "auto":
-        return of_teacher(stored, device)
+        return teacher_precision(stored, device)
     if dtype not in (*DTYPES, "int8"):
         raise choices("dtype", dtype, ["auto", "int8", *DTYPES])
     return dtype

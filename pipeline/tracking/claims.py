@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from pipeline.interrupts import check
+from pipeline.interrupts import raise_if_interrupted
 from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, retry_tracking, wait_for_peers
 
 BEAT_SECONDS = 5.0
@@ -156,7 +156,7 @@ class Claims:
         known = self.runs()
         claimed = set()
         for key, name in cells:
-            check()
+            raise_if_interrupted()
             runs = known.get(key, [])
             if any(self.is_finished(run) or self._is_held(run) for run in runs):
                 continue

@@ -29,7 +29,7 @@ from mlflow.utils.mlflow_tags import (
 
 from pipeline import hub, interrupts, storage
 from pipeline.errors import InputError
-from pipeline.interrupts import closed_by
+from pipeline.interrupts import close_on_interrupt
 from pipeline.student.student import Student
 from pipeline.tracking.experiment import RUN, find_experiment, held
 from pipeline.tracking.runs import Run
@@ -82,11 +82,11 @@ class Tracker:
             parent = max(same or going_on, key=lambda run: (run.info.start_time, run.info.run_id))
         else:
             own = self.open_run(name, {**tags, "sweep_id": sweep_id, "role": "candidate"})
-            with closed_by(lambda: own.end("KILLED")):
+            with close_on_interrupt(lambda: own.end("KILLED")):
                 wait_for_peers(begin)
                 parent = self._elect(sweep_id, known, is_at_work)
         run = Run(self.client, parent.info.run_id, parent.info.experiment_id)
-        with closed_by(lambda: None if is_at_work(self.client.get_run(run.id)) else run.end("KILLED")):
+        with close_on_interrupt(lambda: None if is_at_work(self.client.get_run(run.id)) else run.end("KILLED")):
             self._reopen(parent)
             # What its first worker recorded stays.
             run.set_tags({key: value for key, value in tags.items() if key not in parent.data.tags} | {"role": "sweep"})
@@ -324,7 +324,7 @@ def _client() -> MlflowClient:
 def closing(run: Run) -> Iterator[Run]:
     """Close the run as its work ends: KILLED on an interruption, FAILED on any other error."""
     try:
-        with closed_by(lambda: run.end("KILLED")):
+        with close_on_interrupt(lambda: run.end("KILLED")):
             yield run
     except KeyboardInterrupt:
         raise
@@ -366,7 +366,7 @@ def fetch(uri: str) -> Path:
         return storage.fetch(uri)
     _client()
     try:
-        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(storage.folder_of_copies())))
+        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(storage.temporary_folder())))
     except (MlflowException, OSError) as error:
         raise InputError(f"{uri}: MLflow has no such artifact ({error})") from error
     return student_folder(path) if (path / "MLmodel").is_file() else path

@@ -17,7 +17,7 @@ START = 0.25  # share of the training concepts that the first epoch shows
 CURRICULA = ("none", "frequency", "ridge")
 
 
-def difficulty(cell: Cell, subset: Subset) -> Tensor | None:
+def easiest_first(cell: Cell, subset: Subset) -> Tensor | None:
     """Places of the training concepts, the easiest first, ``[N]``; None without a curriculum."""
     if cell.curriculum == "none":
         return None
@@ -44,7 +44,7 @@ def leave_one_out(subset: Subset) -> Tensor:
     return cosines(without, y)
 
 
-def shown(cell: Cell, epoch: int, size: int) -> int:
+def num_shown(cell: Cell, epoch: int, size: int) -> int:
     """How many of the easiest concepts an epoch (from 0) shows, of ``size``."""
     share = min(1.0, START + (1 - START) * epoch / max(1.0, cell.pace * cell.epochs))
     return max(min(size, 2), int(share * size))

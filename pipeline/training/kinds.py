@@ -13,15 +13,15 @@ from pipeline.settings import Cell
 from pipeline.training import kernel, mlp, ridge, transformer
 
 Parameters = dict[str, Tensor]
-DESCENT = (
+TRAINING_OPTIONS = (
     "objective", "epochs", "seed", "batch_size", "learning_rate", "weight_decay", "dropout", "temperature", "patience",
     "precision", "token_dropout", "noise", "mixup", "curriculum", "pace", "evaluations",
 )  # fmt: skip
-DATA = ("student", "concepts", "layer", "targets", "split")
+DATA_OPTIONS = ("student", "concepts", "layer", "targets", "split")
 
 
 @dataclass(frozen=True)
-class Kind:
+class StudentKind:
     """One kind of student.
 
     Attributes:
@@ -40,7 +40,7 @@ class Kind:
     flops: Callable[[Cell, Dataset], float]
     solve: Callable[[Subset], ridge.Fit] | None = None
     start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None
-    sites: int = 0
+    dropout_sites: int = 0
 
     def canonical(self, cell: Cell) -> Cell:
         """The cell with all that the student does not read at the defaults, so that equal work is one cell."""
@@ -101,27 +101,29 @@ def _closed(
     solve: Callable[[Subset], ridge.Fit],
     reads: tuple[str, ...],
     weights: Callable[[Cell, Dataset], int],
-) -> Kind:
+) -> StudentKind:
     """A student in closed form, which multiplies once with each of its weights."""
-    return Kind(apply, (*DATA, "inputs", *reads), weights, lambda cell, data: 2.0 * weights(cell, data), solve=solve)
+    return StudentKind(
+        apply, (*DATA_OPTIONS, "inputs", *reads), weights, lambda cell, data: 2.0 * weights(cell, data), solve=solve
+    )
 
 
 KINDS = {
-    "mlp": Kind(
+    "mlp": StudentKind(
         mlp.apply,
-        (*DATA, *DESCENT, "inputs", "hidden_dim", "layers", "skip"),
+        (*DATA_OPTIONS, *TRAINING_OPTIONS, "inputs", "hidden_dim", "layers", "skip"),
         _mlp_weights,
         _mlp_flops,
         start=_start_mlp,
-        sites=mlp.SITES,
+        dropout_sites=mlp.DROPOUT_SITES,
     ),
-    "transformer": Kind(
+    "transformer": StudentKind(
         transformer.apply,
-        (*DATA, *DESCENT, "hidden_dim", "layers"),
+        (*DATA_OPTIONS, *TRAINING_OPTIONS, "hidden_dim", "layers"),
         _transformer_weights,
         _transformer_flops,
         start=_start_transformer,
-        sites=transformer.SITES,
+        dropout_sites=transformer.DROPOUT_SITES,
     ),
     "ridge": _closed(ridge.apply, ridge.fit, (), _linear_weights),
     "kernel": _closed(kernel.apply, kernel.fit, (), _kernel_weights),

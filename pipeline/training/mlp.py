@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.training.dropout import Dropped, add
 
-SITES = 1  # of a block, where hidden units are dropped
+DROPOUT_SITES = 1  # of a block, where hidden units are dropped
 Parameters = dict[str, Tensor]
 
 

@@ -52,7 +52,7 @@ TERMS = {"cosine": cosine, "mse": mse, "infonce": infonce}
 
 
 @functools.cache
-def terms(objective: str) -> dict[str, float]:
+def parse_objective(objective: str) -> dict[str, float]:
     """The weight of each term of an objective such as ``cosine`` or ``cosine+0.1*infonce``.
 
     Raises:
@@ -72,12 +72,12 @@ def terms(objective: str) -> dict[str, float]:
 
 def keeps_length(objective: str) -> bool:
     """Whether the objective says how long an answer should be; cosines do not."""
-    return "mse" in terms(objective)
+    return "mse" in parse_objective(objective)
 
 
 def objective_of(objective: str, temperature: float) -> Objective:
     """The loss of each member, ``[S]``, from predictions, truths and weights."""
-    weighted = [(TERMS[name], weight) for name, weight in terms(objective).items()]
+    weighted = [(TERMS[name], weight) for name, weight in parse_objective(objective).items()]
 
     def loss(predicted: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
         return functools.reduce(

@@ -17,7 +17,7 @@ from pipeline.training.dropout import Dropped
 from pipeline.training.kinds import KINDS
 
 
-def mixing(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
+def mixup_weights(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
     """Weights of mix-up (Zhang et al., 2018) from the members' own seeds, ``[S, steps]``; empty without it.
 
     Args:
@@ -33,7 +33,7 @@ def mixing(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
     return pad_sequence(draws, batch_first=True)
 
 
-def mixed(values: Tensor, weights: Tensor, there: Tensor) -> Tensor:
+def mix_with_next(values: Tensor, weights: Tensor, there: Tensor) -> Tensor:
     """Each row with some of the next row of its batch, the last with the first, ``[S, B, columns]``.
 
     Batches are shuffled, so a neighbour is a random partner. Rows that pad stand at the end and are nobody's.
@@ -56,7 +56,7 @@ class Dropout:
         self.batch_size, self.features, self.noise = cell.batch_size, features, cell.noise
         self.kept = round(256 * (1 - cell.dropout))  # of 256
         self.units = max(1, round(cell.hidden_dim * self.kept / 256))  # that a site keeps
-        self.shape = KINDS[cell.student].sites * cell.layers, cell.hidden_dim
+        self.shape = KINDS[cell.student].dropout_sites * cell.layers, cell.hidden_dim
         self.dtype, self.device = dtype, device
         self.generators = {cell.seed: torch.Generator(device).manual_seed(cell.seed) for cell in cells}
         self.keep(cells)

@@ -21,10 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.data.dataset import Subset
 from pipeline.metrics import cosines
 from pipeline.settings import Cell
-from pipeline.training.curriculum import difficulty, shown
+from pipeline.training.curriculum import easiest_first, num_shown
 from pipeline.training.kinds import KINDS
 from pipeline.training.objectives import objective_of
-from pipeline.training.regularisation import Dropout, mixed, mixing
+from pipeline.training.regularisation import Dropout, mix_with_next, mixup_weights
 
 PER_DOUBLING = 8  # evaluations while the epochs double, where they are log-spaced
 WARM_UP = 0.05  # share of a member's steps
@@ -33,7 +33,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Progress:
+class EpochResult:
     """One member after one of its epochs."""
 
     cell: Cell
@@ -59,7 +59,7 @@ class Snapshot:
     generators: dict[int, Tensor]
 
 
-def precision_of(cell: Cell, automatic: str) -> str:
+def precision_of_cell(cell: Cell, automatic: str) -> str:
     """The type of the cell's matrix products: ``automatic`` where it leaves that open, float64 of closed forms."""
     if KINDS[cell.student].solve:
         return "float64"
@@ -89,7 +89,7 @@ class Member:
     @property
     def batch(self) -> int:
         """Concepts of its largest batch."""
-        return batch_of(len(self.subset.train.rows), self.cell.batch_size)
+        return largest_batch(len(self.subset.train.rows), self.cell.batch_size)
 
     @property
     def is_done(self) -> bool:
@@ -111,14 +111,14 @@ class Member:
         return self.cell.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-def steps_of(concepts: int, batch_size: int) -> int:
+def steps_of_epoch(concepts: int, batch_size: int) -> int:
     """Steps of an epoch, as few as may be."""
     return -(-concepts // batch_size)
 
 
-def batch_of(concepts: int, batch_size: int) -> int:
+def largest_batch(concepts: int, batch_size: int) -> int:
     """Concepts of a step, where the batches of an epoch are of like size; some have one less."""
-    return -(-concepts // steps_of(concepts, batch_size))
+    return -(-concepts // steps_of_epoch(concepts, batch_size))
 
 
 def start(cell: Cell, subset: Subset) -> Member:
@@ -127,7 +127,9 @@ def start(cell: Cell, subset: Subset) -> Member:
     begin = KINDS[cell.student].start
     assert begin is not None
     parameters = begin(cell, subset, generator)
-    return Member(cell, subset, steps_per_epoch=steps_of(len(subset.train.rows), cell.batch_size), best=parameters)
+    return Member(
+        cell, subset, steps_per_epoch=steps_of_epoch(len(subset.train.rows), cell.batch_size), best=parameters
+    )
 
 
 class Stack:
@@ -144,7 +146,7 @@ class Stack:
         cell = cells[0]
         self.members = members
         self.batch = max(member.batch for member in members)
-        self.dtype = PRECISIONS[precision_of(cell, automatic)]
+        self.dtype = PRECISIONS[precision_of_cell(cell, automatic)]
         self.apply, self.objective = KINDS[cell.student].apply, objective_of(cell.objective, cell.temperature)
         self.mixup = cell.mixup
         # [S, rows, columns] each
@@ -164,7 +166,7 @@ class Stack:
             "val_targets": torch.stack([member.subset.val.targets for member in members]),  # [S, V, D]
             "losses": torch.zeros(len(members)),  # [S] summed since the last evaluation
             # [S, steps] how much of a concept stays, where concepts are mixed
-            "mix": mixing(cells, [member.steps for member in members]),
+            "mix": mixup_weights(cells, [member.steps for member in members]),
         }
         self.data = {name: value.to(device) for name, value in self.data.items()}
         for member in members:
@@ -208,7 +210,9 @@ class Stack:
         dropped = self.dropout.draw(self.batch)
         inputs = self.dropout.noisy(inputs)
         if self.mixup:
-            inputs, targets = (mixed(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets))
+            inputs, targets = (
+                mix_with_next(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets)
+            )
         answer = self.apply(self.leaves, inputs, dropped)  # [S, B, D]
         loss = self.objective(answer.float(), targets, weights)  # [S]
         # Members share no parameter, so their losses may be summed.
@@ -245,7 +249,7 @@ class Stack:
             )
 
     @torch.no_grad()
-    def validate(self, rows: slice, progress: Callable[[Progress], None]) -> None:
+    def validate(self, rows: slice, progress: Callable[[EpochResult], None]) -> None:
         """End an epoch of some members: measure them, and keep their parameters where they are the best so far."""
         own = {name: value[rows] for name, value in self.parameters.items()}
         leaves = {name: value[rows] for name, value in self.leaves.items()}
@@ -262,7 +266,7 @@ class Stack:
                 for name, value in own.items():
                     member.best[name].copy_(value[place])
             member.scores.append(score)
-            progress(Progress(member.cell, member.epoch, score, member.losses[-1]))
+            progress(EpochResult(member.cell, member.epoch, score, member.losses[-1]))
 
     def snapshot(self, step: int) -> Snapshot:
         """The state after ``step`` steps."""
@@ -326,11 +330,11 @@ def _batch_plan(members: Sequence[Member], batch: int) -> Tensor:
         sizes = size // len(steps) + (steps < size % len(steps))
         there = torch.arange(batch) < sizes[:, None]  # [steps an epoch, B]
         epochs = torch.full((member.cell.epochs, *there.shape), -1)
-        easiest = difficulty(member.cell, member.subset)
+        easiest = easiest_first(member.cell, member.subset)
         for epoch in range(member.cell.epochs):
             chosen = torch.randperm(size, generator=generator)
             if easiest is not None:  # as many steps as any epoch, on the concepts that are shown by now
-                now = shown(member.cell, epoch, size)
+                now = num_shown(member.cell, epoch, size)
                 chosen = easiest[chosen % now]
             if variants > 1:
                 chosen = chosen * variants + torch.randint(variants, (size,), generator=generator)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pipeline.data.dataset import Examples, Subset
-from pipeline.devices import of_training
+from pipeline.devices import training_precision
 from pipeline.metrics import cosines, faithfulness
 from pipeline.settings import Cell
 from pipeline.training.kinds import KINDS
 from pipeline.training.objectives import keeps_length
-from pipeline.training.stack import Member, Progress, Snapshot, Stack, start
+from pipeline.training.stack import EpochResult, Member, Snapshot, Stack, start
 
 SAVE_SECONDS = 5.0  # between two snapshots of a stack: what a kill can cost
 SAVE_SHARE = 0.02  # of the time at the most is spent on snapshots
@@ -33,7 +33,7 @@ STACK_FIELDS = (
 
 
 @dataclass
-class Trained:
+class TrainedStudent:
     """A student at its best epoch.
 
     Attributes:
@@ -83,7 +83,7 @@ def stack_key(cell: Cell) -> tuple[object, ...]:
 
 
 def epochs(cell: Cell) -> int:
-    """How many `Progress` steps the cell will report: closed-form students take one."""
+    """How many `EpochResult` steps the cell will report: closed-form students take one."""
     return 1 if KINDS[cell.student].solve else cell.epochs
 
 
@@ -91,10 +91,10 @@ def train_stack(
     cells: Sequence[Cell],
     subsets: Sequence[Subset],
     device: torch.device,
-    progress: Callable[[Progress], None] = lambda step: None,
+    progress: Callable[[EpochResult], None] = lambda step: None,
     checkpointing: Checkpointing | None = None,
     automatic: str | None = None,
-) -> Iterator[Trained]:
+) -> Iterator[TrainedStudent]:
     """Train cells of one `stack_key` and yield each as it finishes; when asked to stop, yield no more.
 
     Args:
@@ -109,7 +109,7 @@ def train_stack(
     if KINDS[cells[0].student].solve:
         finished = _solve(pairs, progress, checkpointing)
     else:
-        finished = _descend(pairs, device, progress, checkpointing, automatic or of_training(device))
+        finished = _descend(pairs, device, progress, checkpointing, automatic or training_precision(device))
     for trained, subset in finished:
         _finish(trained, subset)
         yield trained
@@ -121,7 +121,7 @@ def predict(student: str, parameters: dict[str, Tensor], side: Examples) -> Tens
     return answer
 
 
-def _finish(trained: Trained, subset: Subset) -> None:
+def _finish(trained: TrainedStudent, subset: Subset) -> None:
     """Scale the answers to the targets' units and measure once on validation and, here only, on test."""
     gain = subset.scale
     if not KINDS[trained.cell.student].solve and not keeps_length(trained.cell.objective):
@@ -143,8 +143,8 @@ Pairs = list[tuple[Cell, Subset]]
 
 
 def _solve(
-    pairs: Pairs, progress: Callable[[Progress], None], checkpointing: Checkpointing
-) -> Iterator[tuple[Trained, Subset]]:
+    pairs: Pairs, progress: Callable[[EpochResult], None], checkpointing: Checkpointing
+) -> Iterator[tuple[TrainedStudent, Subset]]:
     for cell, subset in pairs:
         if checkpointing.pause():
             return
@@ -153,20 +153,20 @@ def _solve(
         assert closed is not None
         fitted = closed(subset)
         seconds = time.perf_counter() - start
-        progress(Progress(cell, 1, fitted.val_cosine))
+        progress(EpochResult(cell, 1, fitted.val_cosine))
         parameters = {name: value[None].clone() for name, value in fitted.parameters.items()}
         size = sum(value.numel() for value in parameters.values())
         curves: dict[str, list[float]] = {"epoch": [1], "val_cosine": [fitted.val_cosine]}
-        yield Trained(cell, parameters, curves, 1, seconds, size, "float64"), subset
+        yield TrainedStudent(cell, parameters, curves, 1, seconds, size, "float64"), subset
 
 
 def _descend(
     pairs: Pairs,
     device: torch.device,
-    progress: Callable[[Progress], None],
+    progress: Callable[[EpochResult], None],
     checkpointing: Checkpointing,
     automatic: str,
-) -> Iterator[tuple[Trained, Subset]]:
+) -> Iterator[tuple[TrainedStudent, Subset]]:
     """Gradient descent on a stack; yields members as they finish."""
     # The longest first: who finishes is mostly at the end, and the rest of the stack stays in place.
     stack = Stack(sorted((start(*pair) for pair in pairs), key=lambda member: -member.steps), device, automatic)
@@ -198,12 +198,12 @@ def _descend(
             last = time.perf_counter()
 
 
-def _go_on(stack: Stack, snapshot: Snapshot, progress: Callable[[Progress], None]) -> int:
+def _go_on(stack: Stack, snapshot: Snapshot, progress: Callable[[EpochResult], None]) -> int:
     """Put a stack where another stopped, and tell of its epochs; the steps taken."""
     stack.restore(snapshot)
     for member in stack.members:
         for epoch, score, loss in zip(member.epochs, member.scores, member.losses, strict=True):
-            progress(Progress(member.cell, epoch, score, loss))
+            progress(EpochResult(member.cell, epoch, score, loss))
     return snapshot.step
 
 
@@ -214,7 +214,7 @@ def _runs(numbers: Sequence[int]) -> list[slice]:
     return [slice(numbers[a], numbers[b - 1] + 1) for a, b in zip(starts, ends, strict=True)] if numbers else []
 
 
-def _leave(member: Member, dtype: str) -> Trained:
+def _leave(member: Member, dtype: str) -> TrainedStudent:
     parameters = {name: value[None].cpu() for name, value in member.best.items()}
     size = sum(value.numel() for value in parameters.values())
     curves: dict[str, list[float]] = {
@@ -222,4 +222,4 @@ def _leave(member: Member, dtype: str) -> Trained:
         "train_loss": member.losses,
         "val_cosine": member.scores,
     }
-    return Trained(member.cell, parameters, curves, member.best_epoch, member.seconds, size, dtype)
+    return TrainedStudent(member.cell, parameters, curves, member.best_epoch, member.seconds, size, dtype)

@@ -18,7 +18,7 @@ from pipeline.training.dropout import Dropped, add
 from pipeline.training.mlp import Parameters
 
 HEAD_DIM = 32
-SITES = 2  # of a block, where hidden units are dropped
+DROPOUT_SITES = 2  # of a block, where hidden units are dropped
 
 
 def init(tokens: int, width: int, outputs: int, hidden_dim: int, layers: int, generator: torch.Generator) -> Parameters:

@@ -52,7 +52,7 @@ def test_answers_and_gradients_are_those_of_masks(student, masked, start, shared
         for name, value in shapes.items()
     }
     inputs = torch.randn(MEMBERS, BATCH, FEATURES, generator=source, dtype=torch.float64)
-    sites, seeds, kept = student.SITES * LAYERS, 1 if shared else MEMBERS, 20
+    sites, seeds, kept = student.DROPOUT_SITES * LAYERS, 1 if shared else MEMBERS, 20
     mask = (torch.rand(seeds, BATCH, FEATURES, generator=source) < 0.6).double() / 0.6
     drawn = torch.rand(seeds, sites, HIDDEN, generator=source).topk(kept).indices
     masks = torch.zeros(seeds, sites, HIDDEN, dtype=torch.float64).scatter_(-1, drawn, HIDDEN / kept)
