@@ -12,8 +12,10 @@ import pytest
 from conftest import SECRET, SHIPPED
 from mlflow import MlflowClient
 
+from pipeline import s3 as s3_module
 from pipeline import storage
 from pipeline.errors import InputError, WorkError
+from pipeline.s3 import PART_BYTES, first_bytes, object_names, remove_objects
 from pipeline.student.student import Student
 
 CSV = "concept,category\n" + "".join(f"{name},any\n" for name in ("ice", "fire", "slow cooking", "rain", "sun", "moon"))
@@ -23,7 +25,7 @@ CSV = "concept,category\n" + "".join(f"{name},any\n" for name in ("ice", "fire",
 def big(tmp_path):
     """A file that goes up in three parts."""
     path = tmp_path / "big.bin"
-    path.write_bytes(os.urandom(2 * storage.PART_BYTES + 12345))
+    path.write_bytes(os.urandom(2 * PART_BYTES + 12345))
     return path
 
 
@@ -31,12 +33,12 @@ def test_a_file_comes_back_as_it_went(s3, big, tmp_path):
     storage.upload(big, "s3://bucket/deep/big.bin")
     storage.download("s3://bucket/deep/big.bin", tmp_path / "back")
     assert storage.sha256_of(tmp_path / "back") == storage.sha256_of(big)
-    assert storage.object_names("s3://bucket/deep") == {"big.bin"}
-    assert storage.object_names("s3://bucket/dee") == set()
-    assert storage.first_bytes("s3://bucket/deep/big.bin", 10) == big.read_bytes()[:10]
+    assert object_names("s3://bucket/deep") == {"big.bin"}
+    assert object_names("s3://bucket/dee") == set()
+    assert first_bytes("s3://bucket/deep/big.bin", 10) == big.read_bytes()[:10]
     assert storage.fetch("s3://bucket/deep").joinpath("big.bin").stat().st_size == big.stat().st_size
-    storage.remove_objects("s3://bucket/deep")
-    assert storage.object_names("s3://bucket") == set()
+    remove_objects("s3://bucket/deep")
+    assert object_names("s3://bucket") == set()
 
 
 def test_of_several_that_create_the_first_one_wins(s3, tmp_path):
@@ -86,8 +88,8 @@ def test_a_store_without_checksum_headers_takes_what_boto3_is_told_not_to_check(
             make()
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    storage._client.cache_clear()
-    storage._warn_once.cache_clear()
+    s3_module.client.cache_clear()
+    s3_module.warn_once.cache_clear()
     (tmp_path / "small").write_text("small")
     for name in ("big.bin", "small"):
         storage.upload(tmp_path / name, f"s3://bucket/{name}")
@@ -97,7 +99,7 @@ def test_a_store_without_checksum_headers_takes_what_boto3_is_told_not_to_check(
     assert caplog.text.count("the store does not check what it receives") == 1
     assert "by their size alone" not in caplog.text  # for their SHA-256 travels with them
     for name in ("c.csv", "d.csv"):
-        storage._client().put_object(Bucket="bucket", Key=name, Body=CSV.encode())  # as other programs do
+        s3_module.client().put_object(Bucket="bucket", Key=name, Body=CSV.encode())  # as other programs do
         assert storage.fetch(f"s3://bucket/{name}").read_text() == CSV
     assert caplog.text.count("by their size alone") == 1
     s3.flip = True
@@ -119,20 +121,20 @@ def test_of_several_that_create_at_once_those_that_lose_find_the_first_one(s3, e
         made = other.submit(storage.write_if_absent, "s3://bucket/plan.json", "second")
         while not s3.count:
             time.sleep(0.01)
-        storage._client().put_object(Bucket="bucket", Key="plan.json", Body=b"first")
+        s3_module.client().put_object(Bucket="bucket", Key="plan.json", Body=b"first")
         assert made.result() == "first"
 
 
 def test_a_store_that_dies_in_mid_upload_shows_no_partial_object(s3, big, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
-    storage._client.cache_clear()
-    s3.after = storage.PART_BYTES + 1000
+    monkeypatch.setattr(s3_module, "ATTEMPTS", 2)
+    s3_module.client.cache_clear()
+    s3.after = PART_BYTES + 1000
     with pytest.raises(WorkError, match="the store does not answer"):
         storage.upload(big, "s3://bucket/big.bin")
     s3.after = None
-    assert storage.object_names("s3://bucket") == set()
+    assert object_names("s3://bucket") == set()
     storage.upload(big, "s3://bucket/big.bin")
-    assert storage.object_names("s3://bucket") == {"big.bin"}
+    assert object_names("s3://bucket") == {"big.bin"}
 
 
 def test_a_copy_that_is_not_what_was_uploaded_is_refused(s3, tmp_path):
@@ -160,10 +162,10 @@ def test_shards_on_several_machines_meet_in_s3(s3, workplace, tiny_folder, tmp_p
     extract(teacher, "whole.safetensors")
     s3.every = 5
     assert "1 parts are left" in extract(teacher, "s3://bucket/v.safetensors", "--shard", "1/2")
-    assert "v.safetensors" not in storage.object_names("s3://bucket")
+    assert "v.safetensors" not in object_names("s3://bucket")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # another machine, which has only S3 in common
     assert "sha256" in extract(teacher, "s3://bucket/v.safetensors", "--shard", "0/2")
-    assert storage.object_names("s3://bucket") == {"v.safetensors", "v.vocabulary.safetensors"}
+    assert object_names("s3://bucket") == {"v.safetensors", "v.vocabulary.safetensors"}
     assert storage.fetch("s3://bucket/v.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
     assert "nothing to do" in extract(teacher, "s3://bucket/v.safetensors")
     assert not list(tmp_path.glob("activation-distillation-*/*"))
@@ -178,9 +180,9 @@ def test_a_clock_that_is_an_hour_off_is_said_and_nothing_is_left(s3, workplace, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1, done.stderr
     assert "clock of this machine is off" in done.stderr.splitlines()[-1]
-    assert storage.object_names("s3://bucket") == set()
+    assert object_names("s3://bucket") == set()
     assert "sha256" in extract(tiny_folder("gpt2"), "s3://bucket/v.safetensors")
-    assert {"v.safetensors"} <= storage.object_names("s3://bucket")
+    assert {"v.safetensors"} <= object_names("s3://bucket")
 
 
 def test_an_output_in_s3_that_is_something_else_is_not_written_over(s3, workplace, run, tiny_folder):
@@ -198,7 +200,7 @@ def test_a_sweep_reads_and_writes_s3(s3, workplace, run, small_grid):
     code, _, err = run("sweep", "--grid", "s3://bucket/grids/small.yaml", "--vectors", "s3://bucket/v.safetensors",
                          "--output", "s3://bucket/results")  # fmt: skip
     assert code == 0, err
-    names = storage.object_names("s3://bucket/results")
+    names = object_names("s3://bucket/results")
     assert {Path(name).suffix for name in names} == {".json", ".html", ".md", ".png", ".safetensors"}
     [folder] = {name.split("/")[0] for name in names if name.endswith("model.safetensors")}
     student = Student.load(f"s3://bucket/results/{folder}")

@@ -36,7 +36,8 @@ from pipeline.data.vectors import (
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction.request import Request, is_extracted
 from pipeline.processes import Worker
-from pipeline.storage import Output, download, object_names, remove_objects, upload, write_atomically, write_if_absent
+from pipeline.s3 import object_names, remove_objects
+from pipeline.storage import Output, download, upload, write_atomically, write_if_absent
 
 PLAN = "plan.json"
 PART_ROWS = 4096  # concepts of a part: what an interruption can cost

@@ -17,7 +17,8 @@ from typing import Any
 from pipeline.data.concepts import Catalogue, split
 from pipeline.data.vectors import FORMAT, UNSAID, parse_header, read_header, read_unverified_header
 from pipeline.errors import InputError, choices
-from pipeline.storage import Output, first_bytes
+from pipeline.s3 import first_bytes
+from pipeline.storage import Output
 from pipeline.student.tokenizer import nfc
 from pipeline.teachers.find import Source, parse_layers
 

@@ -29,7 +29,7 @@ from pipeline.tracking.students import STUDENT_PLACE, logged_models
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # of the two the one in C takes a tenth of the time
 ENTRIES_PER_CALL = 1000  # MLflow's limit of metrics, and with 100 parameters and 100 tags of all, for one request
 # The code that a logged student carries: the room `student`, and the files below all rooms that it imports.
-STUDENT_CODE = ("__init__.py", "errors.py", "interrupts.py", "storage.py", "student")
+STUDENT_CODE = ("__init__.py", "errors.py", "interrupts.py", "s3.py", "storage.py", "student")
 MODEL_ENTRY_POINT = "mlflow_model.py"  # of that room
 EXAMPLE = ("volcano", "slow cooking")  # what a logged student may be asked
 STUDENT_NEEDS = ("mlflow", "numpy", "safetensors", "tokenizers")

@@ -1,4 +1,4 @@
-"""Curricula: which training concepts are easy, and how many of them a student sees by when.
+"""Curricula: an order of the training concepts from easy to hard, and how many of them each epoch shows.
 
 Bengio et al. (2009), "Curriculum learning"; the pace is linear in the epochs (Platanios et al., 2019).
 """
@@ -18,11 +18,11 @@ CURRICULA = ("none", "frequency", "ridge")
 
 
 def easiest_first(cell: Cell, subset: Subset) -> Tensor | None:
-    """Places of the training concepts, the easiest first, ``[N]``; None without a curriculum."""
+    """Indices of the training concepts, the easiest first, ``[N]``; None without a curriculum."""
     if cell.curriculum == "none":
         return None
     if cell.curriculum == "frequency":
-        from wordfreq import zipf_frequency  # only here: it takes a third of a second to load
+        from wordfreq import zipf_frequency  # takes a third of a second to load
 
         frequencies = [zipf_frequency(subset.concepts[row], subset.language) for row in subset.train.rows]
         return torch.tensor(frequencies).argsort(descending=True, stable=True)
@@ -30,17 +30,17 @@ def easiest_first(cell: Cell, subset: Subset) -> Tensor | None:
 
 
 def leave_one_out(subset: Subset) -> Tensor:
-    """Cosine of each training concept's vector with the ridge regression on all others, ``[N]``.
+    """Cosine of each training concept's vector with its prediction by ridge regression on all others, ``[N]``.
 
-    In closed form: with the hat matrix H, the residual without a concept is its residual over 1 - H_ii. The map towards
-    which the regression is shrunk stays that of all concepts: it has a handful of numbers.
+    In closed form: with the hat matrix H, the residual without a concept is its residual over 1 - H_ii. The prior map
+    of the regression stays that of all concepts: it has a handful of numbers.
     """
     values, u = subset.gram
     shrink = values / (values + ridge.fit(subset).strength)
     y = subset.train.targets.double() / subset.scale
-    left = y - subset.train.inputs.double() @ ridge.residual_prior(subset)  # what the regression is of
+    rest = y - subset.train.inputs.double() @ ridge.residual_prior(subset)  # targets of the regression
     leverage = (u.square() * shrink).sum(1, keepdim=True)
-    without = y - (left - u @ (shrink[:, None] * (u.mT @ left))) / (1 - leverage).clamp(min=1e-9)
+    without = y - (rest - u @ (shrink[:, None] * (u.mT @ rest))) / (1 - leverage).clamp(min=1e-9)
     return cosines(without, y)
 
 

@@ -1,4 +1,4 @@
-"""Kernel ridge regression with a Gaussian kernel: the nonlinear student in closed form, chosen on validation."""
+"""Kernel ridge regression with a Gaussian kernel: the nonlinear student in closed form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def gaussian(inputs: Tensor, support: Tensor, width: Tensor) -> Tensor:
 
 
 def fit(subset: Subset) -> Fit:
-    """Solve for every width and strength in float64, beside `residual_prior`; the best on validation."""
+    """Solve for every width and strength in float64, on top of `residual_prior`; the best by validation cosine."""
     prior = residual_prior(subset)
     x, held = subset.train.inputs.double(), subset.val.inputs.double()
     y, truth = subset.train.targets.double() / subset.scale - x @ prior, subset.val.targets.double()
@@ -42,7 +42,7 @@ def fit(subset: Subset) -> Fit:
     return best
 
 
-def apply(parameters: dict[str, Tensor], inputs: Tensor, _dropped: None = None) -> Tensor:
+def apply(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:
     """Predict: ``[S, B, features]`` to ``[S, B, d_model]``."""
     near = gaussian(inputs, parameters["support"], parameters["width"])
     return torch.bmm(near, parameters["weight"]) + torch.bmm(inputs, parameters["skip.weight"])

@@ -1,4 +1,4 @@
-"""The kinds of student as the trainer sees them: what each reads, how it starts or is solved, and what it costs."""
+"""The kinds of student: the options that each reads, how it starts or is solved, and what it costs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from pipeline.data.dataset import Dataset, Subset
 from pipeline.settings import Cell
 from pipeline.training import kernel, mlp, ridge, transformer
+from pipeline.training.mlp import Parameters
 
-Parameters = dict[str, Tensor]
 TRAINING_OPTIONS = (
     "objective", "epochs", "seed", "batch_size", "learning_rate", "weight_decay", "dropout", "temperature", "patience",
     "precision", "token_dropout", "noise", "mixup", "curriculum", "pace", "evaluations",
@@ -25,13 +25,13 @@ class StudentKind:
     """One kind of student.
 
     Attributes:
-        apply: parameters ``[S, ...]``, inputs ``[S, B, features]`` and what is dropped to ``[S, B, d_model]``.
-        reads: the options of a cell that it reads; the others do not multiply its cells.
-        weights: its number of weights and biases.
-        flops: floating-point operations of one prediction, the teacher's blocks apart.
+        apply: parameters ``[S, ...]``, inputs ``[S, B, features]`` and dropout masks to ``[S, B, d_model]``.
+        reads: the options of a cell that it reads.
+        weights: number of weights and biases.
+        flops: floating-point operations of one prediction, without the teacher's blocks.
         solve: the closed form, or None.
-        start: parameters before the first step, without the member axis, or None.
-        sites: places of a layer where hidden units are dropped.
+        start: random parameters without the member axis, or None for a closed form.
+        dropout_sites: places of a layer where hidden units are dropped.
     """
 
     apply: Callable[..., Tensor]
@@ -43,7 +43,7 @@ class StudentKind:
     dropout_sites: int = 0
 
     def canonical(self, cell: Cell) -> Cell:
-        """The cell with all that the student does not read at the defaults, so that equal work is one cell."""
+        """The cell with the defaults for the options that the student does not read, so that equal work is one cell."""
         return Cell(**{item.name: getattr(cell, item.name) for item in fields(Cell) if item.name in self.reads})
 
 
@@ -90,8 +90,7 @@ def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parame
 
 
 def _start_transformer(cell: Cell, subset: Subset, generator: torch.Generator) -> Parameters:
-    tokens = subset.reading.longest
-    d_model = subset.train.targets.shape[-1]
+    tokens, d_model = subset.reading.longest, subset.train.targets.shape[-1]
     width = subset.train.inputs.shape[-1] // tokens
     return transformer.init(tokens, width, d_model, cell.hidden_dim, cell.layers, generator)
 
@@ -102,7 +101,7 @@ def _closed(
     reads: tuple[str, ...],
     weights: Callable[[Cell, Dataset], int],
 ) -> StudentKind:
-    """A student in closed form, which multiplies once with each of its weights."""
+    """A closed-form student, which multiplies once with each of its weights."""
     return StudentKind(
         apply, (*DATA_OPTIONS, "inputs", *reads), weights, lambda cell, data: 2.0 * weights(cell, data), solve=solve
     )

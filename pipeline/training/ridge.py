@@ -21,9 +21,9 @@ class Fit:
     """A ridge regression.
 
     Attributes:
-        parameters: without the member axis; ``weight`` is the last map, to targets in units of the subset's scale.
-        strength: the regularisation chosen.
-        val_cosine: validation cosine with it.
+        parameters: without the member axis; ``weight`` maps to targets in units of the subset's scale.
+        strength: the chosen regularisation.
+        val_cosine: its validation cosine.
     """
 
     parameters: dict[str, Tensor]
@@ -32,10 +32,10 @@ class Fit:
 
 
 def residual_prior(subset: Subset) -> Tensor:
-    """The map that passes what is read of the residual stream on, each part times its gain, ``[features, d_model]``.
+    """Scaled identity from each residual input to the target, ``[features, d_model]``; zero for other inputs.
 
-    Every block adds to the residual stream, so what an early block left is still in it. The gains are those of least
-    squares on columns of equal weight: the few that are much larger than the others follow rules of their own.
+    Every block adds to the residual stream, so the output of an early block is still part of it. The scales come from
+    least squares on standardised columns: otherwise the few very large columns would decide alone.
     """
     x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
     d_model, weights = y.shape[1], 1 / y.std(0).clamp(min=1e-12)
@@ -53,9 +53,9 @@ def residual_prior(subset: Subset) -> Tensor:
 def fit(subset: Subset) -> Fit:
     """Solve for every strength at once, in the dual form through the Gram matrix's eigenvectors (float64).
 
-    ``w = W + X^T U (L + s)^-1 U^T (Y - X W)`` for inputs ``X``, targets ``Y``, ``X X^T = U L U^T`` and the map ``W``
-    towards which it is shrunk, `residual_prior` (Saunders, Gammerman and Vovk, 1998, "Ridge regression learning
-    algorithm in dual variables").
+    ``w = W + X^T U (L + s)^-1 U^T (Y - X W)`` for inputs ``X``, targets ``Y``, ``X X^T = U L U^T`` and the prior map
+    ``W`` towards which it is shrunk (Saunders, Gammerman and Vovk, 1998, "Ridge regression learning algorithm in dual
+    variables").
     """
     prior = residual_prior(subset)
     x = subset.train.inputs.double()
@@ -72,6 +72,6 @@ def fit(subset: Subset) -> Fit:
     return Fit({"weight": weight.float()}, float(strengths[best]), float(scores[best]))
 
 
-def apply(parameters: dict[str, Tensor], inputs: Tensor, _dropped: None = None) -> Tensor:
+def apply(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:
     """Predict: ``[S, B, features]`` to ``[S, B, d_model]``."""
     return torch.bmm(inputs, parameters["weight"])

@@ -9,9 +9,9 @@ from sklearn.linear_model import Ridge
 
 from pipeline.errors import InputError
 from pipeline.settings import Cell
-from pipeline.training.curriculum import leave_one_out, shown
+from pipeline.training.curriculum import leave_one_out, num_shown
 from pipeline.training.kinds import KINDS, ridge
-from pipeline.training.stack import Stack, start
+from pipeline.training.stack import Stack, start_member
 from pipeline.training.trainer import predict, stack_key, train_stack
 
 SHORT = Cell(concepts=100, hidden_dim=32, layers=2, epochs=6, batch_size=48, layer=15, precision="float32")
@@ -104,7 +104,7 @@ def test_a_linear_skip_begins_as_ridge_regression(data):
 
 def test_an_epoch_shows_every_concept_once_in_batches_of_like_size(data):
     cells = [replace(SHORT, concepts=700, epochs=2, batch_size=128), replace(SHORT, concepts=100, batch_size=128)]
-    stack = Stack([start(cell, data.subset(cell)) for cell in cells], CPU, "float32")
+    stack = Stack([start_member(cell, data.subset(cell)) for cell in cells], CPU, "float32")
     shown = stack.data["weights"].bool()  # [2, steps, B]
     assert shown.sum(-1)[0].tolist() == 2 * [117, 117, 117, 117, 116, 116]
     assert shown.sum(-1)[1].tolist() == 6 * [100] + 6 * [0]
@@ -149,7 +149,7 @@ def test_leaving_one_out_in_closed_form_equals_doing_so(data):
 
 def test_a_curriculum_shows_the_easy_ones_first():
     cell = Cell(curriculum="ridge", epochs=10, pace=0.5)
-    assert [shown(cell, epoch, 100) for epoch in (0, 2, 5, 9)] == [25, 55, 100, 100]
+    assert [num_shown(cell, epoch, 100) for epoch in (0, 2, 5, 9)] == [25, 55, 100, 100]
 
 
 def test_members_that_stop_early_leave_the_others_alone(data):
