@@ -1,4 +1,4 @@
-"""Precision is what was asked for, or follows from weights and kind of device: no clock decides a number."""
+"""Precision is the one requested, or follows from the weights and the kind of device."""
 
 import json
 import os

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.data.dataset import Subset
 from pipeline.metrics import cosines
 from pipeline.settings import Cell
-from pipeline.training import ridge
+from pipeline.training.closed_form import fit_ridge, residual_prior
 
 START = 0.25  # share of the training concepts that the first epoch shows
 CURRICULA = ("none", "frequency", "ridge")
@@ -36,9 +36,9 @@ def leave_one_out(subset: Subset) -> Tensor:
     of the regression stays that of all concepts: it has a handful of numbers.
     """
     values, u = subset.gram
-    shrink = values / (values + ridge.fit(subset).strength)
+    shrink = values / (values + fit_ridge(subset).strength)
     y = subset.train.targets.double() / subset.scale
-    rest = y - subset.train.inputs.double() @ ridge.residual_prior(subset)  # targets of the regression
+    rest = y - subset.train.inputs.double() @ residual_prior(subset)  # targets of the regression
     leverage = (u.square() * shrink).sum(1, keepdim=True)
     without = y - (rest - u @ (shrink[:, None] * (u.mT @ rest))) / (1 - leverage).clamp(min=1e-9)
     return cosines(without, y)

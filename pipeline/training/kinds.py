@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.data.dataset import Dataset, Subset
 from pipeline.settings import Cell
-from pipeline.training import kernel, mlp, ridge, transformer
+from pipeline.training import closed_form, mlp, transformer
 from pipeline.training.mlp import Parameters
 
 TRAINING_OPTIONS = (
@@ -38,7 +38,7 @@ class StudentKind:
     reads: tuple[str, ...]
     weights: Callable[[Cell, Dataset], int]
     flops: Callable[[Cell, Dataset], float]
-    solve: Callable[[Subset], ridge.Fit] | None = None
+    solve: Callable[[Subset], closed_form.Fit] | None = None
     start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None
     dropout_sites: int = 0
 
@@ -84,7 +84,7 @@ def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parame
     features, d_model = subset.train.inputs.shape[-1], subset.train.targets.shape[-1]
     parameters = mlp.init(features, d_model, cell.hidden_dim, cell.layers, generator)
     if cell.skip:
-        parameters["skip.weight"] = ridge.fit(subset).parameters["weight"].clone()
+        parameters["skip.weight"] = closed_form.fit_ridge(subset).parameters["weight"].clone()
         parameters["out.weight"].zero_()
     return parameters
 
@@ -97,7 +97,7 @@ def _start_transformer(cell: Cell, subset: Subset, generator: torch.Generator) -
 
 def _closed(
     apply: Callable[..., Tensor],
-    solve: Callable[[Subset], ridge.Fit],
+    solve: Callable[[Subset], closed_form.Fit],
     reads: tuple[str, ...],
     weights: Callable[[Cell, Dataset], int],
 ) -> StudentKind:
@@ -124,7 +124,7 @@ KINDS = {
         start=_start_transformer,
         dropout_sites=transformer.DROPOUT_SITES,
     ),
-    "ridge": _closed(ridge.apply, ridge.fit, (), _linear_weights),
-    "kernel": _closed(kernel.apply, kernel.fit, (), _kernel_weights),
-    "truncated": _closed(ridge.apply, ridge.fit, ("blocks",), _linear_weights),
+    "ridge": _closed(closed_form.apply_linear, closed_form.fit_ridge, (), _linear_weights),
+    "kernel": _closed(closed_form.apply_kernel, closed_form.fit_kernel, (), _kernel_weights),
+    "truncated": _closed(closed_form.apply_linear, closed_form.fit_ridge, ("blocks",), _linear_weights),
 }

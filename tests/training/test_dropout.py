@@ -1,4 +1,4 @@
-"""Dropout is that of a mask in each block, drawn once a step and seed."""
+"""Dropout equals a mask of the hidden units in each block, drawn once per step and seed."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def masked_mlp(parameters, inputs, mask, masks):
-    """With a mask of all hidden units in each block, as nn.Dropout has it."""
+    """With a mask of the hidden units in each block, as nn.Dropout applies it."""
     hidden = (inputs * mask) @ parameters["in.weight"] + parameters["in.bias"]
     for block in range(LAYERS):
         change = F.gelu(hidden @ parameters[f"block{block}.weight"] + parameters[f"block{block}.bias"])

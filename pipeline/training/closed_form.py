@@ -1,4 +1,4 @@
-"""Ridge regression: the linear student in closed form, its regularisation chosen on validation."""
+"""Students in closed form: ridge regression and kernel ridge regression, with regularisation chosen on validation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from pipeline.metrics import cosines
 
 # In units of the mean eigenvalue of the features' Gram matrix, so that it does not depend on scale or size.
 STRENGTHS = np.logspace(-4, 2, 49)
+# Of the kernel: in units of its matrix's mean eigenvalue, and exponents at the mean squared distance of concepts.
+KERNEL_STRENGTHS = np.logspace(-4, 1, 21)
+KERNEL_WIDTHS = (0.2, 0.4, 0.8, 1.6)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A ridge regression.
+    """A fitted student.
 
     Attributes:
         parameters: without the member axis; ``weight`` maps to targets in units of the subset's scale.
@@ -50,8 +53,8 @@ def residual_prior(subset: Subset) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def fit(subset: Subset) -> Fit:
-    """Solve for every strength at once, in the dual form through the Gram matrix's eigenvectors (float64).
+def fit_ridge(subset: Subset) -> Fit:
+    """Ridge regression for every strength at once, in the dual form through the Gram matrix's eigenvectors (float64).
 
     ``w = W + X^T U (L + s)^-1 U^T (Y - X W)`` for inputs ``X``, targets ``Y``, ``X X^T = U L U^T`` and the prior map
     ``W`` towards which it is shrunk (Saunders, Gammerman and Vovk, 1998, "Ridge regression learning algorithm in dual
@@ -72,6 +75,40 @@ def fit(subset: Subset) -> Fit:
     return Fit({"weight": weight.float()}, float(strengths[best]), float(scores[best]))
 
 
-def apply(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:
+def apply_linear(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:
     """Predict: ``[S, B, features]`` to ``[S, B, d_model]``."""
     return torch.bmm(inputs, parameters["weight"])
+
+
+def gaussian(inputs: Tensor, support: Tensor, width: Tensor) -> Tensor:
+    """``exp(-width * squared distance)``, ``[S, B, features]`` and ``[S, N, features]`` to ``[S, B, N]``."""
+    return torch.exp(-width * torch.cdist(inputs, support).square())
+
+
+def fit_kernel(subset: Subset) -> Fit:
+    """Kernel ridge regression on top of `residual_prior`, for every width and strength; the best on validation."""
+    prior = residual_prior(subset)
+    x, held = subset.train.inputs.double(), subset.val.inputs.double()
+    y, truth = subset.train.targets.double() / subset.scale - x @ prior, subset.val.targets.double()
+    passed = held @ prior  # [val, d_model]
+    typical = torch.pdist(x).square().mean()
+    best = Fit({}, 0.0, -2.0)
+    for width in KERNEL_WIDTHS:
+        scaled = (width / typical).reshape(1, 1, 1)
+        values, u = torch.linalg.eigh(gaussian(x[None], x[None], scaled)[0])
+        across = gaussian(held[None], x[None], scaled)[0] @ u  # [val, N]
+        rotated = u.mT @ y  # [N, d_model]
+        for strength in torch.from_numpy(KERNEL_STRENGTHS) * values.clamp(min=0).mean():
+            shrunk = rotated / (values.clamp(min=0) + strength)[:, None]
+            score = cosines(passed + across @ shrunk, truth).mean().item()
+            if score > best.val_cosine:
+                dual = u @ shrunk
+                maps = {"weight": dual, "skip.weight": prior, "support": x, "width": scaled[0]}
+                best = Fit({name: value.float() for name, value in maps.items()}, float(strength), score)
+    return best
+
+
+def apply_kernel(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:
+    """Predict: ``[S, B, features]`` to ``[S, B, d_model]``."""
+    near = gaussian(inputs, parameters["support"], parameters["width"])
+    return torch.bmm(near, parameters["weight"]) + torch.bmm(inputs, parameters["skip.weight"])
