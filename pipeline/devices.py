@@ -10,10 +10,8 @@ import torch
 
 
 def teacher_precision(stored: object, device: torch.device) -> str:
-    """The precision of a teacher whose weights are stored as ``stored``, if known.
-
-    bfloat16 on CUDA for weights of 16 bits or fewer, else float32, as only long weights lose digits in bfloat16.
-    """
+    """The precision of a teacher whose weights are stored as ``stored``, if known."""
+    # bfloat16 on CUDA for weights of 16 bits or fewer, else float32, as only long weights lose digits in bfloat16.
     is_short = isinstance(stored, torch.dtype) and stored.itemsize <= 2
     return "bfloat16" if is_short and device.type == "cuda" else "float32"
 

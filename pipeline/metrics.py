@@ -21,10 +21,8 @@ NAMES = ("cosine", "cosine_raw", "r2", "retrieval_at_1", "retrieval_at_5")
 
 
 def cosines(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Cosine of each pair of vectors, ``[..., N, d_model]`` to ``[..., N]``; 0 where either has no length.
-
-    It has a gradient with respect to ``predicted`` only.
-    """
+    """Cosine of each pair of vectors, ``[..., N, d_model]`` to ``[..., N]``; 0 where either has no length."""
+    # It has a gradient with respect to `predicted` only.
     cosine: Tensor = _Cosines.apply(predicted, truth)  # type: ignore[no-untyped-call]
     return cosine
 
@@ -48,21 +46,16 @@ class _Cosines(torch.autograd.Function):
 
 
 def r2(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Share of the variance around mu that is explained, ``[..., N, d_model]`` to ``[...]``; 1 - FVU.
-
-    0 is what predicting mu gives; negative is worse than that. Where the truth does not vary, 1 for a perfect answer
-    and 0 for any other (scikit-learn's convention).
-    """
+    """Share of the variance around mu that is explained, ``[..., N, d_model]`` to ``[...]``; 1 - FVU."""
+    # Predicting mu gives 0. Where the truth does not vary, 1 for a perfect prediction, else 0, as in scikit-learn.
     unexplained = (predicted - truth).square().sum((-1, -2))
     total = truth.square().sum((-1, -2))
     return torch.where(total > 0, 1 - unexplained / total.where(total > 0, 1.0), (unexplained == 0).to(truth.dtype))
 
 
 def ranks(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Rank (from 0) of each true vector among all N by cosine with its prediction, ``[N, d_model]`` to ``[N]``.
-
-    A tie counts against the student, so a constant prediction retrieves nothing.
-    """
+    """Rank (from 0) of each true vector among all N by cosine with its prediction, ``[N, d_model]`` to ``[N]``."""
+    # A tie counts against the student, so a constant prediction retrieves nothing.
     similarity = F.normalize(predicted, dim=-1) @ F.normalize(truth, dim=-1).mT  # [N, N]
     own = similarity.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     return (similarity >= own).sum(-1) - 1
@@ -100,7 +93,10 @@ def by_category(values: Sequence[float], categories: Sequence[str]) -> dict[str,
 def linear_cka(predicted: Tensor, truth: Tensor) -> float:
     """Linear centred kernel alignment of two sets of vectors, ``[N, d_model]`` each, from 0 to 1.
 
-    Kornblith et al. (2019), "Similarity of neural network representations revisited". 0 where either does not vary.
+    Kornblith et al. (2019), "Similarity of neural network representations revisited".
+
+    Returns:
+        The alignment; 0 where either set does not vary.
     """
     x, y = (values.double() - values.double().mean(0) for values in (predicted, truth))
     across, own_x, own_y = (x.mT @ y).norm(), (x.mT @ x).norm(), (y.mT @ y).norm()
@@ -108,10 +104,8 @@ def linear_cka(predicted: Tensor, truth: Tensor) -> float:
 
 
 def norm_error(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Relative error of each prediction's length, ``[N, d_model]``, not centred, to ``[N]``.
-
-    Where the true length is 0, the prediction's length.
-    """
+    """Relative error of each prediction's length, ``[N, d_model]``, not centred, to ``[N]``."""
+    # Where the true length is 0, the prediction's length.
     true = truth.norm(dim=-1)
     error: Tensor = (predicted.norm(dim=-1) - true).abs() / true.where(true > 0, 1.0)
     return error

@@ -23,7 +23,13 @@ class Worker:
 
 
 def parse_shard(text: str) -> Worker:
-    """The worker of a shard ``i/n``.
+    """Parse a shard.
+
+    Args:
+        text: ``i/n``.
+
+    Returns:
+        The worker with that index among n.
 
     Raises:
         InputError: another form, or i not below n.

@@ -49,7 +49,13 @@ UNKNOWN_CHECKSUM = re.compile(r"checksum|trailer|aws-chunked|content-sha256|head
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Bucket and key of a URL; the key may be empty.
+    """Split a URL.
+
+    Args:
+        url: ``s3://bucket/key``.
+
+    Returns:
+        Bucket and key; the key may be empty.
 
     Raises:
         InputError: no bucket is named.
@@ -79,7 +85,10 @@ def upload(path: Path, url: str, sha256: str) -> None:
 
 
 def download(url: str, path: Path) -> str | None:
-    """Copy an object to a file and check its size; the SHA-256 that was stored with it, or None.
+    """Copy an object to a file and check its size.
+
+    Returns:
+        The SHA-256 that was stored with it, or None.
 
     Raises:
         WorkError: the copy has another size.
@@ -127,7 +136,10 @@ def remove_objects(url: str) -> None:
 
 
 def write_if_absent(url: str, text: str) -> str:
-    """Write a small object unless it exists; the text that it then has, the same for all workers.
+    """Write a small object unless it exists.
+
+    Returns:
+        The text that the object then has, the same for all workers.
 
     Raises:
         WorkError: the store does not show the object that it accepted.

@@ -70,7 +70,10 @@ def write_to_stdout(lines: Iterable[str] = ()) -> None:
 
 
 def writable(path: str | Path) -> Path:
-    """The path of an output file, checked before long work: its folder is made and takes files.
+    """Check an output path before long work, and make its folder.
+
+    Returns:
+        The path.
 
     Raises:
         InputError: not a local path, a folder, or not writable.
@@ -91,10 +94,8 @@ def writable(path: str | Path) -> Path:
 
 
 def tracking_uri() -> str:
-    """The tracking server of the environment, else ``mlflow.db`` here; SQLite paths are made absolute.
-
-    MLflow reads a relative path as one below the root.
-    """
+    """The tracking server of the environment, else ``mlflow.db`` here; SQLite paths are made absolute."""
+    # MLflow reads a relative path as one below the root.
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     path = uri.removeprefix("sqlite:///")
     return uri if path in (uri, "") or path.startswith(":") else f"sqlite:///{Path(path).resolve()}"
@@ -156,7 +157,10 @@ def upload(path: Path, url: str) -> None:
 
 
 def fetch(place: str) -> Path:
-    """The local path of a file or a folder; what is in S3 is copied, and removed when the process ends.
+    """Copy a file or a folder from S3 until the process ends; local ones are used in place.
+
+    Returns:
+        The local path.
 
     Raises:
         InputError: not found, or not readable.

@@ -35,11 +35,9 @@ class Fit:
 
 
 def residual_prior(subset: Subset) -> Tensor:
-    """Scaled identity from each residual input to the target, ``[features, d_model]``; zero for other inputs.
-
-    Every block adds to the residual stream, so the output of an early block is still part of it. The scales come from
-    least squares on standardised columns: otherwise the few very large columns would decide alone.
-    """
+    """Scaled identity from each residual input to the target, ``[features, d_model]``; zero for other inputs."""
+    # Every block adds to the residual stream, so the output of an early block is still part of it. The scales come
+    # from least squares on standardised columns: otherwise the few very large columns would decide alone.
     x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
     d_model, weights = y.shape[1], 1 / y.std(0).clamp(min=1e-12)
     streams = subset.reading.streams
@@ -54,11 +52,14 @@ def residual_prior(subset: Subset) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def fit_ridge(subset: Subset) -> Fit:
-    """Ridge regression for every strength at once, in the dual form through the Gram matrix's eigenvectors (float64).
+    """Ridge regression for every strength at once, in the dual form through the Gram matrix's eigenvectors.
 
     ``w = W + X^T U (L + s)^-1 U^T (Y - X W)`` for inputs ``X``, targets ``Y``, ``X X^T = U L U^T`` and the prior map
     ``W`` towards which it is shrunk (Saunders, Gammerman and Vovk, 1998, "Ridge regression learning algorithm in dual
     variables").
+
+    Returns:
+        The fit with the best validation cosine, computed in float64.
     """
     prior = residual_prior(subset)
     x = subset.train.inputs.double()

@@ -30,11 +30,9 @@ def easiest_first(cell: Cell, subset: Subset) -> Tensor | None:
 
 
 def leave_one_out(subset: Subset) -> Tensor:
-    """Cosine of each training concept's vector with its prediction by ridge regression on all others, ``[N]``.
-
-    In closed form: with the hat matrix H, the residual without a concept is its residual over 1 - H_ii. The prior map
-    of the regression stays that of all concepts: it has a handful of numbers.
-    """
+    """Cosine of each training concept's vector with its prediction by ridge regression on all others, ``[N]``."""
+    # In closed form: with the hat matrix H, the residual without a concept is its residual over 1 - H_ii. The prior
+    # map of the regression stays that of all concepts: it has a handful of numbers.
     values, u = subset.gram
     shrink = values / (values + fit_ridge(subset).strength)
     y = subset.train.targets.double() / subset.scale

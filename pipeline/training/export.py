@@ -154,10 +154,8 @@ def _with_vocabulary(
 
 
 def _of_lower_rank(student: Student, data: Dataset, val: Examples) -> Student:
-    """The student with blocks of the least rank that loses at most `MAX_RANK_LOSS`, for speed and size.
-
-    Unchanged where that takes half the width or more: two thin products then cost more than one.
-    """
+    """The student with blocks of the least rank that loses at most `MAX_RANK_LOSS`, for speed and size."""
+    # Unchanged where that takes half the width or more: two thin products then cost more than one.
     if student.config["student"] != "mlp":
         return student
     full, width = _cosines_of(student, data, val).mean(), student.config["cell"]["hidden_dim"]

@@ -33,8 +33,11 @@ def mse(predicted: Tensor, truth: Tensor, weights: Tensor, _temperature: float) 
 def infonce(predicted: Tensor, truth: Tensor, weights: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of identifying a concept's true vector in the batch by cosine, in both directions.
 
-    van den Oord, Li and Vinyals (2018), "Representation learning with contrastive predictive coding", with the
-    symmetric form of Radford et al. (2021). The length of a prediction does not matter.
+    van den Oord, Li and Vinyals (2018), "Representation learning with contrastive predictive coding", in the symmetric
+    form of Radford et al. (2021).
+
+    Returns:
+        The loss of each member, ``[S]``; it does not depend on the length of a prediction.
     """
     similarity = F.normalize(predicted, dim=-1) @ F.normalize(truth, dim=-1).mT / temperature  # [S, B, B]
     is_padding = weights == 0

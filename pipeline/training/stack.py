@@ -309,10 +309,8 @@ class Stack:
 
 
 def _batch_plan(members: Sequence[Member], batch: int) -> Tensor:
-    """Indices of the training concepts of each step, ``[S, steps, B]``, padded with -1.
-
-    Every epoch is a new shuffle from the member's own seed, in batches of similar size.
-    """
+    """Indices of the training concepts of each step, ``[S, steps, B]``, padded with -1."""
+    # Every epoch is a new shuffle from the member's own seed, in batches of similar size.
     plans = []
     for member in members:
         generator = torch.Generator().manual_seed(member.cell.seed)
