@@ -95,36 +95,25 @@ def _start_transformer(cell: Cell, subset: Subset, generator: torch.Generator) -
     return transformer.init(tokens, width, d_model, cell.hidden_dim, cell.layers, generator)
 
 
-def _closed(
-    apply: Callable[..., Tensor],
-    solve: Callable[[Subset], closed_form.Fit],
-    reads: tuple[str, ...],
-    weights: Callable[[Cell, Dataset], int],
-) -> StudentKind:
-    """A closed-form student, which multiplies once with each of its weights."""
-    return StudentKind(
-        apply, (*DATA_OPTIONS, "inputs", *reads), weights, lambda cell, data: 2.0 * weights(cell, data), solve=solve
-    )
+def _flops_of(weights: Callable[[Cell, Dataset], int]) -> Callable[[Cell, Dataset], float]:
+    """Operations of a student that multiplies once with each of its weights."""
+    return lambda cell, data: 2.0 * weights(cell, data)
 
 
+CLOSED_FORM = (*DATA_OPTIONS, "inputs")
+# Weights, operations and solution.
+LINEAR = _linear_weights, _flops_of(_linear_weights), closed_form.fit_ridge
+KERNEL = _kernel_weights, _flops_of(_kernel_weights), closed_form.fit_kernel
 KINDS = {
     "mlp": StudentKind(
-        mlp.apply,
-        (*DATA_OPTIONS, *TRAINING_OPTIONS, "inputs", "hidden_dim", "layers", "skip"),
-        _mlp_weights,
-        _mlp_flops,
-        start=_start_mlp,
-        dropout_sites=mlp.DROPOUT_SITES,
+        mlp.apply, (*DATA_OPTIONS, *TRAINING_OPTIONS, "inputs", "hidden_dim", "layers", "skip"), _mlp_weights,
+        _mlp_flops, start=_start_mlp, dropout_sites=mlp.DROPOUT_SITES,
     ),
     "transformer": StudentKind(
-        transformer.apply,
-        (*DATA_OPTIONS, *TRAINING_OPTIONS, "hidden_dim", "layers"),
-        _transformer_weights,
-        _transformer_flops,
-        start=_start_transformer,
-        dropout_sites=transformer.DROPOUT_SITES,
+        transformer.apply, (*DATA_OPTIONS, *TRAINING_OPTIONS, "hidden_dim", "layers"), _transformer_weights,
+        _transformer_flops, start=_start_transformer, dropout_sites=transformer.DROPOUT_SITES,
     ),
-    "ridge": _closed(closed_form.apply_linear, closed_form.fit_ridge, (), _linear_weights),
-    "kernel": _closed(closed_form.apply_kernel, closed_form.fit_kernel, (), _kernel_weights),
-    "truncated": _closed(closed_form.apply_linear, closed_form.fit_ridge, ("blocks",), _linear_weights),
-}
+    "ridge": StudentKind(closed_form.apply_linear, CLOSED_FORM, *LINEAR),
+    "kernel": StudentKind(closed_form.apply_kernel, CLOSED_FORM, *KERNEL),
+    "truncated": StudentKind(closed_form.apply_linear, (*CLOSED_FORM, "blocks"), *LINEAR),
+}  # fmt: skip

@@ -70,8 +70,8 @@ def parse_objective(objective: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in objective.replace(" ", "").split("+"):
         if not (match := TERM.fullmatch(part)) or match[2] not in TERMS:
-            name = match[2] if match else part
-            raise choices("objective", name, [*TERMS, "sums such as cosine+0.1*infonce"])
+            unknown = choices("objective", match[2] if match else part, [*TERMS, "sums such as cosine+0.1*infonce"])
+            raise unknown
         weight = float(match[1] or 1)
         if weight <= 0 or match[2] in found:
             raise InputError(f"--objective {objective}: expected positive weights, and each term once")

@@ -88,11 +88,6 @@ class Member:
         return self.cell.epochs * self.steps_per_epoch
 
     @property
-    def batch(self) -> int:
-        """Concepts of its largest batch."""
-        return largest_batch(len(self.subset.train.rows), self.cell.batch_size)
-
-    @property
     def is_done(self) -> bool:
         """Whether all epochs are over, or its patience is."""
         patience = self.cell.patience
@@ -143,7 +138,7 @@ class Stack:
         cells, subsets = [member.cell for member in members], [member.subset for member in members]
         cell, kind = cells[0], KINDS[cells[0].student]
         self.members = members
-        self.batch = max(member.batch for member in members)
+        self.batch = max(largest_batch(len(member.subset.train.rows), cell.batch_size) for member in members)
         self.dtype = PRECISIONS[precision_of_cell(cell, automatic)]
         self.apply, self.objective = kind.apply, objective_of(cell.objective, cell.temperature)
         self.mixup = cell.mixup
