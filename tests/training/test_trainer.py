@@ -174,7 +174,7 @@ def test_members_that_stop_early_leave_the_others_alone(data):
 
 
 def test_bfloat16_costs_little(data):
-    exact = replace(SHORT, concepts=400, hidden_dim=128, epochs=15, batch_size=128)
+    exact = replace(SHORT, concepts=400, hidden_dim=64, epochs=15, batch_size=128)
     cells = [exact, replace(exact, precision="bfloat16")]
     cosines = [train([cell], data)[cell].metrics["test_cosine"] for cell in cells]
     assert cosines[0] == pytest.approx(cosines[1], abs=2e-3)
