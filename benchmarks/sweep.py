@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from pipeline.data.dataset import Dataset, Examples, Subset
 from pipeline.data.vectors import read_vectors
-from pipeline.devices import of_training
+from pipeline.devices import training_precision
 from pipeline.metrics import cosines
 from pipeline.processes import cores, start
 from pipeline.settings import Cell
@@ -188,7 +188,7 @@ class Benchmark:
 
     def untracked(self, folder: Path) -> float:
         """The same without MLflow: the same lanes and results, baselines included, students and snapshots on disk."""
-        keys = {cell: cell_key(cell, self.data.vectors.identity, of_training(CPU)) for cell in self.cells}
+        keys = {cell: cell_key(cell, self.data.vectors.identity, training_precision(CPU)) for cell in self.cells}
         with Engine(self.data, CPU, keys, Spool(folder / "spool")) as engine:
             engine.add(stacks_of(self.cells))
             rows = list(engine.rows())

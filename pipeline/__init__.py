@@ -5,12 +5,12 @@ __version__ = "0.1.0"
 import os
 from typing import Any
 
-# Huge pages for torch's large CPU tensors, read by it when it is loaded: fewer page faults, 3 to 6 % of an extraction.
+# Huge pages for torch's large CPU tensors, which torch reads when it is loaded: 3 to 6 % less time for an extraction.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def __getattr__(name: str) -> Any:
-    """``from pipeline import Student``, loaded when asked for."""
+    """Load `Student` when it is first used."""
     if name == "Student":
         from pipeline.student.student import Student
 

@@ -29,7 +29,7 @@ from pipeline.settings import (
     check,
     flag,
 )
-from pipeline.storage import output_folder, print_lines
+from pipeline.storage import output_folder, write_to_stdout
 
 if TYPE_CHECKING:
     from pipeline.extraction.vocabulary import Vocabulary
@@ -45,7 +45,7 @@ def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., 
             check(chosen)
             with _ending_with_the_reader():
                 function(chosen, **values)
-                print_lines()
+                write_to_stdout()
 
         types = get_type_hints(settings)
         command = _verbose(command)
@@ -363,7 +363,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # letters that the terminal's encoding lacks are no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with interrupts.watching():
+        with interrupts.handle_signals():
             cli(standalone_mode=False)
     except InputError as error:
         _leave(f"error: {error}", 2)
@@ -373,7 +373,7 @@ def main() -> None:
         command = error.ctx.command_path if error.ctx else "python -m pipeline"
         _leave(f"error: {error.format_message()} (see {command} --help)", 2)
     except (KeyboardInterrupt, click.Abort):
-        interrupts.leave()
+        interrupts.exit_interrupted()
 
 
 def _leave(line: str, code: int) -> None:

@@ -1,8 +1,7 @@
-"""The precision of matrix products where none is asked for: fixed rules, so that no clock decides a number.
+"""Default precision of matrix products.
 
-They depend on the weights and on the kind of device alone, so the same command gives the same numbers and the same keys
-on every machine of a kind. What its first worker took is recorded with an extraction and with a sweep, and the workers
-that come later keep to it, whatever they run on.
+The rules depend only on the weights and on the kind of device, so that the same command gives the same numbers and keys
+on every machine of a kind. Extractions and sweeps record the precision of their first worker, and later workers use it.
 """
 
 from __future__ import annotations
@@ -10,35 +9,30 @@ from __future__ import annotations
 import torch
 
 
-def of_teacher(stored: object, device: torch.device) -> str:
-    """The precision of a teacher: bfloat16 on CUDA for weights of 16 bits or fewer, else float32.
-
-    Such weights lose nothing in bfloat16 arithmetic but the rounding of activations; others lose more.
-
-    Args:
-        stored: the type that the weights are stored in, as far as it is known.
-        device: where the teacher computes.
-    """
+def teacher_precision(stored: object, device: torch.device) -> str:
+    """The precision of a teacher whose weights are stored as ``stored``, if known."""
+    # bfloat16 on CUDA for weights of 16 bits or fewer, else float32, as only long weights lose digits in bfloat16.
     is_short = isinstance(stored, torch.dtype) and stored.itemsize <= 2
     return "bfloat16" if is_short and device.type == "cuda" else "float32"
 
 
-def of_training(device: torch.device) -> str:
+def training_precision(device: torch.device) -> str:
     """The precision of training: bfloat16 on CUDA, float32 elsewhere."""
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def hint(option: str, taken: str, device: torch.device) -> str | None:
-    """Advice for processors that have instructions for bfloat16 where float32 was taken; None for others.
+def bfloat16_hint(option: str, precision: str, device: torch.device) -> str | None:
+    """Advice to use bfloat16, for processors that have instructions for it while the precision is float32; or None.
 
     Args:
-        option: how bfloat16 is asked for.
-        taken: the precision in use.
-        device: where it is used.
+        option: the option that selects bfloat16.
+        precision: the precision in use.
+        device: the device in use.
+
+    Returns:
+        One line for the user.
     """
-    if device.type != "cpu" or taken != "float32":
-        return None
-    known = torch.cpu.get_capabilities()
-    if not (known.get("amx_bf16") or known.get("avx512_bf16")):
+    features = torch.cpu.get_capabilities() if device.type == "cpu" and precision == "float32" else {}
+    if not (features.get("amx_bf16") or features.get("avx512_bf16")):
         return None
     return f"hint: this processor has instructions for bfloat16; {option} may be faster, with slightly other numbers"

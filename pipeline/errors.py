@@ -1,15 +1,15 @@
-"""The errors that the command line turns into a single line."""
+"""Errors that the command line prints as one line."""
 
 
 class InputError(Exception):
-    """Something that the user gave is wrong; the message names it, what was found and what was expected (exit 2)."""
+    """Wrong input; the message names it, what was found and what was expected (exit code 2)."""
 
 
 class WorkError(Exception):
-    """The input was right and the work failed; the message says what is kept and how to go on (exit 1)."""
+    """The work failed on right input; the message says what is kept and how to continue (exit code 1)."""
 
 
 def choices(kind: str, found: str, available: object) -> InputError:
-    """The error for a name that does not exist, listing (sorted) the names that do."""
+    """The error for an unknown name, with the sorted list of known names."""
     names = ", ".join(sorted(map(str, available)))  # type: ignore[call-overload]
     return InputError(f"unknown {kind} {found!r}; available: {names}")

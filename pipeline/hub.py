@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what is there, and what it says when it refuses."""
+"""The Hugging Face hub: downloads, and its errors as ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cache() -> Path:
 
 
 def cached_folder(model: str) -> Path | None:
-    """The folder of the cache with what is here of a model's newest files; None where nothing is."""
+    """The cached folder of a model's newest files, which may be incomplete; None where nothing is cached."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(model, "config.json")
@@ -28,27 +28,30 @@ def cached_folder(model: str) -> Path | None:
 
 
 def show_bars() -> None:
-    """Show how far a download is."""
+    """Show progress bars of downloads."""
     from huggingface_hub.utils.tqdm import enable_progress_bars
 
     enable_progress_bars()
 
 
 def fetch(place: str) -> Path:
-    """A student folder or a vectors file of the hub, on this machine.
+    """Download a student folder or a vectors file into the cache.
 
     Args:
         place: ``hf://owner/name`` for a student, ``hf://datasets/owner/name/file`` for a file; ``@revision`` may follow
             the name.
 
+    Returns:
+        The local path.
+
     Raises:
-        InputError: no such place, or it may not be read.
+        InputError: not found, or not readable.
         WorkError: the hub does not answer.
     """
     from huggingface_hub import hf_hub_download
 
     kind, repo, revision, name = _parse(place)
-    with told(place):
+    with translate_errors(place):
         if name:
             return Path(hf_hub_download(repo, name, repo_type=kind, revision=revision))
         files = [hf_hub_download(repo, part, repo_type=kind, revision=revision) for part in FILES]
@@ -67,31 +70,24 @@ def _parse(place: str) -> tuple[str, str, str | None, str]:
 
 
 @contextmanager
-def told(place: str) -> Iterator[None]:
+def translate_errors(place: str) -> Iterator[None]:
     """Turn the hub's errors into ours: one line that says what to do."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors
 
     try:
         yield
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{place}: not found, or not yours to see; check the name, and log in with: hf auth login"
-        ) from error
-    except HFValidationError as error:
+    except errors.RepositoryNotFoundError as error:
+        advice = "not found, or not yours to see; check the name, and log in with: hf auth login"
+        raise InputError(f"{place}: {advice}") from error
+    except errors.HFValidationError as error:
         raise InputError(f"{place}: {error}") from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status == 404:
-            raise InputError(
-                f"{place}: has not all files of a student, or no such file ({error.response.url})"
-            ) from error
+            advice = "has not all files of a student, or no such file"
+            raise InputError(f"{place}: {advice} ({error.response.url})") from error
         if status in (401, 403):
             raise InputError(f"{place}: the hub refuses ({status}); log in with: hf auth login") from error
         raise WorkError(f"{place}: the hub answers {status}: {str(error).splitlines()[0]}") from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except (errors.LocalEntryNotFoundError, OSError) as error:
         raise WorkError(f"{place}: the hub does not answer ({str(error).splitlines()[0][:160]})") from error

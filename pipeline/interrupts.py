@@ -1,9 +1,8 @@
-"""Ctrl-C and SIGTERM in every phase: what is open is closed, and the process is gone within a fixed time.
+"""Ctrl-C and SIGTERM in every phase: open resources are closed, and the process ends within a fixed time.
 
-Python handles a signal between two of its own instructions, and a decomposition of a large matrix is one instruction; a
-library may also swallow the exception that the signal becomes, and a server may not answer. A thread notices the signal
-at once. What the main thread has not closed soon, the thread closes in its place; and when time is up it ends the
-process, whatever goes on in it. What is finished is on disk by then.
+Python handles a signal only between two bytecode instructions, and the decomposition of a large matrix is one; a
+library may also swallow the KeyboardInterrupt, and a server may not answer. So a thread watches for signals. It closes
+what the main thread has not closed in time, and then ends the process. Finished work is on disk by then.
 """
 
 from __future__ import annotations
@@ -20,37 +19,37 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
-# All of these are counted from the signal.
-CLOSE_SECONDS = 0.4  # for the main thread to close what is open, before the watching thread helps
-AGAIN_SECONDS = 0.5  # a signal that comes later is a second one: launchers hand on the first to those who have had it
-END_SECONDS = 1.5
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Times after the signal.
+CLOSE_SECONDS = 0.4  # the watching thread begins to close what is still open
+AGAIN_SECONDS = 0.5  # a later signal counts as a second one; launchers repeat the first one at once
+END_SECONDS = 1.5  # the process ends
 LINE = "interrupted: what is finished is kept; the same command goes on from there"
 CODE = 130
-SHOW_CURSOR = "\x1b[?25h"  # which progress bars hide
+SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
 
 _closers: list[Callable[[], None]] = []
 _undoers: list[Callable[[], None]] = []
-_stopped = threading.Event()  # a signal has come
-_answered = threading.Event()  # the main thread has noticed it
+_interrupted = threading.Event()  # a signal has arrived
+_handled = threading.Event()  # the main thread has raised KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def closed_by(close: Callable[[], None]) -> Iterator[None]:
-    """Where the command is interrupted while the context is open, ``close`` is called once, the newest first.
+def close_on_interrupt(close: Callable[[], None]) -> Iterator[None]:
+    """Call ``close`` once if the command is interrupted within the context; the innermost context closes first.
 
-    The thread that leaves the context calls it, or the watching thread where that one is late. Its errors are passed
-    over: what could not be closed is found dead by the next to come.
+    The thread that leaves the context calls it, or, if that is late, the watching thread. Its errors are ignored: later
+    commands recognise what was not closed.
 
     Raises:
-        KeyboardInterrupt: the command was interrupted, also where a library has made another error of it.
+        KeyboardInterrupt: the command was interrupted, also where a library raised another error instead.
     """
     once = _once(close)
     _closers.append(once)
     try:
         yield
     except BaseException as error:
-        if _stopped.is_set() or isinstance(error, KeyboardInterrupt):
+        if _interrupted.is_set() or isinstance(error, KeyboardInterrupt):
             once()
             raise KeyboardInterrupt from error
         raise
@@ -59,8 +58,8 @@ def closed_by(close: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undone_by(undo: Callable[[], None]) -> Iterator[None]:
-    """Where the process is ended while the context is open, ``undo`` is called before; it must take no time."""
+def undo_on_exit(undo: Callable[[], None]) -> Iterator[None]:
+    """Call ``undo``, which must be fast, if the watching thread ends the process within the context."""
     _undoers.append(undo)
     try:
         yield
@@ -68,76 +67,70 @@ def undone_by(undo: Callable[[], None]) -> Iterator[None]:
         _undoers.remove(undo)
 
 
-def check() -> None:
-    """Raise KeyboardInterrupt where the command was interrupted: for threads, which no signal reaches."""
-    if _stopped.is_set():
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt if the command was interrupted: for threads, which receive no signals."""
+    if _interrupted.is_set():
         raise KeyboardInterrupt
 
 
 def sleep(seconds: float) -> None:
-    """Sleep, in any thread, until the command is interrupted.
-
-    Raises:
-        KeyboardInterrupt: it was.
-    """
-    _stopped.wait(seconds)
-    check()
+    """Sleep in any thread; an interruption ends the sleep with KeyboardInterrupt."""
+    _interrupted.wait(seconds)
+    raise_if_interrupted()
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[None]:
-    """Turn signals into KeyboardInterrupt, after which the process ends in time, whatever it does.
+def handle_signals() -> Iterator[None]:
+    """Turn signals into KeyboardInterrupt, and end the process `END_SECONDS` after a signal at the latest.
 
-    The main thread enters it, before libraries are loaded. Processes that are forked meanwhile inherit nothing of it
-    that acts.
+    To be entered by the main thread before libraries are loaded. Forked processes do not inherit it.
 
     Raises:
-        KeyboardInterrupt: the command was interrupted, also where a library has made another error of it, or none.
+        KeyboardInterrupt: the command was interrupted, also where a library raised another error instead, or none.
     """
 
-    def answer(_number: int, _frame: object) -> None:
-        if not _answered.is_set():
-            _answered.set()
+    def handle(_number: int, _frame: object) -> None:
+        if not _handled.is_set():
+            _handled.set()
             _stop()
             raise KeyboardInterrupt
 
-    _stopped.clear()
-    _answered.clear()
+    _interrupted.clear()
+    _handled.clear()
     read, write = os.pipe()
     os.set_blocking(write, False)
-    atexit.register(_end)  # the first to be registered is the last to be called
-    before = {number: signal.signal(number, answer) for number in STOPS}
+    atexit.register(_end)  # registered first, so called last
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     thread = threading.Thread(target=_watch, args=(read,), name="interrupts", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        check()
+        raise_if_interrupted()
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.write(write, b"\0")  # no signal: the thread ends
+        os.write(write, b"\0")  # ends the thread
         thread.join()
         os.close(read)
         os.close(write)
         atexit.unregister(_end)
 
 
-def leave() -> NoReturn:
+def exit_interrupted() -> NoReturn:
     """End the process after an interruption.
 
-    Python would go on to take its objects apart one by one, which takes seconds with torch loaded; so the last of the
-    functions that are called at exit ends it.
+    The last exit handler ends it at once: Python's own shutdown takes seconds with torch loaded.
     """
-    with contextlib.suppress(OSError, ValueError):  # nobody reads on
+    with contextlib.suppress(OSError, ValueError):  # the reader of standard output is gone
         sys.stdout.flush()
     _say()
     sys.exit(CODE)
 
 
 def _watch(read: int) -> None:
-    while (number := os.read(read, 1)[0]) not in STOPS:
+    while (number := os.read(read, 1)[0]) not in STOP_SIGNALS:
         if not number:
             return
     begin = time.monotonic()
@@ -152,8 +145,8 @@ def _watch(read: int) -> None:
 
 
 def _stop() -> None:
-    _stopped.set()
-    logging.disable()  # some libraries that are half loaded tell at exit what they have in store
+    _interrupted.set()
+    logging.disable()  # partly loaded libraries log at exit
 
 
 def _close() -> None:
@@ -161,8 +154,8 @@ def _close() -> None:
     is_open = bool(_closers or _undoers)
     for close in reversed(_closers.copy()):
         close()
-    # Nothing more will come of a main thread that is in one long call, or that has nothing left to close.
-    if not (is_open and _answered.is_set()):
+    # The main thread is in one long call, or had nothing to close and swallowed the interruption.
+    if not (is_open and _handled.is_set()):
         atexit._run_exitfuncs()
 
 
@@ -175,7 +168,7 @@ def _end() -> NoReturn:
 
 
 def _once(work: Callable[[], None]) -> Callable[[], None]:
-    """Work that is done by the first who calls for it; others wait until it is done."""
+    """A function that does the work at its first call; concurrent callers wait until it is done."""
     lock, todo = threading.Lock(), [work]
 
     def call() -> None:
@@ -188,7 +181,7 @@ def _once(work: Callable[[], None]) -> Callable[[], None]:
 
 def _write_line() -> None:
     begin = f"\n{SHOW_CURSOR}" if os.isatty(2) else ""  # after the ^C and a progress bar
-    if select.select([], [2], [], 0)[1]:  # nobody is waited for who does not read
+    if select.select([], [2], [], 0)[1]:  # skip the line if standard error is blocked
         os.write(2, f"{begin}{LINE}\n".encode())
 
 

@@ -1,4 +1,4 @@
-"""How faithful predicted vectors are. Pure functions; ``N`` is the number of held-out concepts.
+"""Metrics of predicted vectors: pure functions; ``N`` is the number of held-out concepts.
 
 Predictions and truths are *centred*: the mean vector of the training concepts, mu, is subtracted from both. The
 residual stream has a large constant part, so without centring a constant prediction scores a cosine near 1.
@@ -16,56 +16,46 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-LEAST = 1e-8  # a vector that is shorter has no direction
+MIN_LENGTH = 1e-8  # shorter vectors have no direction
 NAMES = ("cosine", "cosine_raw", "r2", "retrieval_at_1", "retrieval_at_5")
 
 
 def cosines(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Cosine of each pair of vectors, ``[..., N, d_model]`` to ``[..., N]``; 0 where either has no length.
-
-    It has a gradient with respect to ``predicted`` only.
-    """
+    """Cosine of each pair of vectors, ``[..., N, d_model]`` to ``[..., N]``; 0 where either has no length."""
+    # It has a gradient with respect to `predicted` only.
     cosine: Tensor = _Cosines.apply(predicted, truth)  # type: ignore[no-untyped-call]
     return cosine
 
 
 class _Cosines(torch.autograd.Function):
-    """With the gradient in closed form, (truth / |truth| - cosine predicted / |predicted|) / |predicted|.
-
-    Autograd would go over the vectors once for each operation.
-    """
+    """Gradient in closed form, (truth / |truth| - cosine predicted / |predicted|) / |predicted|: fewer passes."""
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, truth: Tensor) -> Tensor:
-        length, of_truth = (torch.linalg.vector_norm(values, dim=-1).clamp_min(LEAST) for values in (predicted, truth))
-        cosine: Tensor = torch.linalg.vecdot(predicted, truth) / (length * of_truth)
-        ctx.save_for_backward(predicted, truth, length, of_truth, cosine)
+        lengths = [torch.linalg.vector_norm(values, dim=-1).clamp_min(MIN_LENGTH) for values in (predicted, truth)]
+        cosine: Tensor = torch.linalg.vecdot(predicted, truth) / (lengths[0] * lengths[1])
+        ctx.save_for_backward(predicted, truth, *lengths, cosine)
         return cosine
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        predicted, truth, length, of_truth, cosine = ctx.saved_tensors
-        each = gradients[0] / length  # [..., N]
-        ours = truth * (each / of_truth)[..., None]
-        return torch.addcmul(ours, predicted, (each * cosine / length)[..., None], value=-1), None
+        predicted, truth, length, true_length, cosine = ctx.saved_tensors
+        scaled = gradients[0] / length  # [..., N]
+        along_truth = truth * (scaled / true_length)[..., None]
+        return torch.addcmul(along_truth, predicted, (scaled * cosine / length)[..., None], value=-1), None
 
 
 def r2(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Share of the variance around mu that is explained, ``[..., N, d_model]`` to ``[...]``; 1 - FVU.
-
-    0 is what predicting mu gives; negative is worse than that. Where the truth does not vary, 1 for a perfect answer
-    and 0 for any other (scikit-learn's convention).
-    """
+    """Share of the variance around mu that is explained, ``[..., N, d_model]`` to ``[...]``; 1 - FVU."""
+    # Predicting mu gives 0. Where the truth does not vary, 1 for a perfect prediction, else 0, as in scikit-learn.
     unexplained = (predicted - truth).square().sum((-1, -2))
     total = truth.square().sum((-1, -2))
     return torch.where(total > 0, 1 - unexplained / total.where(total > 0, 1.0), (unexplained == 0).to(truth.dtype))
 
 
 def ranks(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Rank (from 0) of each true vector among all N by cosine with its prediction, ``[N, d_model]`` to ``[N]``.
-
-    A tie counts against the student, so a constant prediction retrieves nothing.
-    """
+    """Rank (from 0) of each true vector among all N by cosine with its prediction, ``[N, d_model]`` to ``[N]``."""
+    # A tie counts against the student, so a constant prediction retrieves nothing.
     similarity = F.normalize(predicted, dim=-1) @ F.normalize(truth, dim=-1).mT  # [N, N]
     own = similarity.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
     return (similarity >= own).sum(-1) - 1
@@ -75,9 +65,12 @@ def faithfulness(predicted: Tensor, truth: Tensor, mean: Tensor) -> dict[str, fl
     """All of `NAMES` for one student.
 
     Args:
-        predicted: centred vectors, ``[N, d_model]``.
-        truth: the same of the teacher.
+        predicted: centred predictions, ``[N, d_model]``.
+        truth: the teacher's centred vectors, ``[N, d_model]``.
         mean: mu, ``[d_model]``.
+
+    Returns:
+        Values by name.
     """
     rank = ranks(predicted, truth)
     return {
@@ -90,17 +83,20 @@ def faithfulness(predicted: Tensor, truth: Tensor, mean: Tensor) -> dict[str, fl
 
 
 def by_category(values: Sequence[float], categories: Sequence[str]) -> dict[str, float]:
-    """Mean of each category's values; one value and one category a concept."""
+    """Mean of each category's values; one value and one category per concept."""
     groups: dict[str, list[float]] = {}
     for category, value in zip(categories, values, strict=True):
         groups.setdefault(category, []).append(value)
-    return {category: sum(own) / len(own) for category, own in sorted(groups.items())}
+    return {category: sum(group) / len(group) for category, group in sorted(groups.items())}
 
 
 def linear_cka(predicted: Tensor, truth: Tensor) -> float:
     """Linear centred kernel alignment of two sets of vectors, ``[N, d_model]`` each, from 0 to 1.
 
-    Kornblith et al. (2019), "Similarity of neural network representations revisited". 0 where either does not vary.
+    Kornblith et al. (2019), "Similarity of neural network representations revisited".
+
+    Returns:
+        The alignment; 0 where either set does not vary.
     """
     x, y = (values.double() - values.double().mean(0) for values in (predicted, truth))
     across, own_x, own_y = (x.mT @ y).norm(), (x.mT @ x).norm(), (y.mT @ y).norm()
@@ -108,33 +104,33 @@ def linear_cka(predicted: Tensor, truth: Tensor) -> float:
 
 
 def norm_error(predicted: Tensor, truth: Tensor) -> Tensor:
-    """How far each prediction's length is from the true one, as a share of it, ``[N, d_model]`` to ``[N]``.
-
-    Of vectors that are not centred; a true vector of no length counts the prediction's length.
-    """
+    """Relative error of each prediction's length, ``[N, d_model]``, not centred, to ``[N]``."""
+    # Where the true length is 0, the prediction's length.
     true = truth.norm(dim=-1)
-    off: Tensor = (predicted.norm(dim=-1) - true).abs() / true.where(true > 0, 1.0)
-    return off
+    error: Tensor = (predicted.norm(dim=-1) - true).abs() / true.where(true > 0, 1.0)
+    return error
 
 
 @functools.lru_cache(maxsize=4)
-def _drawn(seeds: int, concepts: int, samples: int) -> list[NDArray[np.int64]]:
-    """How often each sample holds each seed, ``[samples, seeds]``, and each concept: the same for all intervals."""
+def _bootstrap_counts(seeds: int, concepts: int, samples: int) -> list[NDArray[np.int64]]:
+    """Count of each seed and of each concept in each bootstrap sample, ``[samples, seeds or concepts]``."""
     draw = np.random.default_rng(0)
     return [draw.multinomial(size, np.full(size, 1 / size), samples) for size in (seeds, concepts)]
 
 
 def interval(values: NDArray[np.floating[Any]], level: float = 0.95, samples: int = 2000) -> tuple[float, float]:
-    """A bootstrap interval of the mean over concepts and seeds.
+    """Percentile bootstrap interval of the mean (Efron and Tibshirani, 1993, chapter 13).
 
     Args:
-        values: ``[seeds, N]``; concepts are drawn anew for all seeds alike, and seeds are drawn anew too (percentile
-            bootstrap: Efron and Tibshirani, 1993, chapter 13).
+        values: ``[seeds, N]``; both are resampled, the concepts in the same way for all seeds.
         level: coverage.
-        samples: bootstrap samples.
+        samples: number of bootstrap samples.
+
+    Returns:
+        Lower and upper bound.
     """
     seeds, concepts = values.shape
-    rows, columns = _drawn(seeds, concepts, samples)
+    rows, columns = _bootstrap_counts(seeds, concepts, samples)
     means = np.einsum("ks,sn,kn->k", rows, values, columns, optimize=True) / (seeds * concepts)  # [samples]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

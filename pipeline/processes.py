@@ -16,17 +16,23 @@ from pipeline.errors import InputError
 
 @dataclass(frozen=True)
 class Worker:
-    """One of ``count`` that share a work, the first being 0."""
+    """One of ``count`` workers that share a job; the first has index 0."""
 
     index: int = 0
     count: int = 1
 
 
 def parse_shard(text: str) -> Worker:
-    """A shard from ``i/n``.
+    """Parse a shard.
+
+    Args:
+        text: ``i/n``.
+
+    Returns:
+        The worker with that index among n.
 
     Raises:
-        InputError: not of that form, or not one of the n.
+        InputError: another form, or i not below n.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
@@ -35,13 +41,13 @@ def parse_shard(text: str) -> Worker:
 
 
 def worker_of(shard: Worker, accelerator: Accelerator) -> Worker:
-    """This process among those of all shards; every shard has as many processes."""
-    here = accelerator.num_processes
-    return Worker(shard.index * here + accelerator.process_index, shard.count * here)
+    """This process among the processes of all shards, which have the same number each."""
+    size = accelerator.num_processes
+    return Worker(shard.index * size + accelerator.process_index, shard.count * size)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory that this process has held, in MB: of the GPU where it computes on one, else resident."""
+    """Peak memory of this process in MB: GPU memory on CUDA, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
@@ -49,18 +55,14 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def start() -> Accelerator:
-    """Join the other processes, and share the cores of this machine with them.
-
-    ``accelerate launch`` gives a process one thread on a CPU, whatever the machine has; a process that is alone
-    should use it all.
-    """
+    """Join the other processes and share the cores of this machine; ``accelerate`` would give each one thread."""
     accelerator = Accelerator()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    torch.set_num_threads(max(1, cores() // here))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    torch.set_num_threads(max(1, cores() // processes))
     return accelerator

@@ -1,11 +1,11 @@
-"""The options of every command, each named once.
+"""The options of every command: one frozen dataclass per command.
 
-A command is a frozen dataclass. Its fields are the command-line options and the MLproject parameters, their help texts
-are what ``--help`` prints, and their values are the parameters that MLflow shows.
+Its fields are the command-line options and the MLproject parameters, with their help texts; MLflow shows their values.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
@@ -19,28 +19,20 @@ def option(
     *,
     aliases: tuple[str, ...] = (),
     minimum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    plain: bool = False,
-    bare: str | None = None,
+    above: float | None = None,  # exclusive
+    below: float | None = None,  # exclusive
+    plain: bool = False,  # letters, digits and "-_." only, for names in queries and file names
+    bare: str | None = None,  # the value of an option that is given without one
 ) -> Any:
-    """A dataclass field that is also a command-line option.
-
-    Args:
-        default: its value when the user gives none.
-        help: what it is, with units.
-        aliases: other spellings on the command line.
-        minimum: the least value allowed.
-        above: a bound that the value must exceed.
-        below: a bound that the value must stay under.
-        plain: only letters, digits and ``-_.`` (a name that stands in queries and file names).
-        bare: its value where the option stands without one.
-    """
+    """A dataclass field that is also a command-line option, with its help text and its bounds."""
     metadata = {"help": help, "aliases": aliases, "minimum": minimum, "above": above, "below": below, "plain": plain}
     return field(default=default, metadata=metadata | {"bare": bare})
 
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+BOUNDS = (
+    ("minimum", operator.ge, "at least"), ("above", operator.gt, "more than"), ("below", operator.lt, "less than"),
+)  # fmt: skip
 
 
 def flag(item: Field[Any]) -> str:
@@ -63,15 +55,12 @@ def check(settings: Any) -> None:
         for basic, expected in EXPECTED.items():
             if basic in (get_args(kind) if optional else (kind,)) and not _is_a(value, basic):
                 raise InputError(f"{flag(item)} {value!r}: expected {expected}")
-        minimum, above, below = (item.metadata.get(bound) for bound in ("minimum", "above", "below"))
         if item.metadata.get("plain") and not re.fullmatch(r"[\w.-]+", value):
             raise InputError(f"{flag(item)} {value!r}: expected letters, digits, '-', '_' and '.'")
-        if minimum is not None and not value >= minimum:
-            raise InputError(f"{flag(item)} {value}: expected at least {minimum}")
-        if above is not None and not value > above:
-            raise InputError(f"{flag(item)} {value}: expected more than {above}")
-        if below is not None and not value < below:
-            raise InputError(f"{flag(item)} {value}: expected less than {below}")
+        for name, holds, words in BOUNDS:
+            bound = item.metadata.get(name)
+            if bound is not None and not holds(value, bound):
+                raise InputError(f"{flag(item)} {value}: expected {words} {bound}")
 
 
 def _is_a(value: object, kind: type) -> bool:
@@ -80,7 +69,6 @@ def _is_a(value: object, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-# Of every command that loads a teacher.
 DEVICE_MAP = "Spread a big teacher over devices: auto, balanced or sequential.  [default: one device]"
 TRUST = "Run model code that comes with the weights; only if you trust its authors."
 TEACHER_DTYPE = "Precision of the teacher, as for extract.  [default: that of the vectors]"
@@ -149,17 +137,16 @@ class ExtractOptions:
 
 
 SHIPPED = "data/vectors/smollm2-135m.safetensors"
-# Raised by hand whenever what is computed of a cell changes; finished cells of another version are not taken over. The
-# golden numbers of the tests notice when it should have been.
+# Raised by hand when a change moves the results of cells, which a test of golden numbers notices; finished cells of
+# another version are trained again.
 RESULTS_VERSION = 2
-# How a cell's name writes an option that is not the default; other options stand there in full.
-SHORT_NAMES = {
+SHORT_NAMES = {  # abbreviations of options in the names of cells
     "concepts": "c", "hidden_dim": "h", "layers": "l", "seed": "s", "student": "", "objective": "", "inputs": "",
     "skip": "skip", "temperature": "t", "targets": "targets-", "token_dropout": "td", "noise": "n", "mixup": "mix",
     "curriculum": "by-", "pace": "p", "split": "split-", "learning_rate": "lr", "weight_decay": "wd", "dropout": "d",
     "epochs": "e", "batch_size": "b", "evaluations": "evaluations-", "precision": "precision-",
 }  # fmt: skip
-SIZED = ("mlp", "transformer")  # students whose name always tells their width and depth
+SIZED = ("mlp", "transformer")  # students whose name always states their width and depth
 
 
 @dataclass(frozen=True)
@@ -187,7 +174,6 @@ class Cell:
         minimum=0,
         below=1,
     )
-
     inputs: str = option(
         "activations",
         "What the student reads of a concept: activations (each of its tokens by itself after the teacher's first "
@@ -215,7 +201,7 @@ class Cell:
     )
 
     def __post_init__(self) -> None:
-        """Make whole numbers floats where floats are meant, so that 0 and 0.0 are one cell with one name and key."""
+        """Convert whole numbers in float fields, so that 0 and 0.0 are one cell with one name and key."""
         for item in fields(self):
             value = getattr(self, item.name)
             if item.type == "float" and isinstance(value, int) and not isinstance(value, bool):
@@ -223,21 +209,20 @@ class Cell:
 
     @property
     def configuration_name(self) -> str:
-        """Short name of what all seeds share, such as ``c700-h256-l2``: each field that is not the default shows."""
+        """Short name without the seed, such as ``c700-h256-l2``; fields with their default are left out."""
         kind = f"truncated{self.blocks}" if self.student == "truncated" else self.student
-        always = {"concepts", *(("hidden_dim", "layers") if self.student in SIZED else ())}
+        always = ("hidden_dim", "layers") if self.student in SIZED else ()
         parts = [_name_part("concepts", self.concepts)]
-        for option, item in Cell.__dataclass_fields__.items():
-            value = getattr(self, option)
-            if option in ("concepts", "seed") or (option == "blocks" and self.student == "truncated"):
-                continue
-            if option in always or value != item.default:
-                parts.append(_name_part(option, kind if option == "student" else value))
+        in_kind = {"blocks"} if self.student == "truncated" else set()
+        for name, item in Cell.__dataclass_fields__.items():
+            value = getattr(self, name)
+            if name not in {"concepts", "seed", *in_kind} and (name in always or value != item.default):
+                parts.append(_name_part(name, kind if name == "student" else value))
         return "-".join(parts)
 
     @property
     def name(self) -> str:
-        """Short name of the cell's run, such as ``c700-h256-l2-s0``: two cells that differ have two names."""
+        """Short, unique name of the cell, such as ``c700-h256-l2-s0``."""
         return f"{self.configuration_name}-{_name_part('seed', self.seed)}"
 
 

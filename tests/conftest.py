@@ -51,11 +51,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipeline import cli, storage
+from pipeline import cli
 from pipeline.data.concepts import read_catalogue
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
 from pipeline.extraction.vocabulary import find
+from pipeline.s3 import client
 from pipeline.teachers.find import find_teacher
 from pipeline.teachers.load import load_teacher
 
@@ -276,12 +277,12 @@ def s3(tmp_path, monkeypatch):
     for name, value in (("AWS_ENDPOINT_URL", proxy.url), ("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET)):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage._client.cache_clear()
+    client.cache_clear()
     yield proxy
     proxy.close()
     server.kill()
     server.wait()
-    storage._client.cache_clear()
+    client.cache_clear()
 
 
 @pytest.fixture(scope="session")

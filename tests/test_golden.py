@@ -78,8 +78,8 @@ def test_an_edited_comment_reuses_finished_cells_and_a_raised_version_does_not(w
         path.write_text(path.read_text().replace(before, after))
 
     assert not finished_before()
-    for name in ("stack.py", "training.py", "features.py", "metrics.py", "students/mlp.py"):
+    for name in ("training/stack.py", "training/trainer.py", "data/dataset.py", "metrics.py", "training/mlp.py"):
         edit(name, "from __future__", "# An edited comment.\nfrom __future__")
     assert finished_before()
-    edit("options.py", f"RESULTS_VERSION = {RESULTS_VERSION}", f"RESULTS_VERSION = {RESULTS_VERSION + 1}")
+    edit("settings.py", f"RESULTS_VERSION = {RESULTS_VERSION}", f"RESULTS_VERSION = {RESULTS_VERSION + 1}")
     assert not finished_before()

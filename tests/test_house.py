@@ -55,7 +55,7 @@ def room_of(path):
     ("library", "rooms"),
     [
         ("mlflow", {"tracking", "student"}),  # a served student answers in MLflow's own errors
-        ("boto3", {"storage"}),
+        ("boto3", {"s3"}),
         ("click", {"cli"}),
         ("huggingface_hub", {"hub", "commands"}),
     ],

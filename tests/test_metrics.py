@@ -10,7 +10,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from pipeline.errors import InputError
 from pipeline.metrics import by_category, cosines, faithfulness, interval, linear_cka, norm_error, r2, ranks
-from pipeline.training.objectives import TERMS, objective_of, terms
+from pipeline.training.objectives import TERMS, objective_of, parse_objective
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_objectives_are_weighted_sums(pairs):
     assert total == pytest.approx(parts["cosine"] + 0.1 * parts["infonce"] + 0.5 * parts["mse"], abs=1e-5)
     for wrong in ("cosin", "cosine+", "0*mse", "mse+mse", "-1*mse"):
         with pytest.raises(InputError, match="objective"):
-            terms(wrong)
+            parse_objective(wrong)
 
 
 def test_the_gradient_of_cosines_is_right():

@@ -1,4 +1,4 @@
-"""Precision is what was asked for, or follows from weights and kind of device: no clock decides a number."""
+"""Precision is the one requested, or follows from the weights and the kind of device."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from pipeline.data.concepts import read_catalogue
 from pipeline.data.vectors import read_vectors
-from pipeline.devices import of_teacher, of_training
+from pipeline.devices import teacher_precision, training_precision
 from pipeline.extraction.parts import PartPlan
 from pipeline.extraction.request import make_request
 from pipeline.settings import Cell
@@ -23,7 +23,7 @@ from pipeline.storage import Output
 from pipeline.sweep.run import cell_key
 from pipeline.teachers.find import find_teacher
 from pipeline.teachers.load import load_teacher
-from pipeline.training.stack import precision_of
+from pipeline.training.stack import precision_of_cell
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -41,14 +41,14 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_a_teachers_precision_follows_from_weights_and_kind_of_device(stored, device, expected):
-    assert of_teacher(stored, device) == expected
+    assert teacher_precision(stored, device) == expected
 
 
 def test_a_cells_precision_and_key_follow_from_the_kind_of_device():
-    assert (of_training(CPU), of_training(CUDA)) == ("float32", "bfloat16")
+    assert (training_precision(CPU), training_precision(CUDA)) == ("float32", "bfloat16")
     for cell in (Cell(), Cell(student="transformer")):
-        assert precision_of(cell, "bfloat16") == "bfloat16"
-        assert precision_of(replace(cell, precision="float32"), "bfloat16") == "float32"
+        assert precision_of_cell(cell, "bfloat16") == "bfloat16"
+        assert precision_of_cell(replace(cell, precision="float32"), "bfloat16") == "float32"
         assert cell_key(cell, "data", "bfloat16") != cell_key(cell, "data", "float32")
     for kind in ("ridge", "kernel", "truncated"):  # which are float64 everywhere
         assert cell_key(Cell(student=kind), "data", "bfloat16") == cell_key(Cell(student=kind), "data", "float32")

@@ -12,8 +12,10 @@ import pytest
 from conftest import SECRET, SHIPPED
 from mlflow import MlflowClient
 
+from pipeline import s3 as s3_module
 from pipeline import storage
 from pipeline.errors import InputError, WorkError
+from pipeline.s3 import PART_BYTES, first_bytes, object_names, remove_objects
 from pipeline.student.student import Student
 
 CSV = "concept,category\n" + "".join(f"{name},any\n" for name in ("ice", "fire", "slow cooking", "rain", "sun", "moon"))
@@ -23,26 +25,26 @@ CSV = "concept,category\n" + "".join(f"{name},any\n" for name in ("ice", "fire",
 def big(tmp_path):
     """A file that goes up in three parts."""
     path = tmp_path / "big.bin"
-    path.write_bytes(os.urandom(2 * storage.PART_BYTES + 12345))
+    path.write_bytes(os.urandom(2 * PART_BYTES + 12345))
     return path
 
 
 def test_a_file_comes_back_as_it_went(s3, big, tmp_path):
-    storage.put(big, "s3://bucket/deep/big.bin")
-    storage.get("s3://bucket/deep/big.bin", tmp_path / "back")
+    storage.upload(big, "s3://bucket/deep/big.bin")
+    storage.download("s3://bucket/deep/big.bin", tmp_path / "back")
     assert storage.sha256_of(tmp_path / "back") == storage.sha256_of(big)
-    assert storage.names_below("s3://bucket/deep") == {"big.bin"}
-    assert storage.names_below("s3://bucket/dee") == set()
-    assert storage.beginning("s3://bucket/deep/big.bin", 10) == big.read_bytes()[:10]
+    assert object_names("s3://bucket/deep") == {"big.bin"}
+    assert object_names("s3://bucket/dee") == set()
+    assert first_bytes("s3://bucket/deep/big.bin", 10) == big.read_bytes()[:10]
     assert storage.fetch("s3://bucket/deep").joinpath("big.bin").stat().st_size == big.stat().st_size
-    storage.remove("s3://bucket/deep")
-    assert storage.names_below("s3://bucket") == set()
+    remove_objects("s3://bucket/deep")
+    assert object_names("s3://bucket") == set()
 
 
 def test_of_several_that_create_the_first_one_wins(s3, tmp_path):
     for place in ("s3://bucket/plan.json", f"{tmp_path}/folder/plan.json"):
-        assert storage.create(place, "first") == "first"
-        assert storage.create(place, "second") == "first"
+        assert storage.write_if_absent(place, "first") == "first"
+        assert storage.write_if_absent(place, "second") == "first"
 
 
 @pytest.mark.parametrize(
@@ -71,73 +73,76 @@ def test_what_is_wrong_with_a_store_is_said_in_one_line(s3, monkeypatch, run, wo
 def test_a_store_that_fails_every_third_request_or_is_slow_costs_only_time(s3, big, tmp_path):
     for fault in ({"every": 3}, {"delay": 0.3}):
         vars(s3).update({"every": 0, "delay": 0.0, **fault})
-        storage.put(big, "s3://bucket/big.bin")
-        storage.get("s3://bucket/big.bin", tmp_path / "back")
+        storage.upload(big, "s3://bucket/big.bin")
+        storage.download("s3://bucket/big.bin", tmp_path / "back")
         assert storage.sha256_of(tmp_path / "back") == storage.sha256_of(big)
 
 
 def test_a_store_without_checksum_headers_takes_what_boto3_is_told_not_to_check(s3, big, tmp_path, monkeypatch, caplog):
     s3.strict = True
-    for make in (lambda: storage.put(big, "s3://bucket/big.bin"), lambda: storage.create("s3://bucket/plan", "first")):
+    for make in (
+        lambda: storage.upload(big, "s3://bucket/big.bin"),
+        lambda: storage.write_if_absent("s3://bucket/plan", "first"),
+    ):
         with pytest.raises(InputError, match="set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"):
             make()
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    storage._client.cache_clear()
-    storage._warn_once.cache_clear()
+    s3_module.client.cache_clear()
+    s3_module.warn_once.cache_clear()
     (tmp_path / "small").write_text("small")
     for name in ("big.bin", "small"):
-        storage.put(tmp_path / name, f"s3://bucket/{name}")
-        storage.get(f"s3://bucket/{name}", tmp_path / "back")
+        storage.upload(tmp_path / name, f"s3://bucket/{name}")
+        storage.download(f"s3://bucket/{name}", tmp_path / "back")
         assert storage.sha256_of(tmp_path / "back") == storage.sha256_of(tmp_path / name)
-    assert storage.create("s3://bucket/plan", "first") == "first"
+    assert storage.write_if_absent("s3://bucket/plan", "first") == "first"
     assert caplog.text.count("the store does not check what it receives") == 1
     assert "by their size alone" not in caplog.text  # for their SHA-256 travels with them
     for name in ("c.csv", "d.csv"):
-        storage._client().put_object(Bucket="bucket", Key=name, Body=CSV.encode())  # as other programs do
+        s3_module.client().put_object(Bucket="bucket", Key=name, Body=CSV.encode())  # as other programs do
         assert storage.fetch(f"s3://bucket/{name}").read_text() == CSV
     assert caplog.text.count("by their size alone") == 1
     s3.flip = True
     with pytest.raises(WorkError, match="not what was uploaded"):
-        storage.get("s3://bucket/small", tmp_path / "back")
+        storage.download("s3://bucket/small", tmp_path / "back")
 
 
 @pytest.mark.parametrize("error", [(501, "NotImplemented"), (400, "InvalidArgument"), (400, "InvalidRequest")])
 def test_a_store_without_conditions_keeps_what_is_there(s3, error):
     s3.unconditional = error
-    assert storage.create("s3://bucket/plan.json", "first") == "first"
-    assert storage.create("s3://bucket/plan.json", "second") == "first"
+    assert storage.write_if_absent("s3://bucket/plan.json", "first") == "first"
+    assert storage.write_if_absent("s3://bucket/plan.json", "second") == "first"
 
 
 @pytest.mark.parametrize("error", [(412, "PreconditionFailed"), (409, "ConditionalRequestConflict")])
 def test_of_several_that_create_at_once_those_that_lose_find_the_first_one(s3, error):
     s3.unconditional = error
     with ThreadPoolExecutor(1) as other:
-        made = other.submit(storage.create, "s3://bucket/plan.json", "second")
+        made = other.submit(storage.write_if_absent, "s3://bucket/plan.json", "second")
         while not s3.count:
             time.sleep(0.01)
-        storage._client().put_object(Bucket="bucket", Key="plan.json", Body=b"first")
+        s3_module.client().put_object(Bucket="bucket", Key="plan.json", Body=b"first")
         assert made.result() == "first"
 
 
 def test_a_store_that_dies_in_mid_upload_shows_no_partial_object(s3, big, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
-    storage._client.cache_clear()
-    s3.after = storage.PART_BYTES + 1000
+    monkeypatch.setattr(s3_module, "ATTEMPTS", 2)
+    s3_module.client.cache_clear()
+    s3.after = PART_BYTES + 1000
     with pytest.raises(WorkError, match="the store does not answer"):
-        storage.put(big, "s3://bucket/big.bin")
+        storage.upload(big, "s3://bucket/big.bin")
     s3.after = None
-    assert storage.names_below("s3://bucket") == set()
-    storage.put(big, "s3://bucket/big.bin")
-    assert storage.names_below("s3://bucket") == {"big.bin"}
+    assert object_names("s3://bucket") == set()
+    storage.upload(big, "s3://bucket/big.bin")
+    assert object_names("s3://bucket") == {"big.bin"}
 
 
 def test_a_copy_that_is_not_what_was_uploaded_is_refused(s3, tmp_path):
     (tmp_path / "a").write_text("right")
-    storage.put(tmp_path / "a", "s3://bucket/a")
+    storage.upload(tmp_path / "a", "s3://bucket/a")
     s3.flip = True
     with pytest.raises(WorkError, match="not what was uploaded"):
-        storage.get("s3://bucket/a", tmp_path / "b")
+        storage.download("s3://bucket/a", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -157,10 +162,10 @@ def test_shards_on_several_machines_meet_in_s3(s3, workplace, tiny_folder, tmp_p
     extract(teacher, "whole.safetensors")
     s3.every = 5
     assert "1 parts are left" in extract(teacher, "s3://bucket/v.safetensors", "--shard", "1/2")
-    assert "v.safetensors" not in storage.names_below("s3://bucket")
+    assert "v.safetensors" not in object_names("s3://bucket")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # another machine, which has only S3 in common
     assert "sha256" in extract(teacher, "s3://bucket/v.safetensors", "--shard", "0/2")
-    assert storage.names_below("s3://bucket") == {"v.safetensors", "v.vocabulary.safetensors"}
+    assert object_names("s3://bucket") == {"v.safetensors", "v.vocabulary.safetensors"}
     assert storage.fetch("s3://bucket/v.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
     assert "nothing to do" in extract(teacher, "s3://bucket/v.safetensors")
     assert not list(tmp_path.glob("activation-distillation-*/*"))
@@ -175,14 +180,14 @@ def test_a_clock_that_is_an_hour_off_is_said_and_nothing_is_left(s3, workplace, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1, done.stderr
     assert "clock of this machine is off" in done.stderr.splitlines()[-1]
-    assert storage.names_below("s3://bucket") == set()
+    assert object_names("s3://bucket") == set()
     assert "sha256" in extract(tiny_folder("gpt2"), "s3://bucket/v.safetensors")
-    assert {"v.safetensors"} <= storage.names_below("s3://bucket")
+    assert {"v.safetensors"} <= object_names("s3://bucket")
 
 
 def test_an_output_in_s3_that_is_something_else_is_not_written_over(s3, workplace, run, tiny_folder):
     Path("c.csv").write_text(CSV)
-    storage.put(Path("c.csv"), "s3://bucket/c.csv")
+    storage.upload(Path("c.csv"), "s3://bucket/c.csv")
     code, _, err = run("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "s3://bucket/c.csv", "--output",
                        "s3://bucket/c.csv")  # fmt: skip
     assert code == 2
@@ -190,12 +195,12 @@ def test_an_output_in_s3_that_is_something_else_is_not_written_over(s3, workplac
 
 
 def test_a_sweep_reads_and_writes_s3(s3, workplace, run, small_grid):
-    storage.put(SHIPPED, "s3://bucket/v.safetensors")
-    storage.put(small_grid, "s3://bucket/grids/small.yaml")
+    storage.upload(SHIPPED, "s3://bucket/v.safetensors")
+    storage.upload(small_grid, "s3://bucket/grids/small.yaml")
     code, _, err = run("sweep", "--grid", "s3://bucket/grids/small.yaml", "--vectors", "s3://bucket/v.safetensors",
                          "--output", "s3://bucket/results")  # fmt: skip
     assert code == 0, err
-    names = storage.names_below("s3://bucket/results")
+    names = object_names("s3://bucket/results")
     assert {Path(name).suffix for name in names} == {".json", ".html", ".md", ".png", ".safetensors"}
     [folder] = {name.split("/")[0] for name in names if name.endswith("model.safetensors")}
     student = Student.load(f"s3://bucket/results/{folder}")

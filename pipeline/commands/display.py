@@ -28,9 +28,9 @@ from rich.text import Text
 from pipeline.analysis.rows import section_of
 from pipeline.analysis.tables import WIDTH, title
 from pipeline.settings import Cell
-from pipeline.storage import print_lines
+from pipeline.storage import write_to_stdout
 from pipeline.sweep.run import Watcher
-from pipeline.training.stack import Progress as Epoch
+from pipeline.training.stack import EpochResult as Epoch
 from pipeline.training.trainer import epochs
 
 NOTICE_SECONDS = 15.0  # between two lines where there is no terminal
@@ -151,4 +151,4 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         return
     text = io.StringIO()
     Console(file=text, highlight=False, width=max(out.width, WIDTH)).print(shown)
-    print_lines([text.getvalue()])
+    write_to_stdout([text.getvalue()])

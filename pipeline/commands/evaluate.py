@@ -26,7 +26,7 @@ from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Bar
 from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_error
 from pipeline.settings import Cell, EvaluateOptions
-from pipeline.storage import file_name, is_remote, own_name, writable, write_atomically
+from pipeline.storage import base_name, file_name, is_remote, writable, write_atomically
 from pipeline.student.student import Student
 from pipeline.sweep.results import newest_results, read_results, vectors_for
 from pipeline.teachers.find import Teacher, find_teacher, warn_if_different
@@ -262,7 +262,7 @@ def _log(run: Run, params: Mapping[str, object], rows: Sequence[Row], written: S
 def _find_students(run: str | None, tracker: Tracker) -> tuple[str, str, str | None, list[Student]]:
     """A name, the grid, the place of the vectors where it is recorded, and the students."""
     if run is not None and (is_remote(run) or Path(run).is_dir()):
-        return own_name(Path(run)), "", None, [Student.load(run)]
+        return base_name(Path(run)), "", None, [Student.load(run)]
     recorded = None
     if run is None:
         results = read_results(newest_results(Path("results")))

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from pipeline.analysis import plots
 from pipeline.data.concepts import counts, divide, read_catalogue
 from pipeline.data.vectors import read_header
-from pipeline.devices import hint
+from pipeline.devices import bfloat16_hint
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.extraction import vocabulary
 from pipeline.extraction.audit import audit
@@ -92,7 +92,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
             held = {"cache": "hit", "vectors_sha256": (job.extracted or {})["sha256"]}
             retry_tracking(lambda: run.set_tags(held))
             summary = f"{job.output}: holds these very vectors already (extraction key {key[:12]}); nothing to do"
-        job.output.leave()
+        job.output.remove_local_copy()
     return summary
 
 
@@ -157,7 +157,7 @@ def _read_missing(job: _Job, plan: PartPlan, bar: Bar) -> tuple[Teacher | None, 
         log.info("%d of %d parts were extracted before", done, len(plan.parts))
     if not missing:
         return None, None, {}
-    advice = hint("--dtype bfloat16", plan.dtype, device) if options.dtype == "auto" else None
+    advice = bfloat16_hint("--dtype bfloat16", plan.dtype, device) if options.dtype == "auto" else None
     if advice and job.accelerator.is_main_process:
         log.info(advice)
     comparison = None

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.data import lists
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.settings import PredictOptions
-from pipeline.storage import Output, fetch, print_lines, write_atomically
+from pipeline.storage import Output, fetch, write_atomically, write_to_stdout
 from pipeline.student.lookup import Floats
 from pipeline.student.student import Student
 from pipeline.student.tokenizer import checked
@@ -92,12 +92,12 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
             if output is None:
                 for chunk in made:
                     if holds:
-                        print_lines(_lines(chunk, sys.stdout.encoding))
+                        write_to_stdout(_lines(chunk, sys.stdout.encoding))
             else:
                 write_atomically(output.path, lambda part: WRITERS[kind](part, made, total, student))
     if output is not None:
         output.publish()
-        output.leave()
+        output.remove_local_copy()
     return (_head(options), shown) if shown else None
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipeline.data.vectors import read_header
 from pipeline.errors import InputError
-from pipeline.hub import FILES, SCHEME, told
-from pipeline.storage import own_name
+from pipeline.hub import FILES, SCHEME, translate_errors
+from pipeline.storage import base_name
 from pipeline.student.folder import CARD
 from pipeline.student.student import Student
 from pipeline.teachers.families import UNSTATED, licence_of
@@ -36,11 +36,11 @@ def push(source: Path, repo: str, licence: str | None = None, private: bool = Fa
         kind = (_stage_student if source.is_dir() else _stage_vectors)(source, Path(home), licence)
         from huggingface_hub import HfApi
 
-        with told(f"hf://{repo}"):
+        with translate_errors(f"hf://{repo}"):
             api = HfApi()
             api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
             api.upload_folder(
-                repo_id=repo, repo_type=kind, folder_path=home, commit_message=f"Upload {own_name(source)}"
+                repo_id=repo, repo_type=kind, folder_path=home, commit_message=f"Upload {base_name(source)}"
             )
     return f"{SCHEME}{repo}" if kind == "model" else f"{SCHEME}datasets/{repo}/{source.name}"
 

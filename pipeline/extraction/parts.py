@@ -41,7 +41,8 @@ from pipeline.errors import InputError, WorkError
 from pipeline.extraction.reader import Reader
 from pipeline.extraction.request import Request, is_extracted, read_output_header
 from pipeline.processes import Worker
-from pipeline.storage import Output, create, get, names_below, put, remove, write_atomically
+from pipeline.s3 import object_names, remove_objects
+from pipeline.storage import Output, download, upload, write_atomically, write_if_absent
 from pipeline.student.tokenizer import Ragged
 from pipeline.teachers.find import Teacher
 from pipeline.teachers.prompts import Prompt, tokenize
@@ -104,7 +105,7 @@ class PartPlan:
         suffix = f".parts-{asked.key[:12]}"
         folder = output.path.with_name(output.path.name + suffix)
         url = None if output.url is None else output.url + suffix
-        written = json.loads(create(f"{url or folder}/{PLAN}", content))
+        written = json.loads(write_if_absent(f"{url or folder}/{PLAN}", content))
         return cls(output, folder, url, len(request.concepts), **{"dtype": request.dtype} | written)
 
     @cached_property
@@ -118,7 +119,7 @@ class PartPlan:
 
     def _names(self) -> set[str]:
         """Names of the plan and part files that exist."""
-        return {path.name for path in self.folder.glob("*")} if self.url is None else names_below(self.url)
+        return {path.name for path in self.folder.glob("*")} if self.url is None else object_names(self.url)
 
     @property
     def is_merged(self) -> bool:
@@ -139,18 +140,18 @@ class PartPlan:
     def publish(self, part: Part) -> None:
         """Make a written part visible to workers on other machines."""
         if self.url is not None:
-            put(part.path, f"{self.url}/{part.path.name}")
+            upload(part.path, f"{self.url}/{part.path.name}")
 
     def collect(self) -> None:
         """Copy the parts of other machines here."""
         for part in self.parts:
             if not part.path.is_file():
-                get(f"{self.url}/{part.path.name}", part.path)
+                download(f"{self.url}/{part.path.name}", part.path)
 
     def clear(self) -> None:
         """Remove the plan and the parts."""
         if self.url is not None:
-            remove(self.url)
+            remove_objects(self.url)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from pipeline.data.concepts import Catalogue, split
 from pipeline.data.vectors import FORMAT, UNSAID, parse_header, read_header, read_unverified_header
 from pipeline.errors import InputError, choices
-from pipeline.storage import Output, beginning
+from pipeline.s3 import first_bytes
+from pipeline.storage import Output
 from pipeline.student.tokenizer import nfc
 from pipeline.teachers.find import TeacherSource, parse_layers
 
@@ -153,11 +154,11 @@ def read_output_header(output: Output) -> dict[str, str] | None:
     """The header of the vectors file at an output, unverified; empty for any other file, None where there is none."""
     if output.url is None:
         return read_unverified_header(output.path) if output.path.is_file() else None
-    head = beginning(output.url, 8)
+    head = first_bytes(output.url, 8)
     if head is None:
         return None
     length = 8 + int.from_bytes(head, "little")
-    return {} if length > MAX_HEADER_BYTES else parse_header(beginning(output.url, length) or b"")
+    return {} if length > MAX_HEADER_BYTES else parse_header(first_bytes(output.url, length) or b"")
 
 
 def is_extracted(output: Output, request: Request, header: dict[str, str] | None) -> bool:

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from pipeline.data.vectors import Vectors, stored_dtype
 from pipeline.errors import InputError, WorkError
-from pipeline.storage import Output, fetch, is_remote, put, write_atomically
+from pipeline.storage import Output, fetch, is_remote, upload, write_atomically
 from pipeline.student.tokenizer import Tokenization
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def write_beside(output: Output, teacher: Teacher, request: Request, bar: Bar) -
     place, path = beside(str(output)), Path(beside(str(output.path)))
     write(read_teacher_vocabulary(teacher, request, bar), path)
     if output.url is not None:
-        put(path, place)
+        upload(path, place)
     return place
 
 

@@ -90,12 +90,12 @@ def mlp(parameters: Parameters, read: Floats) -> Floats:
 
 
 def linear(parameters: Parameters, read: Floats) -> Floats:
-    """A linear map: ``[n, features]`` to ``[n, d_model]``; see `pipeline.training.ridge`."""
+    """A linear map: ``[n, features]`` to ``[n, d_model]``; see `pipeline.training.closed_form`."""
     return read @ parameters["weight"] if "weight" in parameters else read
 
 
 def kernel(parameters: Parameters, read: Floats) -> Floats:
-    """Kernel ridge regression: ``[n, features]`` to ``[n, d_model]``; see `pipeline.training.kernel`."""
+    """Kernel ridge regression: ``[n, features]`` to ``[n, d_model]``; see `pipeline.training.closed_form`."""
     support = parameters["support"]  # [N, features]
     squares = np.square(read).sum(1)[:, None] + np.square(support).sum(1) - 2 * (read @ support.T)  # [n, N]
     near = np.exp(-parameters["width"].reshape(()) * squares.clip(min=0))

@@ -11,7 +11,7 @@ import torch
 from pipeline.data.dataset import Dataset
 from pipeline.settings import Cell
 from pipeline.training.kinds import KINDS
-from pipeline.training.stack import batch_of, steps_of
+from pipeline.training.stack import largest_batch, steps_of_epoch
 from pipeline.training.trainer import epochs, stack_key
 
 UNEVEN = 1.2  # a worker may have so many times its share before a stack is split
@@ -80,7 +80,7 @@ def with_little_padding(stack: Sequence[Cell], price: Mapping[Cell, float]) -> l
         return [list(stack)]
     alike: dict[int, list[Cell]] = {}
     for cell in stack:
-        alike.setdefault(batch_of(cell.concepts, cell.batch_size), []).append(cell)
+        alike.setdefault(largest_batch(cell.concepts, cell.batch_size), []).append(cell)
     parts: list[list[Cell]] = []
     largest = 0
     for batch, cells in sorted(alike.items(), reverse=True):
@@ -93,12 +93,12 @@ def with_little_padding(stack: Sequence[Cell], price: Mapping[Cell, float]) -> l
 
 def padding(cells: Sequence[Cell], batch: int, price: Mapping[Cell, float]) -> float:
     """Operations of the rows that pad the batches of cells up to a larger one."""
-    return sum(price[cell] * (batch / batch_of(cell.concepts, cell.batch_size) - 1) for cell in cells)
+    return sum(price[cell] * (batch / largest_batch(cell.concepts, cell.batch_size) - 1) for cell in cells)
 
 
 def steps(cell: Cell) -> int:
     """Steps that a cell takes at most."""
-    return cell.epochs * steps_of(cell.concepts, cell.batch_size)
+    return cell.epochs * steps_of_epoch(cell.concepts, cell.batch_size)
 
 
 def parts_of(stack: Sequence[Cell], number: int, price: Mapping[Cell, float]) -> list[list[Cell]]:

@@ -18,8 +18,8 @@ from pipeline.sweep.cost import flops_of_prediction, parts_of, training_flops, w
 from pipeline.sweep.pool import Handle, StackPool, max_parallel_stacks
 from pipeline.sweep.spool import Spool
 from pipeline.training.export import checkpoint
-from pipeline.training.stack import Progress, Snapshot
-from pipeline.training.trainer import Checkpointing, Trained, train_stack
+from pipeline.training.stack import EpochResult, Snapshot
+from pipeline.training.trainer import Checkpointing, TrainedStudent, train_stack
 
 Row = dict[str, Any]
 Take = Callable[[list[Cell]], list[Cell]]
@@ -43,7 +43,7 @@ class Engine:
         device: torch.device,
         keys: Mapping[Cell, str],
         spool: Spool | None = None,
-        progress: Callable[[Progress], None] = lambda step: None,
+        progress: Callable[[EpochResult], None] = lambda step: None,
         automatic: str | None = None,
     ) -> None:
         self.data, self.device, self.keys, self.spool = data, device, keys, spool
@@ -154,7 +154,7 @@ class Engine:
             epochs, scores = row["curves"]["epoch"], row["curves"]["val_cosine"]
             losses = row["curves"].get("train_loss", [None] * len(scores))
             for epoch, score, loss in zip(epochs, scores, losses, strict=True):
-                job.tell(Progress(stack[0], epoch, score, loss))
+                job.tell(EpochResult(stack[0], epoch, score, loss))
             yield row
             return
 
@@ -169,7 +169,7 @@ class Engine:
         if self.spool is not None and not checkpointing.pause():
             self.spool.forget({self.keys[cell] for cell in stack})
 
-    def _row(self, trained: Trained) -> Row:
+    def _row(self, trained: TrainedStudent) -> Row:
         """The cell's row of the results file; the cell goes to the spool."""
         cell, key, vectors = trained.cell, self.keys[trained.cell], self.data.vectors
         subset = self.data.subset(cell)

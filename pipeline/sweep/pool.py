@@ -32,7 +32,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 
 from pipeline.errors import WorkError
-from pipeline.interrupts import STOPS, undone_by
+from pipeline.interrupts import STOP_SIGNALS, undo_on_exit
 from pipeline.processes import cores
 
 T = TypeVar("T")
@@ -232,7 +232,7 @@ class StackPool(Generic[T]):
         """
         here, there = Pipe(duplex=False)
         with self._lock:  # no other lane's process may hold this pipe open
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             parent, process = os.getpid(), os.fork()
             if process == 0:
                 self._be_process(job, handle, there, parent, before)
@@ -241,7 +241,7 @@ class StackPool(Generic[T]):
             self._processes[process] = handle
         kind = None
         try:
-            with undone_by(functools.partial(_kill, process)):
+            with undo_on_exit(functools.partial(_kill, process)):
                 for kind, value in _received(here):
                     if kind == FAILED:
                         raise value
@@ -267,7 +267,7 @@ class StackPool(Generic[T]):
             return self._hears(handle)
 
         try:
-            for number in STOPS:
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             handle.pause, handle.tell = pause, lambda what: there.send((TOLD, what))

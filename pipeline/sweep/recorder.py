@@ -27,7 +27,7 @@ from pipeline.tracking import (
     retry_tracking,
 )
 from pipeline.tracking.claims import Claims
-from pipeline.training.stack import Progress
+from pipeline.training.stack import EpochResult
 
 FLUSH_SECONDS = (15.0, 120.0)  # between two looks at what running cells have brought, at the least and at the most
 FLUSH_SHARE = 0.01  # of the time at the most is spent on them
@@ -52,7 +52,7 @@ class Recorder:
     ) -> None:
         self.claims, self.data, self.spool, self.keys, self.tags = claims, data, spool, keys, tags
         self.open: dict[str, Run] = {}
-        self._epochs: dict[str, dict[int, tuple[int, Progress]]] = {key: {} for key in keys.values()}
+        self._epochs: dict[str, dict[int, tuple[int, EpochResult]]] = {key: {} for key in keys.values()}
         self._logged: dict[str, int] = {}
         self._next = time.monotonic() + FLUSH_SECONDS[0]
 
@@ -65,7 +65,7 @@ class Recorder:
                 self._logged[key] = 0
         return [cell for cell in cells if self.keys[cell] in runs]
 
-    def progress(self, step: Progress) -> None:
+    def progress(self, step: EpochResult) -> None:
         """Note an epoch; any thread may call it."""
         self._epochs[self.keys[step.cell]][step.epoch] = (int(time.time() * 1000), step)
 

@@ -24,7 +24,7 @@ from pipeline.sweep.grid import vectors_of
 from pipeline.tracking import connect, fetch
 from pipeline.training.export import checkpoint, needs_teacher
 from pipeline.training.kinds import KINDS
-from pipeline.training.trainer import Trained, train_stack
+from pipeline.training.trainer import TrainedStudent, train_stack
 
 NEEDED = {*FIELDS, "name", "test_cosines", "curves"}  # of each cell, to tell about a sweep
 NEEDED_OF_BASELINES = {"student", "concepts", "layer", "split", "test_cosines"}
@@ -172,7 +172,7 @@ def baseline_student(row: Row, data: Dataset) -> Student:
     return checkpoint(cell, fitted.parameters, data.subset(cell), data, fitted.metrics)
 
 
-def _fitted(cell: Cell, data: Dataset) -> Trained:
+def _fitted(cell: Cell, data: Dataset) -> TrainedStudent:
     [fitted] = train_stack([cell], [data.subset(cell)], torch.device("cpu"))
     return fitted
 

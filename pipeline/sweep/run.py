@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from pipeline.data.dataset import Dataset
-from pipeline.devices import hint, of_training
+from pipeline.devices import bfloat16_hint, training_precision
 from pipeline.errors import InputError, WorkError, choices
-from pipeline.interrupts import closed_by
+from pipeline.interrupts import close_on_interrupt
 from pipeline.processes import Worker
 from pipeline.settings import RESULTS_VERSION, Cell
 from pipeline.storage import write_atomically
@@ -39,8 +39,8 @@ from pipeline.tracking.claims import Claims
 from pipeline.training.curriculum import CURRICULA
 from pipeline.training.export import needs_teacher
 from pipeline.training.kinds import KINDS
-from pipeline.training.objectives import terms
-from pipeline.training.stack import PRECISIONS, Progress, precision_of
+from pipeline.training.objectives import parse_objective
+from pipeline.training.stack import PRECISIONS, EpochResult, precision_of_cell
 from pipeline.training.transformer import HEAD_DIM
 
 CHOICES = {
@@ -60,7 +60,7 @@ class Watcher:
     """What a sweep tells the person who waits: callbacks, silent by default."""
 
     start: Callable[[Sequence[Cell], Sequence[Cell]], None] = lambda todo, done: None
-    progress: Callable[[Progress], None] = lambda step: None
+    progress: Callable[[EpochResult], None] = lambda step: None
     finished: Callable[[dict[str, Any]], None] = lambda row: None
 
 
@@ -127,7 +127,7 @@ def cell_key(cell: Cell, vectors_identity: str, automatic: str) -> str:
         vectors_identity: of the data.
         automatic: the precision of cells that leave it open.
     """
-    content = [asdict(cell), precision_of(cell, automatic), vectors_identity, RESULTS_VERSION]
+    content = [asdict(cell), precision_of_cell(cell, automatic), vectors_identity, RESULTS_VERSION]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -162,7 +162,7 @@ def prepare(cells: Sequence[Cell], data: Dataset, grid: str | None = None) -> li
 
 
 def _check(cell: Cell, data: Dataset) -> None:
-    terms(cell.objective)
+    parse_objective(cell.objective)
     for option, known in CHOICES.items():
         if (word := getattr(cell, option)) not in known:
             raise choices(option, word, known)
@@ -246,11 +246,11 @@ def run_sweep(
     watcher.start(todo, [cell for cell in cells if keys[cell] in rows])
     tags = {"teacher": data.vectors.teacher, "extraction_key": data.vectors.extraction_key, "results_version": version}
     recorder = Recorder(claims, data, spool, keys, dict(tags))
-    is_open = any(precision_of(cell, "auto") == "auto" for cell in cells)
-    if is_open and todo and (advice := hint("precision: bfloat16", automatic, accelerator.device)):
+    is_open = any(precision_of_cell(cell, "auto") == "auto" for cell in cells)
+    if is_open and todo and (advice := bfloat16_hint("precision: bfloat16", automatic, accelerator.device)):
         log.info(advice)
 
-    def progress(step: Progress) -> None:
+    def progress(step: EpochResult) -> None:
         recorder.progress(step)
         watcher.progress(step)
 
@@ -307,7 +307,7 @@ def _identity(name: str, sweep_id: str | None, keys: Sequence[str], resume: bool
 
 def _precision(tracker: Tracker, identity: str, device: torch.device) -> str:
     """The precision of cells that leave it open: as the sweep's first worker recorded it, or that of the device."""
-    own = of_training(device)
+    own = training_precision(device)
     parent = tracker.find_sweep(identity)
     recorded = own if parent is None else str(parent.data.tags.get("precision", own))
     if recorded != own:
@@ -374,7 +374,7 @@ def _closing(claims: Claims, recorder: Recorder, engine: Engine) -> Iterator[Non
         engine.pool.stop()
 
     try:
-        with closed_by(functools.partial(close, "KILLED")):
+        with close_on_interrupt(functools.partial(close, "KILLED")):
             yield
     except KeyboardInterrupt:
         raise

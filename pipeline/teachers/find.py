@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from pipeline.devices import of_teacher
+from pipeline.devices import teacher_precision
 from pipeline.errors import InputError, choices
-from pipeline.storage import fetch, is_remote, own_name
+from pipeline.storage import base_name, fetch, is_remote
 from pipeline.teachers.families import HUB_IDS, SINK_FAMILIES, TESTED_FAMILIES, TREE_FAMILIES
 from pipeline.teachers.files import (
     check_weight_file,
@@ -83,9 +83,9 @@ class TeacherSource:
     @property
     def was_always_read_correctly(self) -> bool:
         """Whether all versions of the program read it so: attention without sinks, text alone, not every GGUF file."""
-        is_plain = self.config.model_type in TREE_FAMILIES - SINK_FAMILIES
+        has_plain_weights = self.config.model_type in TREE_FAMILIES - SINK_FAMILIES
         is_text_alone = self.config.get_text_config() is self.config
-        return self.is_tested and is_plain and is_text_alone and (not self.is_packed or self.name in PACKAGED)
+        return self.is_tested and has_plain_weights and is_text_alone and (not self.is_packed or self.name in PACKAGED)
 
     @property
     def is_packed(self) -> bool:
@@ -176,7 +176,7 @@ def find_teacher(
     Args:
         name: a short name of `HUB_IDS`, a hub id (``owner/model``), a local folder, or a ``.gguf`` file.
         dtype: precision of the matrix products: "float32", "bfloat16", "float16", "int8" (8-bit weights), or "auto",
-            the rule of `devices.of_teacher`.
+            the rule of `devices.teacher_precision`.
         device: where the model will compute.
         trust_remote_code: run model code that comes with the weights.
 
@@ -202,8 +202,8 @@ def find_teacher(
     depth, d_model = _text_sizes(name, config)
     known_as = name
     if isinstance(source, Path) and name not in HUB_IDS:
-        known_as = source.stem if source.is_file() else own_name(source)
-    precision = of_teacher(getattr(config, "dtype", None), torch.device(device)) if dtype == "auto" else dtype
+        known_as = source.stem if source.is_file() else base_name(source)
+    precision = teacher_precision(getattr(config, "dtype", None), torch.device(device)) if dtype == "auto" else dtype
     if precision not in DTYPES:
         raise InputError(str(choices("dtype", dtype, ["auto", *DTYPES])))
     return TeacherSource(known_as, revision, depth, precision, location, options, config, d_model, weights, tokenizer)

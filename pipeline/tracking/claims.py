@@ -22,7 +22,7 @@ from types import TracebackType
 
 from mlflow.entities import Run as MlflowRun
 
-from pipeline.interrupts import check
+from pipeline.interrupts import raise_if_interrupted
 from pipeline.tracking.parent import id_of, open_sweep, wait_for_peers
 from pipeline.tracking.runs import Run
 from pipeline.tracking.server import TrackingError, retry_tracking
@@ -151,7 +151,7 @@ class Claims:
         known = self.runs()
         claimed = set()
         for key, name in cells:
-            check()
+            raise_if_interrupted()
             runs = known.get(key, [])
             if any(self.is_finished(run) or self._is_held(run) for run in runs):
                 continue

@@ -13,7 +13,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline import interrupts
 from pipeline.errors import InputError
-from pipeline.interrupts import closed_by
+from pipeline.interrupts import close_on_interrupt
 from pipeline.tracking.experiment import RUN, occupied
 from pipeline.tracking.runs import Run
 from pipeline.tracking.tracker import Tracker
@@ -54,11 +54,11 @@ def open_sweep(tracker: Tracker, sweep_id: str, name: str, tags: Mapping[str, st
         parent = max(usable, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
     if parent is None:
         own = tracker.open_run(name, {**tags, "sweep_id": sweep_id, "role": "candidate"})
-        with closed_by(lambda: own.end("KILLED")):
+        with close_on_interrupt(lambda: own.end("KILLED")):
             wait_for_peers(begin)
             parent = _elect(tracker, sweep_id, set(earlier), is_at_work)
     run = tracker.as_run(parent)
-    with closed_by(lambda: None if is_at_work(client.get_run(run.id)) else run.end("KILLED")):
+    with close_on_interrupt(lambda: None if is_at_work(client.get_run(run.id)) else run.end("KILLED")):
         new_tags = {key: value for key, value in tags.items() if key not in parent.data.tags}
         tracker.reopen(parent, new_tags | {"role": "sweep"})
         for candidate in tracker.runs("candidate", sweep_id=sweep_id):

@@ -31,7 +31,7 @@ from pipeline.tracking.students import STUDENT_PLACE, logged_models
 
 ENTRIES_PER_CALL = 1000  # MLflow's limit for one request: metrics, parameters and tags together
 # The code that a logged student carries: the room `student`, and the ground files that it imports.
-STUDENT_CODE = ("__init__.py", "errors.py", "interrupts.py", "storage.py", "student")
+STUDENT_CODE = ("__init__.py", "errors.py", "interrupts.py", "s3.py", "storage.py", "student")
 MODEL_ENTRY_POINT = "mlflow_model.py"  # of that room
 EXAMPLE = ["volcano", "slow cooking"]  # the input example that MLflow shows
 STUDENT_NEEDS = ("mlflow", "numpy", "safetensors", "tokenizers")
@@ -167,7 +167,7 @@ def _retry_once(work: Callable[[], None]) -> None:
 def _model_template() -> tuple[Path, dict[str, Any]]:
     """Save an MLflow model without its student, once per process: its files, and the content of its ``MLmodel``."""
     # `mlflow.pyfunc.log_model` would make all of it again, and load the model, for each student.
-    package, stage = Path(__file__).parent.parent, storage.folder_of_copies()
+    package, stage = Path(__file__).parent.parent, storage.temporary_folder()
 
     def is_left_out(folder: str, name: str) -> bool:
         return name == "__pycache__" or (folder == str(package) and name not in STUDENT_CODE)

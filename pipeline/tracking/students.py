@@ -117,7 +117,7 @@ def fetch(uri: str) -> Path:
         return storage.fetch(uri)
     _reach_any_experiment()
     try:
-        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(storage.folder_of_copies())))
+        path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(storage.temporary_folder())))
     except (MlflowException, OSError) as error:
         raise InputError(f"{uri}: MLflow has no such artifact ({error})") from error
     return path / STUDENT_PLACE if (path / MLMODEL_FILE_NAME).is_file() else path

@@ -26,7 +26,7 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from pipeline.errors import InputError
-from pipeline.interrupts import closed_by
+from pipeline.interrupts import close_on_interrupt
 from pipeline.student.student import Student
 from pipeline.tracking.experiment import RUN, find_experiment
 from pipeline.tracking.runs import Run
@@ -205,7 +205,7 @@ def connect(role: str | None = None, experiment_id: str | None = None) -> Tracke
 def closing(run: Run) -> Iterator[Run]:
     """Close the run as its work ends: FINISHED, KILLED on an interruption, or FAILED on any other error."""
     try:
-        with closed_by(lambda: run.end("KILLED")):
+        with close_on_interrupt(lambda: run.end("KILLED")):
             yield run
     except KeyboardInterrupt:
         raise

@@ -1,4 +1,4 @@
-"""Curricula: which training concepts are easy, and how many of them a student sees by when.
+"""Curricula: an order of the training concepts from easy to hard, and how many of them each epoch shows.
 
 Bengio et al. (2009), "Curriculum learning"; the pace is linear in the epochs (Platanios et al., 2019).
 """
@@ -11,18 +11,18 @@ from torch import Tensor
 from pipeline.data.dataset import Subset
 from pipeline.metrics import cosines
 from pipeline.settings import Cell
-from pipeline.training import ridge
+from pipeline.training.closed_form import fit_ridge, residual_prior
 
 START = 0.25  # share of the training concepts that the first epoch shows
 CURRICULA = ("none", "frequency", "ridge")
 
 
-def difficulty(cell: Cell, subset: Subset) -> Tensor | None:
-    """Places of the training concepts, the easiest first, ``[N]``; None without a curriculum."""
+def easiest_first(cell: Cell, subset: Subset) -> Tensor | None:
+    """Indices of the training concepts, the easiest first, ``[N]``; None without a curriculum."""
     if cell.curriculum == "none":
         return None
     if cell.curriculum == "frequency":
-        from wordfreq import zipf_frequency  # only here: it takes a third of a second to load
+        from wordfreq import zipf_frequency  # takes a third of a second to load
 
         frequencies = [zipf_frequency(subset.concepts[row], subset.language) for row in subset.train.rows]
         return torch.tensor(frequencies).argsort(descending=True, stable=True)
@@ -30,21 +30,19 @@ def difficulty(cell: Cell, subset: Subset) -> Tensor | None:
 
 
 def leave_one_out(subset: Subset) -> Tensor:
-    """Cosine of each training concept's vector with the ridge regression on all others, ``[N]``.
-
-    In closed form: with the hat matrix H, the residual without a concept is its residual over 1 - H_ii. The map towards
-    which the regression is shrunk stays that of all concepts: it has a handful of numbers.
-    """
+    """Cosine of each training concept's vector with its prediction by ridge regression on all others, ``[N]``."""
+    # In closed form: with the hat matrix H, the residual without a concept is its residual over 1 - H_ii. The prior
+    # map of the regression stays that of all concepts: it has a handful of numbers.
     values, u = subset.gram
-    shrink = values / (values + ridge.fit(subset).strength)
+    shrink = values / (values + fit_ridge(subset).strength)
     y = subset.train.targets.double() / subset.scale
-    left = y - subset.train.inputs.double() @ ridge.residual_prior(subset)  # what the regression is of
+    rest = y - subset.train.inputs.double() @ residual_prior(subset)  # targets of the regression
     leverage = (u.square() * shrink).sum(1, keepdim=True)
-    without = y - (left - u @ (shrink[:, None] * (u.mT @ left))) / (1 - leverage).clamp(min=1e-9)
+    without = y - (rest - u @ (shrink[:, None] * (u.mT @ rest))) / (1 - leverage).clamp(min=1e-9)
     return cosines(without, y)
 
 
-def shown(cell: Cell, epoch: int, size: int) -> int:
+def num_shown(cell: Cell, epoch: int, size: int) -> int:
     """How many of the easiest concepts an epoch (from 0) shows, of ``size``."""
     share = min(1.0, START + (1 - START) * epoch / max(1.0, cell.pace * cell.epochs))
     return max(min(size, 2), int(share * size))

@@ -1,4 +1,4 @@
-"""From training to students that stand alone: a cell's checkpoint, and a folder that answers for any text."""
+"""Trained students as files: the checkpoint of a cell, and the exported student, which answers for any text."""
 
 from __future__ import annotations
 
@@ -6,39 +6,42 @@ import logging
 from dataclasses import asdict, replace
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
 from pipeline.data.concepts import balanced_order
 from pipeline.data.dataset import ONE_HOT_INPUTS, Dataset, Examples, Subset, reading_of
 from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Vocabulary, fastest_tokenization
-from pipeline.metrics import interval
+from pipeline.metrics import cosines, interval
 from pipeline.settings import Cell
 from pipeline.student.forward import first_map, of_ranks, without_first_map
-from pipeline.student.lookup import BLOCK, Table, TokenFeatures
+from pipeline.student.lookup import BLOCK, Floats, Table, TokenFeatures
 from pipeline.student.student import Student
 from pipeline.teachers.families import licence_of
 from pipeline.training.card import student_card
 
-MOST_CATALOGUE = 5000  # concepts whose true vectors go with a student
+CATALOGUE_SIZE = 5000  # concepts whose true vectors are stored with a student
+MAX_RANK_LOSS = 1e-3  # of the validation cosine, by maps of lower rank: a third of the difference between seeds
+RANK_STEP = 32  # between the ranks that are tried
+MAX_FOLDED_SIZE = 2  # size of a folded table, in units of the tables that it replaces
 log = logging.getLogger(__name__)
-COMPRESSED = 1e-3  # of the validation cosine may be lost to maps of lower rank: a third of what seeds differ by
-RANKS = 32  # the step from one rank to the next that is tried
-WIDER = 2  # how many times the size of the tables it replaces a folded table may have
 
 
 def checkpoint(
     cell: Cell, parameters: dict[str, Tensor], subset: Subset, data: Dataset, metrics: dict[str, float]
 ) -> Student:
-    """A cell's student, exactly as it was trained, for the concepts of its vectors file.
+    """A cell's student, exactly as trained, for the concepts of its vectors file.
 
     Args:
         cell: its configuration.
-        parameters: its weights with a member axis of 1, in units of the subset's scale.
-        subset: what it was trained on.
-        data: where that was cut from.
-        metrics: of the kept checkpoint.
+        parameters: its weights with a member axis of 1.
+        subset: its training data.
+        data: the dataset of the subset.
+        metrics: at its best epoch.
+
+    Returns:
+        The student.
     """
     vectors = data.vectors
     config = {
@@ -55,42 +58,48 @@ def checkpoint(
         "vectors_sha256": vectors.sha256,
         "metrics": metrics,
     }
-    held = {name: value.detach().float().cpu().numpy()[0].copy() for name, value in parameters.items()}
-    return Student(config, held, subset.mean.numpy(), subset.reading, vectors.concepts, data.types)
+    weights = {name: value.detach().float().cpu().numpy()[0].copy() for name, value in parameters.items()}
+    return Student(config, weights, subset.mean.numpy(), subset.reading, vectors.concepts, data.types)
 
 
 def needs_teacher(cell: Cell) -> bool:
-    """Whether the cell's student runs blocks of the teacher: it cannot stand alone."""
+    """Whether the cell's student runs blocks of the teacher, so that it cannot be exported."""
     return any(name.startswith(BLOCK) for name in reading_of(cell).split("+"))
 
 
 def export_or_fallback(trained: Student, data: Dataset, vocabulary: Vocabulary | None) -> Student:
-    """The student for any text; as it is, with a warning, where the teacher's vocabulary is out of reach.
+    """The exported student, or with a warning the checkpoint, where the teacher's vocabulary is missing or unusable.
 
     Args:
         trained: a cell's checkpoint, whose student does not need the teacher.
-        data: the vectors that it was trained on.
-        vocabulary: of their teacher, where `pipeline.extraction.vocabulary.find` found it.
+        data: its dataset.
+        vocabulary: the teacher's, or None where it was not found.
+
+    Returns:
+        The student to be saved.
     """
-    if vocabulary is None:
-        log.warning("warning: the student will answer for the concepts of its vectors file only")
-        return trained
-    try:
-        student = export(trained, data, vocabulary)
-        student.files()  # what cannot be loaded again is not left
-        return student
-    except InputError as error:
-        log.warning("warning: the student will answer for the concepts of its vectors file only (%s)", error)
-        return trained
+    reason = ""
+    if vocabulary is not None:
+        try:
+            student = export(trained, data, vocabulary)
+            student.files()  # fails where the student could not be loaded again
+            return student
+        except InputError as error:
+            reason = f" ({error})"
+    log.warning("warning: the student will answer for the concepts of its vectors file only%s", reason)
+    return trained
 
 
 def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
-    """A student for any text: the whole vocabulary, the first map folded in, in 8 bits, low rank, with a card.
+    """A student for any text: tables of the whole vocabulary in 8 bits, blocks of low rank, and a card.
 
     Args:
         trained: a cell's checkpoint, whose student does not need the teacher.
-        data: the vectors that it was trained on.
-        vocabulary: of their teacher.
+        data: its dataset.
+        vocabulary: the teacher's.
+
+    Returns:
+        The student.
 
     Raises:
         InputError: the vocabulary's tokenizer gives other tokens than the vectors file has.
@@ -98,8 +107,8 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
     cell = Cell(**trained.config["cell"])
     subset = data.subset(cell)
     reading, parameters = _with_vocabulary(trained, data, cell, vocabulary)
-    order = balanced_order(data.vectors.concepts, data.vectors.categories)[:MOST_CATALOGUE]
-    first = [*order, *sorted(set(range(len(data.vectors.concepts))) - set(order))]
+    order = balanced_order(data.vectors.concepts, data.vectors.categories)[:CATALOGUE_SIZE]
+    rows = [*order, *sorted(set(range(len(data.vectors.concepts))) - set(order))]
     place = data.vectors.layer_index(cell.layer)
     catalogue = data.vectors.vectors[order, 0, place].astype(np.float32) - trained.mean
     student = replace(
@@ -107,14 +116,14 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
         config=trained.config | {"teacher_licence": licence_of(trained.config["teacher"])},
         parameters=parameters,
         reading=reading.in_8_bits(),
-        concepts=tuple(data.vectors.concepts[row] for row in first),
+        concepts=tuple(data.vectors.concepts[row] for row in rows),
         token_rows=None,
         tokenization=fastest_tokenization(vocabulary, data.vectors),
         catalogue=Table.in_8_bits(catalogue),
     )
     student = _of_lower_rank(student, data, subset.val)
-    before, after = (_faithfulness(one, data, subset.test) for one in (trained, student))
-    low, high = interval(after[None])
+    before, after = (_cosines_of(one, data, subset.test) for one in (trained, student))
+    low, high = interval(after[None].numpy())
     measured = {"test_cosine": float(after.mean()), "test_cosine_low": low, "test_cosine_high": high}
     lost = float(before.mean() - after.mean())
     config = student.config | {"metrics": trained.config["metrics"] | measured | {"test_cosine_lost_to_size": lost}}
@@ -123,22 +132,21 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
 
 def _with_vocabulary(
     trained: Student, data: Dataset, cell: Cell, vocabulary: Vocabulary
-) -> tuple[TokenFeatures, dict[str, NDArray[np.float32]]]:
-    """The student's reading with all tokens, folded where that is not much larger, and the parameters behind it."""
+) -> tuple[TokenFeatures, dict[str, Floats]]:
+    """Token features of all tokens and the parameters; the first map is folded into tables that stay small."""
     weight = first_map(trained.parameters)
     inputs = reading_of(cell).split("+")
     if "bag" in inputs and weight is None:
         raise InputError("a kernel of learned embeddings has no table of all tokens")
     reading = data.reading_with(cell, vocabulary.tables)
     plain = sum(table.width for table in reading.tables.values())
-    if weight is None or (
-        weight.shape[1] * len(reading.parts) > WIDER * plain and not any(name in ONE_HOT_INPUTS for name in inputs)
-    ):
+    has_one_hot = any(name in ONE_HOT_INPUTS for name in inputs)
+    if weight is None or (weight.shape[1] * len(reading.parts) > MAX_FOLDED_SIZE * plain and not has_one_hot):
         return reading, trained.parameters
     folded = reading.folded(weight)
     tables = dict(folded.tables)
     for before, after in zip(reading.parts, folded.parts, strict=True):
-        if before.table == "bag":  # tokens that no concept has count for nothing
+        if before.table == "bag":  # tokens of no concept have zeros
             everything = np.zeros((len(vocabulary.tables["token_embeddings"]), weight.shape[1]), np.float32)
             everything[data.vectors.token_vocab] = tables[after.table].values
             tables[after.table] = Table(everything)
@@ -146,25 +154,19 @@ def _with_vocabulary(
 
 
 def _of_lower_rank(student: Student, data: Dataset, val: Examples) -> Student:
-    """The student with the blocks of the least rank that costs next to nothing of its validation cosine.
-
-    It answers in less time and takes less space; where no rank under half the width will do it stays as it is.
-    """
+    """The student with blocks of the least rank that loses at most `MAX_RANK_LOSS`, for speed and size."""
+    # Unchanged where that takes half the width or more: two thin products then cost more than one.
     if student.config["student"] != "mlp":
         return student
-    whole, width = _faithfulness(student, data, val).mean(), student.config["cell"]["hidden_dim"]
-    # From half the width on two thin products cost more than one.
-    for parameters in of_ranks(student.parameters, range(RANKS, width // 2, RANKS)):
+    full, width = _cosines_of(student, data, val).mean(), student.config["cell"]["hidden_dim"]
+    for parameters in of_ranks(student.parameters, range(RANK_STEP, width // 2, RANK_STEP)):
         thin = replace(student, parameters=parameters)
-        if whole - _faithfulness(thin, data, val).mean() <= COMPRESSED:
+        if full - _cosines_of(thin, data, val).mean() <= MAX_RANK_LOSS:
             return thin
     return student
 
 
-def _faithfulness(student: Student, data: Dataset, side: Examples) -> NDArray[np.float32]:
-    """The centred cosine of each concept of a side, ``[n]``."""
-    predicted, truth = student.encode([data.vectors.concepts[row] for row in side.rows]), side.targets.numpy()
-    predicted -= student.mean
-    lengths = np.linalg.norm(predicted, axis=1) * np.linalg.norm(truth, axis=1)
-    cosines: NDArray[np.float32] = (predicted * truth).sum(1) / np.where(lengths > 0, lengths, 1)
-    return cosines
+def _cosines_of(student: Student, data: Dataset, examples: Examples) -> Tensor:
+    """Centred cosine of each concept of a part of the split, ``[n]``."""
+    predicted = student.encode([data.vectors.concepts[row] for row in examples.rows]) - student.mean
+    return cosines(torch.from_numpy(predicted), examples.targets)

@@ -1,4 +1,4 @@
-"""The kinds of student as the trainer sees them: what each reads, how it starts or is solved, and what it costs."""
+"""The kinds of student: the options that each reads, how it starts or is solved, and what it costs."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from torch import Tensor
 
 from pipeline.data.dataset import Dataset, Subset
 from pipeline.settings import Cell
-from pipeline.training import kernel, mlp, ridge, transformer
+from pipeline.training import closed_form, mlp, transformer
+from pipeline.training.mlp import Parameters
 
-Parameters = dict[str, Tensor]
-DESCENT = (
+TRAINING_OPTIONS = (
     "objective", "epochs", "seed", "batch_size", "learning_rate", "weight_decay", "dropout", "temperature", "patience",
     "precision", "token_dropout", "noise", "mixup", "curriculum", "pace", "evaluations",
 )  # fmt: skip
-DATA = ("student", "concepts", "layer", "targets", "split")
+DATA_OPTIONS = ("student", "concepts", "layer", "targets", "split")
 
 
 @dataclass(frozen=True)
-class Kind:
+class StudentKind:
     """One kind of student.
 
     Attributes:
-        apply: parameters ``[S, ...]``, inputs ``[S, B, features]`` and what is dropped to ``[S, B, d_model]``.
-        reads: the options of a cell that it reads; the others do not multiply its cells.
-        weights: its number of weights and biases.
-        flops: floating-point operations of one prediction, the teacher's blocks apart.
+        apply: parameters ``[S, ...]``, inputs ``[S, B, features]`` and dropout masks to ``[S, B, d_model]``.
+        reads: the options of a cell that it reads.
+        weights: number of weights and biases.
+        flops: floating-point operations of one prediction, without the teacher's blocks.
         solve: the closed form, or None.
-        start: parameters before the first step, without the member axis, or None.
-        sites: places of a layer where hidden units are dropped.
+        start: random parameters without the member axis, or None for a closed form.
+        dropout_sites: places of a layer where hidden units are dropped.
     """
 
     apply: Callable[..., Tensor]
     reads: tuple[str, ...]
     weights: Callable[[Cell, Dataset], int]
     flops: Callable[[Cell, Dataset], float]
-    solve: Callable[[Subset], ridge.Fit] | None = None
+    solve: Callable[[Subset], closed_form.Fit] | None = None
     start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None
-    sites: int = 0
+    dropout_sites: int = 0
 
     def canonical(self, cell: Cell) -> Cell:
-        """The cell with all that the student does not read at the defaults, so that equal work is one cell."""
+        """The cell with the defaults for the options that the student does not read, so that equal work is one cell."""
         return Cell(**{item.name: getattr(cell, item.name) for item in fields(Cell) if item.name in self.reads})
 
 
@@ -84,46 +84,36 @@ def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parame
     features, d_model = subset.train.inputs.shape[-1], subset.train.targets.shape[-1]
     parameters = mlp.init(features, d_model, cell.hidden_dim, cell.layers, generator)
     if cell.skip:
-        parameters["skip.weight"] = ridge.fit(subset).parameters["weight"].clone()
+        parameters["skip.weight"] = closed_form.fit_ridge(subset).parameters["weight"].clone()
         parameters["out.weight"].zero_()
     return parameters
 
 
 def _start_transformer(cell: Cell, subset: Subset, generator: torch.Generator) -> Parameters:
-    tokens = subset.reading.longest
-    d_model = subset.train.targets.shape[-1]
+    tokens, d_model = subset.reading.longest, subset.train.targets.shape[-1]
     width = subset.train.inputs.shape[-1] // tokens
     return transformer.init(tokens, width, d_model, cell.hidden_dim, cell.layers, generator)
 
 
-def _closed(
-    apply: Callable[..., Tensor],
-    solve: Callable[[Subset], ridge.Fit],
-    reads: tuple[str, ...],
-    weights: Callable[[Cell, Dataset], int],
-) -> Kind:
-    """A student in closed form, which multiplies once with each of its weights."""
-    return Kind(apply, (*DATA, "inputs", *reads), weights, lambda cell, data: 2.0 * weights(cell, data), solve=solve)
+def _flops_of(weights: Callable[[Cell, Dataset], int]) -> Callable[[Cell, Dataset], float]:
+    """Operations of a student that multiplies once with each of its weights."""
+    return lambda cell, data: 2.0 * weights(cell, data)
 
 
+CLOSED_FORM = (*DATA_OPTIONS, "inputs")
+# Weights, operations and solution.
+LINEAR = _linear_weights, _flops_of(_linear_weights), closed_form.fit_ridge
+KERNEL = _kernel_weights, _flops_of(_kernel_weights), closed_form.fit_kernel
 KINDS = {
-    "mlp": Kind(
-        mlp.apply,
-        (*DATA, *DESCENT, "inputs", "hidden_dim", "layers", "skip"),
-        _mlp_weights,
-        _mlp_flops,
-        start=_start_mlp,
-        sites=mlp.SITES,
+    "mlp": StudentKind(
+        mlp.apply, (*DATA_OPTIONS, *TRAINING_OPTIONS, "inputs", "hidden_dim", "layers", "skip"), _mlp_weights,
+        _mlp_flops, start=_start_mlp, dropout_sites=mlp.DROPOUT_SITES,
     ),
-    "transformer": Kind(
-        transformer.apply,
-        (*DATA, *DESCENT, "hidden_dim", "layers"),
-        _transformer_weights,
-        _transformer_flops,
-        start=_start_transformer,
-        sites=transformer.SITES,
+    "transformer": StudentKind(
+        transformer.apply, (*DATA_OPTIONS, *TRAINING_OPTIONS, "hidden_dim", "layers"), _transformer_weights,
+        _transformer_flops, start=_start_transformer, dropout_sites=transformer.DROPOUT_SITES,
     ),
-    "ridge": _closed(ridge.apply, ridge.fit, (), _linear_weights),
-    "kernel": _closed(kernel.apply, kernel.fit, (), _kernel_weights),
-    "truncated": _closed(ridge.apply, ridge.fit, ("blocks",), _linear_weights),
-}
+    "ridge": StudentKind(closed_form.apply_linear, CLOSED_FORM, *LINEAR),
+    "kernel": StudentKind(closed_form.apply_kernel, CLOSED_FORM, *KERNEL),
+    "truncated": StudentKind(closed_form.apply_linear, (*CLOSED_FORM, "blocks"), *LINEAR),
+}  # fmt: skip

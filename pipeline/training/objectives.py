@@ -1,4 +1,4 @@
-"""What training minimises: pure functions from a stack's predictions to one loss a member, and weighted sums of them.
+"""Training objectives: pure functions from a stack's predictions to one loss per member, and weighted sums of them.
 
 ``S`` members, ``B`` concepts a batch; ``weights`` is 0 for the rows that pad a last, shorter batch.
 """
@@ -31,14 +31,17 @@ def mse(predicted: Tensor, truth: Tensor, weights: Tensor, _temperature: float) 
 
 
 def infonce(predicted: Tensor, truth: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of telling a concept's true vector from the others of the batch, by cosine, in both directions.
+    """Cross-entropy of identifying a concept's true vector in the batch by cosine, in both directions.
 
-    van den Oord, Li and Vinyals (2018), "Representation learning with contrastive predictive coding", with the
-    symmetric form of Radford et al. (2021). The length of an answer is left free.
+    van den Oord, Li and Vinyals (2018), "Representation learning with contrastive predictive coding", in the symmetric
+    form of Radford et al. (2021).
+
+    Returns:
+        The loss of each member, ``[S]``; it does not depend on the length of a prediction.
     """
     similarity = F.normalize(predicted, dim=-1) @ F.normalize(truth, dim=-1).mT / temperature  # [S, B, B]
-    absent = weights == 0
-    similarity = similarity.masked_fill(absent[:, None, :] | absent[:, :, None], -1e9)
+    is_padding = weights == 0
+    similarity = similarity.masked_fill(is_padding[:, None, :] | is_padding[:, :, None], -1e9)
     own = similarity.diagonal(dim1=-2, dim2=-1)  # [S, B]
     lost = similarity.logsumexp(-1) + similarity.logsumexp(-2) - 2 * own
     return _average(lost / 2, weights)
@@ -52,8 +55,14 @@ TERMS = {"cosine": cosine, "mse": mse, "infonce": infonce}
 
 
 @functools.cache
-def terms(objective: str) -> dict[str, float]:
+def parse_objective(objective: str) -> dict[str, float]:
     """The weight of each term of an objective such as ``cosine`` or ``cosine+0.1*infonce``.
+
+    Args:
+        objective: a sum of names of `TERMS`, each with an optional positive factor.
+
+    Returns:
+        Weights by name.
 
     Raises:
         InputError: not a sum of known terms, or a weight that is not positive.
@@ -61,8 +70,8 @@ def terms(objective: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in objective.replace(" ", "").split("+"):
         if not (match := TERM.fullmatch(part)) or match[2] not in TERMS:
-            name = match[2] if match else part
-            raise choices("objective", name, [*TERMS, "sums such as cosine+0.1*infonce"])
+            unknown = choices("objective", match[2] if match else part, [*TERMS, "sums such as cosine+0.1*infonce"])
+            raise unknown
         weight = float(match[1] or 1)
         if weight <= 0 or match[2] in found:
             raise InputError(f"--objective {objective}: expected positive weights, and each term once")
@@ -70,18 +79,17 @@ def terms(objective: str) -> dict[str, float]:
     return found
 
 
-def keeps_length(objective: str) -> bool:
-    """Whether the objective says how long an answer should be; cosines do not."""
-    return "mse" in terms(objective)
+def is_scale_sensitive(objective: str) -> bool:
+    """Whether the objective depends on the length of a prediction; cosines do not."""
+    return "mse" in parse_objective(objective)
 
 
 def objective_of(objective: str, temperature: float) -> Objective:
-    """The loss of each member, ``[S]``, from predictions, truths and weights."""
-    weighted = [(TERMS[name], weight) for name, weight in terms(objective).items()]
+    """The function from predictions, truths and row weights to the loss of each member, ``[S]``."""
+    weighted = [(TERMS[name], weight) for name, weight in parse_objective(objective).items()]
 
     def loss(predicted: Tensor, truth: Tensor, weights: Tensor) -> Tensor:
-        return functools.reduce(
-            torch.add, [weight * term(predicted, truth, weights, temperature) for term, weight in weighted]
-        )
+        values = [weight * term(predicted, truth, weights, temperature) for term, weight in weighted]
+        return functools.reduce(torch.add, values)
 
     return loss

@@ -1,4 +1,7 @@
-"""What keeps students from learning by heart: dropout, noise and mix-up, drawn from the members' own seeds.
+"""Dropout, noise and mix-up, which keep students from memorising; drawn from the members' own seeds.
+
+All concepts of a batch drop the same hidden units. Input features are dropped per concept: with one set per batch, a
+student would see too few sets.
 
 ``S`` members, ``B`` concepts a batch.
 """
@@ -6,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,17 +17,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.settings import Cell
-from pipeline.training.dropout import Dropped
-from pipeline.training.kinds import KINDS
 
 
-def mixing(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
-    """Weights of mix-up (Zhang et al., 2018) from the members' own seeds, ``[S, steps]``; empty without it.
-
-    Args:
-        cells: of the members, which share the option.
-        steps: how many each takes.
-    """
+def mixup_weights(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
+    """Weights of mix-up (Zhang et al., 2018) for every member and step, ``[S, steps]``; empty without mix-up."""
     if not cells[0].mixup:
         return torch.zeros(len(cells), 0)
     draws = []
@@ -33,85 +30,112 @@ def mixing(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
     return pad_sequence(draws, batch_first=True)
 
 
-def mixed(values: Tensor, weights: Tensor, there: Tensor) -> Tensor:
-    """Each row with some of the next row of its batch, the last with the first, ``[S, B, columns]``.
+def mix_with_next(values: Tensor, weights: Tensor, is_real: Tensor) -> Tensor:
+    """Mix each row with the next row of its batch, the last with the first: a random partner, as batches are shuffled.
 
-    Batches are shuffled, so a neighbour is a random partner. Rows that pad stand at the end and are nobody's.
+    Args:
+        values: ``[S, B, columns]``.
+        weights: share of a row's own values, ``[S]``.
+        is_real: ``[S, B]``, false for the padding at the end, which is no row's partner.
+
+    Returns:
+        ``[S, B, columns]``.
     """
-    partner = torch.where(there.roll(-1, 1)[..., None], values.roll(-1, 1), values[:, :1])
+    partner = torch.where(is_real.roll(-1, 1)[..., None], values.roll(-1, 1), values[:, :1])
     share = weights[:, None, None].to(values.dtype)
     return share * values + (1 - share) * partner
 
 
-class Dropout:
-    """What is dropped, and noise, drawn once a step and seed: members of one seed share it, and draw the same alone.
+@dataclass(frozen=True)
+class DropoutMasks:
+    """The masks of one training step: 0 where dropped, else 1 / share kept.
 
-    Of a mask as much is drawn as the largest batch of any stack needs, so that smaller ones see the beginning of the
-    same. It is drawn as random bytes, eight at once, so its share is rounded to 1/256; that of hidden units, of which
-    every step keeps as many, is rounded to 1/hidden_dim. The scales are exact for these.
+    Attributes:
+        inputs: of the features, ``[S or 1, B, features]``.
+        units: of the hidden units at each site, a place where a student drops, ``[S or 1, 1, hidden]`` each.
     """
 
-    def __init__(self, cells: Sequence[Cell], features: int, dtype: torch.dtype, device: torch.device) -> None:
+    inputs: Tensor
+    units: tuple[Tensor, ...]
+
+
+def add_with_dropout(stream: Tensor, change: Tensor, masks: DropoutMasks | None, site: int) -> Tensor:
+    """``stream + change``, ``[S, rows, hidden]``, where the masks of the site apply to the change."""
+    return stream + change if masks is None else torch.addcmul(stream, change, masks.units[site])
+
+
+class Dropout:
+    """Dropout masks and noise, drawn once per step and seed: members of one seed share them, and draw the same alone.
+
+    Masks are drawn for the largest batch of any stack, so that smaller batches see the start of the same draw. Random
+    bytes decide on the inputs, so that their share is rounded to 1/256; every step keeps the same number of hidden
+    units. The scales are exact for these shares.
+
+    Args:
+        cells: of the members, which share the options of dropout and noise.
+        features: number of input features.
+        sites: number of places where hidden units are dropped.
+        dtype: of the masks.
+        device: of the masks.
+    """
+
+    def __init__(
+        self, cells: Sequence[Cell], features: int, dropout_sites: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         cell = cells[0]
         self.batch_size, self.features, self.noise = cell.batch_size, features, cell.noise
         self.kept = round(256 * (1 - cell.dropout))  # of 256
-        self.units = max(1, round(cell.hidden_dim * self.kept / 256))  # that a site keeps
-        self.shape = KINDS[cell.student].sites * cell.layers, cell.hidden_dim
+        self.kept_units = max(1, round(cell.hidden_dim * self.kept / 256))  # of a site
+        self.shape = dropout_sites, cell.hidden_dim
         self.dtype, self.device = dtype, device
         self.generators = {cell.seed: torch.Generator(device).manual_seed(cell.seed) for cell in cells}
         self.keep(cells)
 
     def states(self) -> dict[int, Tensor]:
-        """What the next draws follow from, by seed."""
+        """The generator states, by seed."""
         return {seed: generator.get_state() for seed, generator in self.generators.items()}
 
     def restore(self, states: dict[int, Tensor]) -> None:
-        """Go on where others stopped."""
+        """Set the generator states."""
         for seed, generator in self.generators.items():
             generator.set_state(states[seed])
 
     def keep(self, cells: Sequence[Cell]) -> None:
-        """Draw for these members only from now on."""
+        """Draw only for these members from now on."""
         seeds = [cell.seed for cell in cells]
         self.generators = {seed: self.generators[seed] for seed in dict.fromkeys(seeds)}
-        of_seed = {seed: number for number, seed in enumerate(self.generators)}
-        self.members = None if len(of_seed) <= 1 else torch.tensor([of_seed[s] for s in seeds], device=self.device)
+        place = {seed: number for number, seed in enumerate(self.generators)}
+        self.seed_of_member = torch.tensor([place[seed] for seed in seeds], device=self.device)
 
-    def noisy(self, inputs: Tensor) -> Tensor:
-        """Inputs ``[S, B, features]`` with normal noise, of which members of one seed share the draw."""
+    def add_noise(self, inputs: Tensor) -> Tensor:
+        """Add normal noise to inputs ``[S, B, features]``."""
         if not self.noise:
             return inputs
-        drawn = torch.stack(
-            [
-                torch.randn(self.batch_size, inputs.shape[-1], generator=generator, device=self.device)
-                for generator in self.generators.values()
-            ]
-        )[:, : inputs.shape[1]]  # [seeds, B, features]
-        return inputs + (self.noise * self._of_members(drawn)).to(inputs.dtype)
+        shape = self.batch_size, inputs.shape[-1]
+        drawn = [torch.randn(*shape, generator=each, device=self.device) for each in self.generators.values()]
+        noise = self._per_member(torch.stack(drawn)[:, : inputs.shape[1]])  # [S or 1, B, features]
+        return inputs + (self.noise * noise).to(inputs.dtype)
 
-    def draw(self, rows: int) -> Dropped | None:
-        """What the next step drops; None where nothing is dropped.
-
-        Args:
-            rows: B.
-        """
+    def draw(self, rows: int) -> DropoutMasks | None:
+        """Masks of the next step, for ``rows`` concepts; None where nothing is dropped."""
         if self.kept == 256:
             return None
-        words = torch.empty(
-            len(self.generators), -(-self.batch_size * self.features // 8), dtype=torch.int64, device=self.device
+        seeds, size = len(self.generators), rows * self.features
+        words = torch.empty(  # eight random bytes each
+            seeds, -(-self.batch_size * self.features // 8), dtype=torch.int64, device=self.device
         )
-        ranks = torch.empty(len(self.generators), *self.shape, device=self.device)
-        for row, rank, generator in zip(words, ranks, self.generators.values(), strict=True):
+        scores = torch.empty(seeds, *self.shape, device=self.device)
+        for row, score, generator in zip(words, scores, self.generators.values(), strict=True):
             row.random_(-(2**63), None, generator=generator)
-            rank.uniform_(generator=generator)
-        drawn = torch.empty(len(words), rows * self.features, dtype=self.dtype, device=self.device)
-        torch.lt(words.view(torch.uint8)[:, : rows * self.features], self.kept, out=drawn)
-        mask = drawn.mul_(256 / self.kept).view(-1, rows, self.features)  # [seeds, B, features]
-        units = ranks.topk(self.units, sorted=False).indices  # [seeds, sites, kept]
-        masks = torch.zeros(ranks.shape, dtype=self.dtype, device=self.device)
-        masks.scatter_(-1, units, ranks.shape[-1] / self.units)
-        return Dropped(self._of_members(mask), self._of_members(masks)[:, :, None].unbind(1))
+            score.uniform_(generator=generator)
+        inputs = torch.empty(seeds, size, dtype=self.dtype, device=self.device)
+        torch.lt(words.view(torch.uint8)[:, :size], self.kept, out=inputs)
+        inputs = inputs.mul_(256 / self.kept).view(-1, rows, self.features)  # [seeds, B, features]
+        chosen = scores.topk(self.kept_units, sorted=False).indices  # [seeds, sites, kept]
+        units = torch.zeros(scores.shape, dtype=self.dtype, device=self.device)
+        units.scatter_(-1, chosen, scores.shape[-1] / self.kept_units)
+        return DropoutMasks(self._per_member(inputs), self._per_member(units)[:, :, None].unbind(1))
 
-    def _of_members(self, drawn: Tensor) -> Tensor:
-        """From one a seed to one a member, where members have several."""
-        return drawn if self.members is None else drawn[self.members]
+    def _per_member(self, drawn: Tensor) -> Tensor:
+        """Expand per-seed draws to members, where there are several seeds."""
+        return drawn if len(self.generators) <= 1 else drawn[self.seed_of_member]

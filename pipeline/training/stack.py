@@ -1,7 +1,8 @@
-"""A stack of students of one shape: their parameters, moments and data side by side, one step for all at once.
+"""A stack of students of one shape: stacked parameters, moments and data, and one optimiser step for all members.
 
-In bfloat16 the matrix products, their inputs and their outputs are short; weights, moments, losses and the metrics of
-the finished student are float32 (Micikevicius et al., 2018, "Mixed precision training"; no loss scaling is needed).
+With precision bfloat16 the matrix products, their inputs and their outputs are bfloat16; weights, moments, losses and
+metrics of the finished student are float32 (Micikevicius et al., 2018, "Mixed precision training", without loss
+scaling).
 
 ``S`` members, ``B`` concepts a batch, ``N`` training and ``V`` validation concepts, ``F`` features, ``D`` d_model.
 """
@@ -21,20 +22,20 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.data.dataset import Subset
 from pipeline.metrics import cosines
 from pipeline.settings import Cell
-from pipeline.training.curriculum import difficulty, shown
+from pipeline.training.curriculum import easiest_first, num_shown
 from pipeline.training.kinds import KINDS
 from pipeline.training.objectives import objective_of
-from pipeline.training.regularisation import Dropout, mixed, mixing
+from pipeline.training.regularisation import Dropout, mix_with_next, mixup_weights
 
-PER_DOUBLING = 8  # evaluations while the epochs double, where they are log-spaced
+PER_DOUBLING = 8  # log-spaced evaluations per doubling of the epochs
 WARM_UP = 0.05  # share of a member's steps
-HISTORY = ("epoch", "best_epoch", "epochs", "losses", "scores", "seconds")  # of a member, in a snapshot
+HISTORY = ("epoch", "best_epoch", "epochs", "losses", "scores", "seconds")  # fields of a member in a snapshot
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Progress:
-    """One member after one of its epochs."""
+class EpochResult:
+    """Measurements of one member after an epoch (from 1)."""
 
     cell: Cell
     epoch: int
@@ -44,13 +45,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A stack between two steps: all that the rest of its training follows from.
+    """The state of a stack between two steps, complete enough to resume its training.
 
     Attributes:
         step: steps taken.
-        members: the cell and the history of each, plain values.
+        members: cell and `HISTORY` of each, plain values.
         tensors: parameters, moments and best parameters, the member axis first.
-        generators: the state of the dropout's generator, by seed.
+        generators: state of the dropout generators, by seed.
     """
 
     step: int
@@ -59,8 +60,8 @@ class Snapshot:
     generators: dict[int, Tensor]
 
 
-def precision_of(cell: Cell, automatic: str) -> str:
-    """The type of the cell's matrix products: ``automatic`` where it leaves that open, float64 of closed forms."""
+def precision_of_cell(cell: Cell, automatic: str) -> str:
+    """The type of a cell's matrix products: float64 for closed forms, ``automatic`` where the cell says auto."""
     if KINDS[cell.student].solve:
         return "float64"
     return automatic if cell.precision == "auto" else cell.precision
@@ -68,7 +69,7 @@ def precision_of(cell: Cell, automatic: str) -> str:
 
 @dataclass
 class Member:
-    """One student of a stack."""
+    """One student of a stack; ``best`` holds its parameters at the best epoch so far."""
 
     cell: Cell
     subset: Subset
@@ -87,20 +88,15 @@ class Member:
         return self.cell.epochs * self.steps_per_epoch
 
     @property
-    def batch(self) -> int:
-        """Concepts of its largest batch."""
-        return batch_of(len(self.subset.train.rows), self.cell.batch_size)
-
-    @property
     def is_done(self) -> bool:
-        """Whether it has had all its epochs, or enough of them without a better one."""
+        """Whether all epochs are over, or its patience is."""
         patience = self.cell.patience
         idle = self.epoch - self.best_epoch
         return self.epoch == self.cell.epochs or (patience is not None and idle >= patience)
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether this epoch ends with a validation: every one, or `PER_DOUBLING` for each doubling of the epochs."""
+        """Whether this epoch ends with a validation: each one, or `PER_DOUBLING` per doubling of the epochs."""
         if self.cell.evaluations == "every" or self.epoch in (1, self.cell.epochs):
             return True
         return int(PER_DOUBLING * math.log2(self.epoch)) > int(PER_DOUBLING * math.log2(self.epoch - 1))
@@ -111,90 +107,85 @@ class Member:
         return self.cell.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-def steps_of(concepts: int, batch_size: int) -> int:
-    """Steps of an epoch, as few as may be."""
+def steps_of_epoch(concepts: int, batch_size: int) -> int:
+    """The fewest steps that show every concept once."""
     return -(-concepts // batch_size)
 
 
-def batch_of(concepts: int, batch_size: int) -> int:
-    """Concepts of a step, where the batches of an epoch are of like size; some have one less."""
-    return -(-concepts // steps_of(concepts, batch_size))
+def largest_batch(concepts: int, batch_size: int) -> int:
+    """Concepts of a step; the batches of an epoch differ by one concept at most."""
+    return -(-concepts // steps_of_epoch(concepts, batch_size))
 
 
-def start(cell: Cell, subset: Subset) -> Member:
+def start_member(cell: Cell, subset: Subset) -> Member:
     """A member before its first step."""
-    generator = torch.Generator().manual_seed(cell.seed)
-    begin = KINDS[cell.student].start
-    assert begin is not None
-    parameters = begin(cell, subset, generator)
-    return Member(cell, subset, steps_per_epoch=steps_of(len(subset.train.rows), cell.batch_size), best=parameters)
+    start = KINDS[cell.student].start
+    assert start is not None
+    parameters = start(cell, subset, torch.Generator().manual_seed(cell.seed))
+    return Member(cell, subset, steps_of_epoch(len(subset.train.rows), cell.batch_size), parameters)
 
 
 class Stack:
-    """The members with all that they train on, stacked, on the device.
+    """Members of one `stack_key` with their data, stacked on the device.
 
     Args:
-        members: of one `stack_key`.
+        members: the students.
         device: where they train.
-        automatic: the precision of cells that leave it open.
+        automatic: the precision of cells whose precision is auto.
     """
 
     def __init__(self, members: list[Member], device: torch.device, automatic: str) -> None:
-        cells = [member.cell for member in members]
-        cell = cells[0]
+        cells, subsets = [member.cell for member in members], [member.subset for member in members]
+        cell, kind = cells[0], KINDS[cells[0].student]
         self.members = members
-        self.batch = max(member.batch for member in members)
-        self.dtype = PRECISIONS[precision_of(cell, automatic)]
-        self.apply, self.objective = KINDS[cell.student].apply, objective_of(cell.objective, cell.temperature)
+        self.batch = max(largest_batch(len(member.subset.train.rows), cell.batch_size) for member in members)
+        self.dtype = PRECISIONS[precision_of_cell(cell, automatic)]
+        self.apply, self.objective = kind.apply, objective_of(cell.objective, cell.temperature)
         self.mixup = cell.mixup
-        # [S, rows, columns] each
-        self.parameters = {
-            name: torch.stack([member.best[name] for member in members]).to(device) for name in members[0].best
-        }
-        self.moments = [{name: torch.zeros_like(value) for name, value in self.parameters.items()} for _ in range(2)]
-        order = _batch_plan(members, self.batch)  # -1 pads
-        self.data = {
-            "order": order.clamp(min=0),  # [S, steps, B]
-            "weights": (order >= 0).float(),  # [S, steps, B] 0 where there is no concept
-            "inputs": _pad([member.subset.augmented.inputs.to(self.dtype) for member in members]),  # [S, N V, F]
-            "targets": _pad(
-                [member.subset.augmented.targets / member.subset.scale for member in members]
-            ),  # [S, N V, D]
-            "val_inputs": torch.stack([member.subset.val.inputs.to(self.dtype) for member in members]),  # [S, V, F]
-            "val_targets": torch.stack([member.subset.val.targets for member in members]),  # [S, V, D]
-            "losses": torch.zeros(len(members)),  # [S] summed since the last evaluation
-            # [S, steps] how much of a concept stays, where concepts are mixed
-            "mix": mixing(cells, [member.steps for member in members]),
-        }
-        self.data = {name: value.to(device) for name, value in self.data.items()}
         for member in members:
             member.best = {name: value.to(device) for name, value in member.best.items()}
+        # [S, rows, columns] each
+        self.parameters = {name: torch.stack([member.best[name] for member in members]) for name in members[0].best}
+        self.moments = [{name: torch.zeros_like(value) for name, value in self.parameters.items()} for _ in range(2)]
+        order = _batch_plan(members, self.batch)  # [S, steps, B]
+        data = {
+            "order": order.clamp(min=0),  # [S, steps, B]
+            "weights": (order >= 0).float(),  # [S, steps, B] 0 for padding
+            "inputs": _pad([subset.augmented.inputs.to(self.dtype) for subset in subsets]),  # [S, N variants, F]
+            "targets": _pad([subset.augmented.targets / subset.scale for subset in subsets]),  # [S, N variants, D]
+            "val_inputs": torch.stack([subset.val.inputs.to(self.dtype) for subset in subsets]),  # [S, V, F]
+            "val_targets": torch.stack([subset.val.targets for subset in subsets]),  # [S, V, D]
+            "losses": torch.zeros(len(members)),  # [S] summed since the last evaluation
+            "mix": mixup_weights(cells, [member.steps for member in members]),  # [S, steps] or [S, 0]
+        }
+        self.data = {name: value.to(device) for name, value in data.items()}
         self.count = torch.zeros((), device=device)
-        self.dropout = Dropout(cells, self.data["inputs"].shape[-1], self.dtype, device)
-        self._arrange()
+        sites = kind.dropout_sites * cell.layers
+        self.dropout = Dropout(cells, self.data["inputs"].shape[-1], sites, self.dtype, device)
+        self._prepare()
 
-    def _arrange(self) -> None:
-        """Make what a step works on once for all steps: each operation less leaves the other threads more."""
-        shorten = self.dtype != torch.float32
+    def _prepare(self) -> None:
+        """Make the views and copies that all steps use, to save operations in each step."""
+        is_short = self.dtype != torch.float32
         # Leaves of the graph: the parameters themselves in float32, copies in bfloat16.
         self.leaves = {
-            name: (value.to(self.dtype) if shorten else value.detach()).requires_grad_()
+            name: (value.to(self.dtype) if is_short else value.detach()).requires_grad_()
             for name, value in self.parameters.items()
         }
-        # Where gradients of few bits go.
-        self.gradients = [torch.empty_like(value) for value in self.parameters.values()] if shorten else []
+        # float32 copies of bfloat16 gradients.
+        self.gradients = [torch.empty_like(value) for value in self.parameters.values()] if is_short else []
         self.views = [
             tuple([value[row] for value in tensors.values()] for tensors in (self.parameters, *self.moments))
             for row in range(len(self.members))
         ]
-        # Places in the members' concepts end to end: picking rows of one matrix is several times as fast as of many.
+        # Rows in the members' concatenated concepts: selecting rows of one matrix is several times as fast as of many.
         inputs, targets = self.data["inputs"], self.data["targets"]
         first = torch.arange(len(self.members), device=self.count.device) * inputs.shape[1]  # [S]
         self.order = (self.data["order"] + first[:, None, None]).transpose(0, 1).flatten(1)  # [steps, S B]
-        self.inputs, self.targets = inputs.flatten(0, 1), targets.flatten(0, 1)  # [S N V, F], [S N V, D]
+        self.inputs, self.targets = inputs.flatten(0, 1), targets.flatten(0, 1)
 
-    def _shorten(self) -> None:
-        """Bring the leaves up to the parameters."""
+    def _update_leaves(self) -> None:
+        """Copy the parameters into their bfloat16 leaves."""
         if self.dtype != torch.float32:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.leaves.values()), list(self.parameters.values()))
@@ -205,11 +196,13 @@ class Stack:
         inputs, targets = (  # [S, B, F], [S, B, D]
             values.index_select(0, self.order[step]).view(*weights.shape, -1) for values in (self.inputs, self.targets)
         )
-        dropped = self.dropout.draw(self.batch)
-        inputs = self.dropout.noisy(inputs)
+        masks = self.dropout.draw(self.batch)
+        inputs = self.dropout.add_noise(inputs)
         if self.mixup:
-            inputs, targets = (mixed(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets))
-        answer = self.apply(self.leaves, inputs, dropped)  # [S, B, D]
+            inputs, targets = (
+                mix_with_next(values, self.data["mix"][:, step], weights > 0) for values in (inputs, targets)
+            )
+        answer = self.apply(self.leaves, inputs, masks)  # [S, B, D]
         loss = self.objective(answer.float(), targets, weights)  # [S]
         # Members share no parameter, so their losses may be summed.
         gradients = list(torch.autograd.grad(loss.sum(), list(self.leaves.values())))
@@ -217,16 +210,16 @@ class Stack:
         if self.gradients:
             torch._foreach_copy_(self.gradients, gradients)
         self._update(self.gradients or gradients, step)
-        self._shorten()
+        self._update_leaves()
 
     def _update(self, gradients: Sequence[Tensor], step: int) -> None:
-        """AdamW, one fused kernel for the members that share learning rate and weight decay."""
-        alike: dict[tuple[float, float], list[int]] = {}
+        """Apply AdamW, in one fused kernel for the members that share learning rate and weight decay."""
+        groups: dict[tuple[float, float], list[int]] = {}
         for row, member in enumerate(self.members):
-            alike.setdefault((member.learning_rate(step), member.cell.weight_decay), []).append(row)
+            groups.setdefault((member.learning_rate(step), member.cell.weight_decay), []).append(row)
         of_member = list(zip(*(value.unbind() for value in gradients), strict=True))
         self.count.fill_(step + 1)
-        for (learning_rate, weight_decay), rows in alike.items():
+        for (learning_rate, weight_decay), rows in groups.items():
             parameters, first, second = ([one for row in rows for one in self.views[row][part]] for part in range(3))
             torch._fused_adamw_(  # the kernel of torch.optim.AdamW(fused=True), here on views of the stack
                 parameters,
@@ -235,18 +228,13 @@ class Stack:
                 second,
                 [],
                 [self.count] * len(parameters),
-                amsgrad=False,
-                lr=learning_rate,
-                beta1=0.9,
-                beta2=0.999,
-                weight_decay=weight_decay,
-                eps=1e-8,
+                amsgrad=False, lr=learning_rate, beta1=0.9, beta2=0.999, weight_decay=weight_decay, eps=1e-8,
                 maximize=False,
-            )
+            )  # fmt: skip
 
     @torch.no_grad()
-    def validate(self, rows: slice, progress: Callable[[Progress], None]) -> None:
-        """End an epoch of some members: measure them, and keep their parameters where they are the best so far."""
+    def validate(self, rows: slice, progress: Callable[[EpochResult], None]) -> None:
+        """Measure some members at the end of an epoch, and keep the parameters that are the best so far."""
         own = {name: value[rows] for name, value in self.parameters.items()}
         leaves = {name: value[rows] for name, value in self.leaves.items()}
         answer = self.apply(leaves, self.data["val_inputs"][rows]).float()  # [members, V, D]
@@ -262,14 +250,13 @@ class Stack:
                 for name, value in own.items():
                     member.best[name].copy_(value[place])
             member.scores.append(score)
-            progress(Progress(member.cell, member.epoch, score, member.losses[-1]))
+            progress(EpochResult(member.cell, member.epoch, score, member.losses[-1]))
 
     def snapshot(self, step: int) -> Snapshot:
         """The state after ``step`` steps."""
-        state = {"parameters": self.parameters, "first": self.moments[0], "second": self.moments[1]}
         tensors = {
             f"{part}.{name}": value.to("cpu", copy=True)
-            for part, values in state.items()
+            for part, values in self._state().items()
             for name, value in values.items()
         }
         for name in self.parameters:
@@ -281,12 +268,15 @@ class Stack:
         ]
         return Snapshot(step, members, tensors, self.dropout.states())
 
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        return {"parameters": self.parameters, "first": self.moments[0], "second": self.moments[1]}
+
     def restore(self, snapshot: Snapshot) -> None:
-        """Take over the state of a stack that had these members, and perhaps more."""
+        """Take over the state of a stack that had these members, and perhaps others."""
         place = {member["cell"]: row for row, member in enumerate(snapshot.members)}
         rows = [place[member.cell] for member in self.members]
         tensors = {name: value[rows] for name, value in snapshot.tensors.items()}
-        for part, values in (("parameters", self.parameters), ("first", self.moments[0]), ("second", self.moments[1])):
+        for part, values in self._state().items():
             for name, value in values.items():
                 value.copy_(tensors[f"{part}.{name}"])
         self.data["losses"].copy_(tensors["losses"])
@@ -296,45 +286,42 @@ class Stack:
             for name in HISTORY:
                 setattr(member, name, copy.copy(snapshot.members[rows[row]][name]))
         self.dropout.restore(snapshot.generators)
-        self._shorten()
+        self._update_leaves()
 
     def release(self) -> list[Member]:
-        """Take the members that are done out of the stack; the others go on."""
+        """Remove the members that are done from the stack and return them."""
         done = [member for member in self.members if member.is_done]
         rest = [row for row, member in enumerate(self.members) if not member.is_done]
-        # Those at the end leave the others in the same memory.
+        # A slice keeps the other members in the same memory.
         keep: slice | list[int] = slice(len(rest)) if rest == list(range(len(rest))) else rest
         self.members = [self.members[row] for row in rest]
         for tensors in (self.parameters, *self.moments, self.data):
             for name in tensors:
                 tensors[name] = tensors[name][keep]
         self.dropout.keep([member.cell for member in self.members])
-        self._arrange()
+        self._prepare()
         return done
 
 
 def _batch_plan(members: Sequence[Member], batch: int) -> Tensor:
-    """Which training concepts each member sees at each of its steps, ``[S, steps, B]``; -1 pads.
-
-    Every epoch is a new shuffle from the member's own seed, in batches of like size.
-    """
+    """Indices of the training concepts of each step, ``[S, steps, B]``, padded with -1."""
+    # Every epoch is a new shuffle from the member's own seed, in batches of similar size.
     plans = []
     for member in members:
         generator = torch.Generator().manual_seed(member.cell.seed)
         size, variants = len(member.subset.train.rows), member.subset.variants
         steps = torch.arange(member.steps_per_epoch)
         sizes = size // len(steps) + (steps < size % len(steps))
-        there = torch.arange(batch) < sizes[:, None]  # [steps an epoch, B]
-        epochs = torch.full((member.cell.epochs, *there.shape), -1)
-        easiest = difficulty(member.cell, member.subset)
+        is_real = torch.arange(batch) < sizes[:, None]  # [steps per epoch, B]
+        epochs = torch.full((member.cell.epochs, *is_real.shape), -1)
+        easiest = easiest_first(member.cell, member.subset)
         for epoch in range(member.cell.epochs):
             chosen = torch.randperm(size, generator=generator)
-            if easiest is not None:  # as many steps as any epoch, on the concepts that are shown by now
-                now = shown(member.cell, epoch, size)
-                chosen = easiest[chosen % now]
+            if easiest is not None:  # a full number of steps, on the concepts that this epoch shows
+                chosen = easiest[chosen % num_shown(member.cell, epoch, size)]
             if variants > 1:
                 chosen = chosen * variants + torch.randint(variants, (size,), generator=generator)
-            epochs[epoch, there] = chosen
+            epochs[epoch, is_real] = chosen
         plans.append(epochs.view(member.steps, batch))
     return _pad(plans, -1)
 

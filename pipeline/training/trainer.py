@@ -1,8 +1,8 @@
 """The trainer: a stack of students of one shape, trained together.
 
 Members of a stack have the same shapes and may differ in everything else (training concepts, seed, learning rate,
-epochs). One batched matrix product a layer serves them all. A member takes its own steps through its own batches and
-leaves the stack when it is done, so it ends up where it would have ended alone. A single student is a stack of one.
+epochs). One batched matrix product per layer computes all members. Each has its own batches and schedule and leaves the
+stack when it is done, so its result is the same as in a stack of its own. A single student is a stack of one.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from pipeline.data.dataset import Examples, Subset
-from pipeline.devices import of_training
+from pipeline.devices import training_precision
 from pipeline.metrics import cosines, faithfulness
 from pipeline.settings import Cell
 from pipeline.training.kinds import KINDS
-from pipeline.training.objectives import keeps_length
-from pipeline.training.stack import Member, Progress, Snapshot, Stack, start
+from pipeline.training.objectives import is_scale_sensitive
+from pipeline.training.stack import EpochResult, Snapshot, Stack, start_member
 
-SAVE_SECONDS = 5.0  # between two snapshots of a stack: what a kill can cost
-SAVE_SHARE = 0.02  # of the time at the most is spent on snapshots
-OUTPUT_WEIGHTS = ("weight", "out.weight", "out.bias", "skip.weight")  # the maps whose sum is a student's answer
-# Cells that agree in these have the same shapes and the same arithmetic.
+SAVE_SECONDS = 5.0  # least time between two snapshots: the work that a kill can lose
+SAVE_SHARE = 0.02  # largest share of the time for snapshots
+OUTPUT_WEIGHTS = ("weight", "out.weight", "out.bias", "skip.weight")  # the maps whose sum is the prediction
+# Cells that agree in these fields have the same shapes and the same arithmetic.
 STACK_FIELDS = (
     "student", "hidden_dim", "layers", "inputs", "skip", "objective", "temperature", "batch_size", "dropout", "noise",
     "mixup", "precision", "split",
@@ -33,16 +33,15 @@ STACK_FIELDS = (
 
 
 @dataclass
-class Trained:
+class TrainedStudent:
     """A student at its best epoch.
 
     Attributes:
         cell: its configuration.
         parameters: weights with a member axis of 1, on the CPU, in the targets' own units.
-        curves: ``train_loss`` and ``val_cosine`` at each ``epoch`` (from 1) that was evaluated (closed-form students:
-            one).
+        curves: ``train_loss`` and ``val_cosine`` at each evaluated ``epoch`` (from 1; one for a closed form).
         best_epoch: the epoch (from 1) with the highest validation cosine.
-        train_seconds: its share of the stack's wall time, by training steps.
+        train_seconds: its share of the stack's wall time.
         number_of_parameters: weights and biases.
         dtype: the type of the matrix products in training.
         metrics: ``val_*`` and ``test_*`` of `pipeline.metrics.NAMES`, at the best epoch.
@@ -62,12 +61,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """How a stack is stopped, and what it leaves for the one that goes on.
+    """How a stack saves its state, stops and resumes.
 
     Attributes:
-        start: where to go on.
-        save: keeps a snapshot; called every `SAVE_SECONDS` or more seldom, and before a stop.
-        pause: called between two steps; true asks to stop.
+        start: the snapshot to resume from.
+        save: called with a snapshot every `SAVE_SECONDS` or less often, and before a stop.
+        pause: called between two steps; true stops the training.
     """
 
     start: Snapshot | None = None
@@ -83,7 +82,7 @@ def stack_key(cell: Cell) -> tuple[object, ...]:
 
 
 def epochs(cell: Cell) -> int:
-    """How many `Progress` steps the cell will report: closed-form students take one."""
+    """Number of `EpochResult` that a cell reports: one for a closed form."""
     return 1 if KINDS[cell.student].solve else cell.epochs
 
 
@@ -91,86 +90,87 @@ def train_stack(
     cells: Sequence[Cell],
     subsets: Sequence[Subset],
     device: torch.device,
-    progress: Callable[[Progress], None] = lambda step: None,
+    progress: Callable[[EpochResult], None] = lambda step: None,
     checkpointing: Checkpointing | None = None,
     automatic: str | None = None,
-) -> Iterator[Trained]:
-    """Train cells of one `stack_key` and yield each as it finishes; when asked to stop, yield no more.
+) -> Iterator[TrainedStudent]:
+    """Train cells of one `stack_key`.
 
     Args:
         cells: the members.
         subsets: the training data of each, in the same order.
         device: where they train.
         progress: called after each member's epoch.
-        checkpointing: how to stop and go on.
-        automatic: the precision of cells that leave it open; that of the device's kind by default.
+        checkpointing: how to save, stop and resume.
+        automatic: the precision of cells whose precision is auto; by default, that of the kind of device.
+
+    Yields:
+        Each student when it is done; those that are not done at a stop are left out.
     """
     pairs, checkpointing = list(zip(cells, subsets, strict=True)), checkpointing or Checkpointing()
     if KINDS[cells[0].student].solve:
         finished = _solve(pairs, progress, checkpointing)
     else:
-        finished = _descend(pairs, device, progress, checkpointing, automatic or of_training(device))
+        finished = _descend(pairs, device, progress, checkpointing, automatic or training_precision(device))
     for trained, subset in finished:
         _finish(trained, subset)
         yield trained
 
 
-def predict(student: str, parameters: dict[str, Tensor], side: Examples) -> Tensor:
-    """A trained student's centred answers for one side of the split, ``[N, d_model]``."""
-    answer: Tensor = KINDS[student].apply(parameters, side.inputs[None])[0]
+def predict(student: str, parameters: dict[str, Tensor], examples: Examples) -> Tensor:
+    """A trained student's centred predictions for one part of the split, ``[N, d_model]``."""
+    answer: Tensor = KINDS[student].apply(parameters, examples.inputs[None])[0]
     return answer
 
 
-def _finish(trained: Trained, subset: Subset) -> None:
-    """Scale the answers to the targets' units and measure once on validation and, here only, on test."""
+def _finish(trained: TrainedStudent, subset: Subset) -> None:
+    """Scale the output weights to the targets' units, and measure on validation and, only here, on test."""
     gain = subset.scale
-    if not KINDS[trained.cell.student].solve and not keeps_length(trained.cell.objective):
-        # The cosine leaves the length of an answer free; validation gives the one that minimises the squared error.
+    if not KINDS[trained.cell.student].solve and not is_scale_sensitive(trained.cell.objective):
+        # A cosine does not determine the length of an answer; take that of the least squared error on validation.
         answer = predict(trained.cell.student, trained.parameters, subset.val)
         answer, truth = answer.double(), subset.val.targets.double()
         gain = ((answer * truth).sum() / answer.square().sum().clamp(min=1e-12)).item()
     for name in OUTPUT_WEIGHTS:
         if name in trained.parameters:
             trained.parameters[name] *= gain
-    for side_name, side in (("val", subset.val), ("test", subset.test)):
-        answer = predict(trained.cell.student, trained.parameters, side)
-        measured = faithfulness(answer, side.targets, subset.mean)
-        trained.metrics |= {f"{side_name}_{name}": value for name, value in measured.items()}
-    trained.test_cosines = cosines(answer, side.targets).tolist()  # of the loop's last side, test
+    for part, examples in (("val", subset.val), ("test", subset.test)):
+        answer = predict(trained.cell.student, trained.parameters, examples)
+        measured = faithfulness(answer, examples.targets, subset.mean)
+        trained.metrics |= {f"{part}_{name}": value for name, value in measured.items()}
+    trained.test_cosines = cosines(answer, examples.targets).tolist()  # of the last part, test
 
 
 Pairs = list[tuple[Cell, Subset]]
+Curves = dict[str, list[float]]
 
 
 def _solve(
-    pairs: Pairs, progress: Callable[[Progress], None], checkpointing: Checkpointing
-) -> Iterator[tuple[Trained, Subset]]:
+    pairs: Pairs, progress: Callable[[EpochResult], None], checkpointing: Checkpointing
+) -> Iterator[tuple[TrainedStudent, Subset]]:
     for cell, subset in pairs:
         if checkpointing.pause():
             return
-        start = time.perf_counter()
-        closed = KINDS[cell.student].solve
-        assert closed is not None
-        fitted = closed(subset)
-        seconds = time.perf_counter() - start
-        progress(Progress(cell, 1, fitted.val_cosine))
-        parameters = {name: value[None].clone() for name, value in fitted.parameters.items()}
-        size = sum(value.numel() for value in parameters.values())
-        curves: dict[str, list[float]] = {"epoch": [1], "val_cosine": [fitted.val_cosine]}
-        yield Trained(cell, parameters, curves, 1, seconds, size, "float64"), subset
+        begin = time.perf_counter()
+        solve = KINDS[cell.student].solve
+        assert solve is not None
+        fitted = solve(subset)
+        seconds = time.perf_counter() - begin
+        progress(EpochResult(cell, 1, fitted.val_cosine))
+        curves: Curves = {"epoch": [1], "val_cosine": [fitted.val_cosine]}
+        yield _trained(cell, fitted.parameters, curves, 1, seconds, "float64"), subset
 
 
 def _descend(
     pairs: Pairs,
     device: torch.device,
-    progress: Callable[[Progress], None],
+    progress: Callable[[EpochResult], None],
     checkpointing: Checkpointing,
     automatic: str,
-) -> Iterator[tuple[Trained, Subset]]:
-    """Gradient descent on a stack; yields members as they finish."""
-    # The longest first: who finishes is mostly at the end, and the rest of the stack stays in place.
-    stack = Stack(sorted((start(*pair) for pair in pairs), key=lambda member: -member.steps), device, automatic)
-    step = _go_on(stack, checkpointing.start, progress) if checkpointing.start else 0
+) -> Iterator[tuple[TrainedStudent, Subset]]:
+    # The longest first: members that finish are then at the end, and the rest of the stack stays in place.
+    stack = Stack(sorted((start_member(*pair) for pair in pairs), key=lambda member: -member.steps), device, automatic)
+    step = _resume(stack, checkpointing.start, progress) if checkpointing.start else 0
     last = saved = time.perf_counter()
     wait = SAVE_SECONDS
     while stack.members:
@@ -186,7 +186,7 @@ def _descend(
         ended = [row for row, member in enumerate(stack.members) if step % member.steps_per_epoch == 0]
         for row in ended:
             stack.members[row].epoch += 1
-        for rows in _runs([row for row in ended if stack.members[row].is_evaluated]):
+        for rows in _slices([row for row in ended if stack.members[row].is_evaluated]):
             stack.validate(rows, progress)
         now = time.perf_counter()
         for member in stack.members:
@@ -194,32 +194,34 @@ def _descend(
         last = now
         if any(stack.members[row].is_done for row in ended):
             for member in stack.release():
-                yield _leave(member, str(stack.dtype).removeprefix("torch.")), member.subset
+                curves: Curves = {"epoch": [*member.epochs], "train_loss": member.losses, "val_cosine": member.scores}
+                dtype = str(stack.dtype).removeprefix("torch.")
+                student = _trained(member.cell, member.best, curves, member.best_epoch, member.seconds, dtype)
+                yield student, member.subset
             last = time.perf_counter()
 
 
-def _go_on(stack: Stack, snapshot: Snapshot, progress: Callable[[Progress], None]) -> int:
-    """Put a stack where another stopped, and tell of its epochs; the steps taken."""
+def _resume(stack: Stack, snapshot: Snapshot, progress: Callable[[EpochResult], None]) -> int:
+    """Restore a stack and report its past epochs; the number of steps taken."""
     stack.restore(snapshot)
     for member in stack.members:
         for epoch, score, loss in zip(member.epochs, member.scores, member.losses, strict=True):
-            progress(Progress(member.cell, epoch, score, loss))
+            progress(EpochResult(member.cell, epoch, score, loss))
     return snapshot.step
 
 
-def _runs(numbers: Sequence[int]) -> list[slice]:
-    """Ascending numbers as slices of neighbours."""
-    edges = [place for place in range(1, len(numbers)) if numbers[place] != numbers[place - 1] + 1]
-    starts, ends = [0, *edges], [*edges, len(numbers)]
-    return [slice(numbers[a], numbers[b - 1] + 1) for a, b in zip(starts, ends, strict=True)] if numbers else []
+def _slices(numbers: Sequence[int]) -> list[slice]:
+    """Ascending numbers as slices of consecutive ones."""
+    found: list[slice] = []
+    for number in numbers:
+        begin = found.pop().start if found and found[-1].stop == number else number
+        found.append(slice(begin, number + 1))
+    return found
 
 
-def _leave(member: Member, dtype: str) -> Trained:
-    parameters = {name: value[None].cpu() for name, value in member.best.items()}
-    size = sum(value.numel() for value in parameters.values())
-    curves: dict[str, list[float]] = {
-        "epoch": list(member.epochs),
-        "train_loss": member.losses,
-        "val_cosine": member.scores,
-    }
-    return Trained(member.cell, parameters, curves, member.best_epoch, member.seconds, size, dtype)
+def _trained(
+    cell: Cell, parameters: dict[str, Tensor], curves: Curves, best_epoch: int, seconds: float, dtype: str
+) -> TrainedStudent:
+    stacked = {name: value[None].clone().cpu() for name, value in parameters.items()}
+    size = sum(value.numel() for value in stacked.values())
+    return TrainedStudent(cell, stacked, curves, best_epoch, seconds, size, dtype)

@@ -1,28 +1,26 @@
 """A tiny transformer over the concept's token embeddings, as a stack of members of one shape.
 
-Pre-norm blocks whose way back into the stream starts at zero, as in `mlp`; the last position answers. Tokens stand at
-the right end, so that the last one is always in the same place.
+Pre-norm blocks whose maps back into the stream start at zero, as in `mlp`; the last position answers. Tokens are
+right-aligned, so that the last one is always in the same place.
 
 ``S`` members, ``B`` concepts, ``T`` tokens. Every parameter has the member axis first.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.training.dropout import Dropped, add
-from pipeline.training.mlp import Parameters
+from pipeline.training.mlp import Parameters, uniform
+from pipeline.training.regularisation import DropoutMasks, add_with_dropout
 
 HEAD_DIM = 32
-SITES = 2  # of a block, where hidden units are dropped
+DROPOUT_SITES = 2  # of a block
 
 
 def init(tokens: int, width: int, outputs: int, hidden_dim: int, layers: int, generator: torch.Generator) -> Parameters:
-    """Parameters of one member, without the member axis.
+    """Random parameters of one member, without the member axis.
 
     Args:
         tokens: T.
@@ -30,31 +28,30 @@ def init(tokens: int, width: int, outputs: int, hidden_dim: int, layers: int, ge
         outputs: d_model.
         hidden_dim: width of the stream, a multiple of `HEAD_DIM`.
         layers: blocks of attention and MLP.
-        generator: source of the random start, on the CPU so that it is the same on every device.
+        generator: on the CPU, so that every device starts from the same numbers.
+
+    Returns:
+        Tensors by name.
     """
-
-    def linear(rows: int, columns: int) -> Tensor:
-        return (torch.rand(rows, columns, generator=generator) * 2 - 1) / math.sqrt(rows)
-
-    parameters = {"in.weight": linear(width, hidden_dim), "positions": torch.zeros(tokens, hidden_dim)}
+    parameters = {"in.weight": uniform(width, hidden_dim, generator), "positions": torch.zeros(tokens, hidden_dim)}
     for block in range(layers):
         parameters |= {
-            f"block{block}.attention.weight": linear(hidden_dim, 3 * hidden_dim),
+            f"block{block}.attention.weight": uniform(hidden_dim, 3 * hidden_dim, generator),
             f"block{block}.merge.weight": torch.zeros(hidden_dim, hidden_dim),
-            f"block{block}.up.weight": linear(hidden_dim, 2 * hidden_dim),
+            f"block{block}.up.weight": uniform(hidden_dim, 2 * hidden_dim, generator),
             f"block{block}.up.bias": torch.zeros(1, 2 * hidden_dim),
             f"block{block}.down.weight": torch.zeros(2 * hidden_dim, hidden_dim),
         }
-    return parameters | {"out.weight": linear(hidden_dim, outputs), "out.bias": torch.zeros(1, outputs)}
+    return parameters | {"out.weight": uniform(hidden_dim, outputs, generator), "out.bias": torch.zeros(1, outputs)}
 
 
-def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None) -> Tensor:
+def apply(parameters: Parameters, inputs: Tensor, masks: DropoutMasks | None = None) -> Tensor:
     """Predict.
 
     Args:
         parameters: each ``[S, rows, columns]``.
-        inputs: ``[S, B, T * width]``, the tokens' embeddings end to end; zeros stand where there is no token.
-        dropped: what takes part in this step of training.
+        inputs: ``[S, B, T * width]``, the tokens' embeddings end to end, zeros where there is no token.
+        masks: dropout of this training step.
 
     Returns:
         ``[S, B, d_model]``.
@@ -63,18 +60,18 @@ def apply(parameters: Parameters, inputs: Tensor, dropped: Dropped | None = None
     members, batch = inputs.shape[:2]
     width = parameters["in.weight"].shape[-2]
     blocks = sum(name.endswith(".merge.weight") for name in parameters)
-    there = (inputs.view(members, batch, tokens, width) != 0).any(-1)  # [S, B, T]
-    # A row that pads a batch has no token at all; attention over nothing would be undefined.
-    seen = (there | ~there.any(-1, keepdim=True))[:, :, None, None, :]  # [S, B, 1, 1, T]
+    is_token = (inputs.view(members, batch, tokens, width) != 0).any(-1)  # [S, B, T]
+    # A row that pads a batch has no token; attention over nothing would be undefined.
+    seen = (is_token | ~is_token.any(-1, keepdim=True))[:, :, None, None, :]  # [S, B, 1, 1, T]
 
     def linear(name: str, values: Tensor) -> Tensor:
         flat = values.reshape(members, batch * tokens, -1)  # [S, B T, rows]
         return torch.bmm(flat, parameters[name]).view(members, batch, tokens, -1)
 
     def with_change(stream: Tensor, change: Tensor, site: int) -> Tensor:
-        return add(stream.flatten(1, 2), change.flatten(1, 2), dropped, site).view_as(stream)
+        return add_with_dropout(stream.flatten(1, 2), change.flatten(1, 2), masks, site).view_as(stream)
 
-    kept = inputs if dropped is None else inputs * dropped.inputs
+    kept = inputs if masks is None else inputs * masks.inputs
     stream = linear("in.weight", kept.view(members, batch, tokens, width))  # [S, B, T, hidden]
     stream = stream + parameters["positions"][:, None]
     for block in range(blocks):

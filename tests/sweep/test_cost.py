@@ -15,7 +15,7 @@ from pipeline.sweep.cost import (
     with_little_padding,
 )
 from pipeline.sweep.grid import read_grid
-from pipeline.training.stack import batch_of
+from pipeline.training.stack import largest_batch
 
 CELLS = st.builds(Cell, concepts=st.integers(2, 900), hidden_dim=st.sampled_from([8, 16, 512]), seed=st.integers(0, 9))
 
@@ -43,7 +43,7 @@ def test_a_cpu_multiplies_few_rows_that_pad(cells):
     for stack in stacks_of(cells):
         parts = with_little_padding(stack, prices)
         assert sorted((cell for part in parts for cell in part), key=repr) == sorted(stack, key=repr)
-        batches = [[batch_of(cell.concepts, cell.batch_size) for cell in part] for part in parts]
+        batches = [[largest_batch(cell.concepts, cell.batch_size) for cell in part] for part in parts]
         for part, sizes, before in zip(parts, batches, [[], *batches], strict=False):
             largest = max(sizes)
             for size in set(sizes):
@@ -55,7 +55,7 @@ def test_a_cpu_multiplies_few_rows_that_pad(cells):
 
 @given(st.integers(1, 900), st.integers(1, 300))
 def test_batches_are_few_and_of_like_size(concepts, batch_size):
-    batch = batch_of(concepts, batch_size)
+    batch = largest_batch(concepts, batch_size)
     steps = -(-concepts // batch)
     assert batch <= batch_size
     assert steps == -(-concepts // batch_size)

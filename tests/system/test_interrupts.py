@@ -211,15 +211,15 @@ def work():
                 raise
 
 try:
-    with interrupts.watching():
+    with interrupts.handle_signals():
         if float(sys.argv[2]):
-            with interrupts.undone_by(Path("half").unlink), interrupts.closed_by(close):
+            with interrupts.undo_on_exit(Path("half").unlink), interrupts.close_on_interrupt(close):
                 Path("ready").touch()
                 work()
         Path("ready").touch()
         work()
 except KeyboardInterrupt:
-    interrupts.leave()
+    interrupts.exit_interrupted()
 """
 
 

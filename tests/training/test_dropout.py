@@ -1,4 +1,4 @@
-"""Dropout is that of a mask in each block, drawn once a step and seed."""
+"""Dropout equals a mask of the hidden units in each block, drawn once per step and seed."""
 
 import pytest
 import torch
@@ -6,15 +6,14 @@ import torch.nn.functional as F
 
 from pipeline.settings import Cell
 from pipeline.training import mlp, transformer
-from pipeline.training.dropout import Dropped
-from pipeline.training.regularisation import Dropout
+from pipeline.training.regularisation import Dropout, DropoutMasks
 
 MEMBERS, BATCH, FEATURES, OUTPUTS, HIDDEN, LAYERS = 3, 5, 80, 6, 32, 2
 CPU = torch.device("cpu")
 
 
 def masked_mlp(parameters, inputs, mask, masks):
-    """With a mask of all hidden units in each block, as nn.Dropout has it."""
+    """With a mask of the hidden units in each block, as nn.Dropout applies it."""
     hidden = (inputs * mask) @ parameters["in.weight"] + parameters["in.bias"]
     for block in range(LAYERS):
         change = F.gelu(hidden @ parameters[f"block{block}.weight"] + parameters[f"block{block}.bias"])
@@ -23,7 +22,7 @@ def masked_mlp(parameters, inputs, mask, masks):
 
 
 def masked_transformer(parameters, inputs, mask, masks):
-    """What its sites give is linear in their weights, so that a mask may as well stand there."""
+    """The change at each site is linear in its weights, so that the mask may be applied to these."""
     masked = dict(parameters)
     names = [f"block{block}.{way}.weight" for block in range(LAYERS) for way in ("merge", "down")]
     for site, name in enumerate(names):
@@ -52,13 +51,13 @@ def test_answers_and_gradients_are_those_of_masks(student, masked, start, shared
         for name, value in shapes.items()
     }
     inputs = torch.randn(MEMBERS, BATCH, FEATURES, generator=source, dtype=torch.float64)
-    sites, seeds, kept = student.SITES * LAYERS, 1 if shared else MEMBERS, 20
+    sites, seeds, kept = student.DROPOUT_SITES * LAYERS, 1 if shared else MEMBERS, 20
     mask = (torch.rand(seeds, BATCH, FEATURES, generator=source) < 0.6).double() / 0.6
     drawn = torch.rand(seeds, sites, HIDDEN, generator=source).topk(kept).indices
     masks = torch.zeros(seeds, sites, HIDDEN, dtype=torch.float64).scatter_(-1, drawn, HIDDEN / kept)
 
     expected = masked(parameters, inputs, mask, masks)
-    answer = student.apply(parameters, inputs, Dropped(mask, masks[:, :, None].unbind(1)))
+    answer = student.apply(parameters, inputs, DropoutMasks(mask, masks[:, :, None].unbind(1)))
     torch.testing.assert_close(answer, expected)
     gradients = [torch.autograd.grad(one.pow(3).sum(), list(parameters.values())) for one in (answer, expected)]
     for name, own, other in zip(parameters, *gradients, strict=True):
@@ -67,7 +66,7 @@ def test_answers_and_gradients_are_those_of_masks(student, masked, start, shared
 
 def test_every_unit_is_kept_as_often_and_members_of_one_seed_share_the_draw():
     cells = [Cell(hidden_dim=40, layers=2, dropout=0.4, batch_size=8, seed=seed) for seed in (0, 0, 1)]
-    dropout = Dropout(cells, 10, torch.float32, CPU)
+    dropout = Dropout(cells, 10, 2, torch.float32, CPU)
     counts, share = torch.zeros(3, 2, 40), torch.zeros(())
     for _ in range(400):
         drawn = dropout.draw(8)
@@ -83,4 +82,4 @@ def test_every_unit_is_kept_as_often_and_members_of_one_seed_share_the_draw():
 
 
 def test_without_dropout_nothing_is_drawn():
-    assert Dropout([Cell(dropout=0.0)], 10, torch.float32, CPU).draw(8) is None
+    assert Dropout([Cell(dropout=0.0)], 10, 2, torch.float32, CPU).draw(8) is None
