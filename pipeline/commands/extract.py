@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from matplotlib import pyplot as plt
 
 from pipeline.analysis import plots
-from pipeline.data.concepts import counts, divide, read_catalogue
+from pipeline.data.concepts import compute_split, counts, read_catalogue
 from pipeline.data.vectors import read_header
 from pipeline.devices import hint
 from pipeline.errors import InputError, choices
@@ -81,7 +81,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
         if not held:
             _share(options, accelerator, source, request, output, shard, _no_bar)
         return None
-    for line in divide(catalogue).warnings:
+    for line in compute_split(catalogue).warnings:
         log.warning("warning: %s", line)
     tags = {"role": "extract", "teacher": source.name, "revision": source.revision, "extraction_key": request.key}
     tracker = connect("extract")

@@ -21,7 +21,7 @@ import snowballstemmer
 from pipeline.data import lists
 from pipeline.errors import InputError, choices
 from pipeline.storage import fetch
-from pipeline.student.tokenizer import checked, folded, nfc
+from pipeline.student.tokenizer import folded, nfc, normalise_texts
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 200  # concepts in each of validation and test, where the catalogue is large enough
@@ -112,7 +112,7 @@ def _read_table(source: str) -> Catalogue:
     with lists.opened(fetch(source), name) as file:
         rows = list(lists.table(file, name, ("concept", "category")))
     # A line break within a value is how a spreadsheet shows a long phrase.
-    concepts = checked(
+    concepts = normalise_texts(
         (_on_one_line(concept) for _, (concept, _) in rows), lambda place: f"{name}, line {rows[place][0]}"
     )
     seen: dict[str, int] = {}
@@ -278,10 +278,10 @@ def split(catalogue: Catalogue) -> list[str]:
     word stem go to the same side. The result depends on the set of concepts only: groups are visited in the order of
     a hash and each takes the first side that has room in all of its categories, so a family of many phrases trains.
     """
-    return divide(catalogue).sides
+    return compute_split(catalogue).sides
 
 
-def divide(catalogue: Catalogue) -> Split:
+def compute_split(catalogue: Catalogue) -> Split:
     """The `split` with what limits it.
 
     Descriptions ("terms related to ...") share words that join them all to one group, which nothing can be held out
@@ -331,7 +331,7 @@ def _deal(groups: Sequence[list[int]], concepts: Sequence[str], categories: Sequ
     return sides
 
 
-def by_categories(concepts: Sequence[str], categories: Sequence[str], language: str = "en") -> list[str]:
+def split_by_category(concepts: Sequence[str], categories: Sequence[str], language: str = "en") -> list[str]:
     """A second split that holds out whole categories, one in five each for validation and test, at least one.
 
     Concepts of another category that share a word stem with a held-out one are left out of training ("none").
@@ -343,7 +343,7 @@ def by_categories(concepts: Sequence[str], categories: Sequence[str], language: 
     side_of = dict.fromkeys(names, "train") | dict.fromkeys(names[:held], "test")
     side_of |= dict.fromkeys(names[held : 2 * held], "val")
     found = [side_of[category] for category in categories]
-    for group in divide(Catalogue(tuple(concepts), tuple(categories), language)).groups:
+    for group in compute_split(Catalogue(tuple(concepts), tuple(categories), language)).groups:
         if len(own := {found[row] for row in group}) > 1:
             kept = "test" if "test" in own else "val"
             for row in group:

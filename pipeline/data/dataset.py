@@ -12,12 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.concepts import balanced_order, by_categories, stem_groups
+from pipeline.data.concepts import balanced_order, split_by_category, stem_groups
 from pipeline.data.vectors import Vectors
 from pipeline.errors import InputError, choices
 from pipeline.settings import Cell
-from pipeline.student.lookup import BLOCK, NGRAM_BUCKETS, POOLED, Floats, Table, TokenFeatures, TokenizedTexts, parts_of
-from pipeline.student.tokenizer import Ragged
+from pipeline.student.lookup import (
+    BLOCK,
+    NGRAM_BUCKETS,
+    POOLED,
+    FloatArray,
+    Table,
+    TokenFeatures,
+    TokenizedTexts,
+    parts_of,
+)
+from pipeline.student.tokenizer import RaggedArray
 
 WHITENING = 1.0  # shrinkage, in mean eigenvalues of the embeddings' covariance
 VARIANTS = 8  # of each training concept, where augmentation changes what is read
@@ -27,9 +36,9 @@ TARGETS = ("first", "mean", "all")
 SPLITS = ("concepts", "categories")
 
 
-def width_of(name: str, d_model: int, types: int, longest: int) -> int:
+def width_of(name: str, d_model: int, token_rows: int, max_tokens: int) -> int:
     """Features of one part of what is read, of so many token types and at most so many tokens a concept."""
-    widths = {"ngrams": NGRAM_BUCKETS, "bag": types, "sequence": d_model * longest}
+    widths = {"ngrams": NGRAM_BUCKETS, "bag": token_rows, "sequence": d_model * max_tokens}
     return d_model * len(POOLED[name][1]) if name in POOLED else widths.get(name, d_model)
 
 
@@ -53,7 +62,7 @@ class Subset:
     """A training subset with the held-out concepts as a student of that subset sees them.
 
     Everything is measured on the training concepts alone: mu (``mean``, ``[d_model]``), the root mean square of the
-    centred targets (``scale``), and the features' standardisation (``reading``).
+    centred targets (``scale``), and the features' standardisation (``features``).
 
     Attributes:
         train, val, test: the sides.
@@ -69,7 +78,7 @@ class Subset:
     test: Examples
     mean: Tensor
     scale: float
-    reading: TokenFeatures
+    features: TokenFeatures
     concepts: tuple[str, ...]
     language: str
     variants: int
@@ -86,7 +95,7 @@ class Subset:
         return values.clamp(min=0), vectors
 
 
-def reading_of(cell: Cell) -> str:
+def student_inputs(cell: Cell) -> str:
     """What the cell's student reads."""
     if cell.student == "transformer":
         return "sequence"
@@ -122,10 +131,10 @@ class Dataset:
         return f"concepts that share words stay together, and {largest:,} of {number:,} do; extract others besides"
 
     @cached_property
-    def types(self) -> Ragged:
+    def token_rows(self) -> RaggedArray:
         """Of each concept the rows of its tokens in the token tables."""
         rows = np.searchsorted(self.vectors.token_vocab, self.vectors.token_ids)
-        return Ragged(rows.astype(np.int64), self.vectors.token_offsets)
+        return RaggedArray(rows.astype(np.int64), self.vectors.token_offsets)
 
     def rows(self, side: str, split: str = "concepts") -> list[int]:
         """Rows of one side of a split, in the order in which training subsets are taken."""
@@ -138,7 +147,7 @@ class Dataset:
 
     @cached_property
     def _categories_apart(self) -> list[str]:
-        return by_categories(self.vectors.concepts, self.vectors.categories, self.vectors.language)
+        return split_by_category(self.vectors.concepts, self.vectors.categories, self.vectors.language)
 
     def subset(self, cell: Cell) -> Subset:
         """The cell's training concepts, the first so many, and the held-out ones, with its block as target.
@@ -146,21 +155,21 @@ class Dataset:
         Raises:
             InputError: what `check` raises.
         """
-        cell_key = (cell.concepts, cell.layer, reading_of(cell), cell.targets, cell.split, cell.token_dropout)
+        cell_key = (cell.concepts, cell.layer, student_inputs(cell), cell.targets, cell.split, cell.token_dropout)
         if cell_key not in self._subsets:
             self._subsets[cell_key] = self._cut(cell)
         return self._subsets[cell_key]
 
-    def as_named(self, cell: Cell) -> Cell:
+    def omit_default(self, cell: Cell) -> Cell:
         """The cell as its name is told: the file's middle block is the default, which names leave out."""
         return replace(cell, layer=None) if cell.layer == self.vectors.middle_layer else cell
 
-    def features(self, cell: Cell) -> int:
+    def feature_count(self, cell: Cell) -> int:
         """How many features the cell's student reads."""
-        return sum(self._width(name) for name in reading_of(cell).split("+"))
+        return sum(self._width(name) for name in student_inputs(cell).split("+"))
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of the longest concept."""
         return int(np.diff(self.vectors.token_offsets).max())
 
@@ -179,7 +188,7 @@ class Dataset:
             raise choices("targets", cell.targets, TARGETS)
         if cell.targets != "first" and len(vectors.templates) < 2:
             raise InputError(f"--targets {cell.targets}: the vectors file has one template; extract several")
-        for name in reading_of(cell).split("+"):
+        for name in student_inputs(cell).split("+"):
             if name.startswith(BLOCK):
                 early = [str(layer) for layer in vectors.layers if layer < (cell.layer or 0)]
                 if name.removeprefix(BLOCK) not in early:
@@ -209,16 +218,16 @@ class Dataset:
         residual -= residual[rows].mean(0) - residual[rows, 0].mean(0)  # every template around the first one's mean
         mean = residual[rows, 0].mean(0)
         scale = (residual[rows, 0] - mean).square().mean().sqrt().clamp(min=1e-12).item()
-        reading, everything = self._read(cell, rows)
+        features, everything = self._read(cell, rows)
         sides = {side: Examples(own, everything[own], residual[own, 0] - mean) for side, own in chosen.items()}
         if cell.targets == "mean":
             sides["train"] = Examples(rows, sides["train"].inputs, residual[rows].mean(1) - mean)
-        variants, augmented = self._augment(cell, reading, sides["train"], residual[rows] - mean)
+        variants, augmented = self._augment(cell, features, sides["train"], residual[rows] - mean)
         return Subset(
             **sides,
             mean=mean,
             scale=scale,
-            reading=reading,
+            features=features,
             concepts=self.vectors.concepts,
             language=self.vectors.language,
             variants=variants,
@@ -227,11 +236,11 @@ class Dataset:
 
     def _read(self, cell: Cell, rows: list[int]) -> tuple[TokenFeatures, Tensor]:
         """The cell's reading, fitted on training rows, and the features of all concepts."""
-        inputs, zero, one = reading_of(cell), np.zeros(1, np.float32), np.ones(1, np.float32)
-        reading = TokenFeatures(tuple(parts_of(inputs)), self._tables(inputs, rows), zero, one, self.longest)
-        raw = reading.raw(TokenizedTexts(self.vectors.concepts, self.types, np.arange(len(self.types))))
+        inputs, zero, one = student_inputs(cell), np.zeros(1, np.float32), np.ones(1, np.float32)
+        features = TokenFeatures(tuple(parts_of(inputs)), self._tables(inputs, rows), zero, one, self.max_tokens)
+        raw = features.raw(TokenizedTexts(self.vectors.concepts, self.token_rows, np.arange(len(self.token_rows))))
         if inputs == "sequence":  # the table itself is standardised, and zeros stand where no token is
-            return reading, torch.from_numpy(raw[0])
+            return features, torch.from_numpy(raw[0])
         offset = np.concatenate([values[rows].mean(0) for values in raw])
         scale, everything = np.empty_like(offset), np.concatenate(raw, 1)
         start = 0
@@ -239,10 +248,10 @@ class Dataset:
             here = slice(start, start := start + self._width(name))
             spread = np.square(everything[rows, here] - offset[here]).mean()
             scale[here] = max(float(np.sqrt(spread)), 1e-12)
-        return replace(reading, offset=offset, scale=scale), torch.from_numpy((everything - offset) / scale)
+        return replace(features, offset=offset, scale=scale), torch.from_numpy((everything - offset) / scale)
 
     def _width(self, name: str) -> int:
-        return width_of(name, self.vectors.d_model, len(self.vectors.token_vocab), self.longest)
+        return width_of(name, self.vectors.d_model, len(self.vectors.token_vocab), self.max_tokens)
 
     def _tables(
         self, inputs: str, rows: list[int], vocabulary: Mapping[str, NDArray[Any]] | None = None
@@ -255,7 +264,7 @@ class Dataset:
             vocabulary: tables of all tokens, by name; those of the vectors file by default.
         """
         vectors = self.vectors
-        own = np.unique(self.types.take(np.array(rows)).values)  # of the training concepts
+        own = np.unique(self.token_rows.take(np.array(rows)).values)  # of the training concepts
         tables = {}
         for name in inputs.split("+"):
             if name.startswith(BLOCK):
@@ -278,17 +287,17 @@ class Dataset:
             return "token_embeddings" if self.vectors.token_block is None else "token_activations"
         return POOLED[name][0]
 
-    def reading_with(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> TokenFeatures:
+    def vocabulary_features(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> TokenFeatures:
         """The cell's reading with tables of a whole vocabulary, each row a token id."""
         subset = self.subset(cell)
-        return replace(subset.reading, tables=self._tables(reading_of(cell), subset.train.rows, vocabulary))
+        return replace(subset.features, tables=self._tables(student_inputs(cell), subset.train.rows, vocabulary))
 
-    def _augment(self, cell: Cell, reading: TokenFeatures, train: Examples, targets: Tensor) -> tuple[int, Examples]:
+    def _augment(self, cell: Cell, features: TokenFeatures, train: Examples, targets: Tensor) -> tuple[int, Examples]:
         """The training side as descent sees it.
 
         Args:
             cell: names the targets and the share of tokens to drop.
-            reading: the cell's.
+            features: the cell's.
             train: the plain side.
             targets: centred, ``[N, templates, d_model]``.
         """
@@ -300,9 +309,9 @@ class Dataset:
         inputs = [train.inputs]
         texts = [self.vectors.concepts[row] for row in train.rows]
         for _ in range(1, variants):
-            types = [_drop(self.types[row], cell.token_dropout, draw) for row in train.rows]
-            asked = TokenizedTexts(texts, Ragged.of(types), np.array(train.rows))
-            inputs.append(torch.from_numpy(reading(asked)) if cell.token_dropout else train.inputs)
+            token_rows = [_drop(self.token_rows[row], cell.token_dropout, draw) for row in train.rows]
+            asked = TokenizedTexts(texts, RaggedArray.of(token_rows), np.array(train.rows))
+            inputs.append(torch.from_numpy(features(asked)) if cell.token_dropout else train.inputs)
         if templates > 1:
             answers = [targets[:, number % templates] for number in range(variants)]
         else:
@@ -312,13 +321,13 @@ class Dataset:
         return variants, Examples(train.rows, *flat)
 
 
-def _drop(types: NDArray[np.int64], share: float, draw: np.random.Generator) -> NDArray[np.int64]:
+def _drop(token_rows: NDArray[np.int64], share: float, draw: np.random.Generator) -> NDArray[np.int64]:
     """A concept's tokens without some of them; one stays at the least."""
-    kept = np.flatnonzero(draw.random(len(types)) >= share)
-    return types[kept if len(kept) else [int(draw.integers(len(types)))]]
+    kept = np.flatnonzero(draw.random(len(token_rows)) >= share)
+    return token_rows[kept if len(kept) else [int(draw.integers(len(token_rows)))]]
 
 
-def _whitened(table: NDArray[Any], fitted: NDArray[Any]) -> Floats:
+def _whitened(table: NDArray[Any], fitted: NDArray[Any]) -> FloatArray:
     """Token embeddings without the correlations that those of the training concepts have, shrunk.
 
     Turned back into the embeddings' own axes: eigenvectors, of which those of equal values may be any, differ from
@@ -328,15 +337,15 @@ def _whitened(table: NDArray[Any], fitted: NDArray[Any]) -> Floats:
     offset = own.mean(0)
     values, vectors = np.linalg.eigh((own - offset).T @ (own - offset) / len(own))
     scale = np.sqrt(values.clip(min=0) + WHITENING * values.mean())
-    whitened: Floats = ((table.astype(np.float64) - offset) @ (vectors / scale @ vectors.T)).astype(np.float32)
+    whitened: FloatArray = ((table.astype(np.float64) - offset) @ (vectors / scale @ vectors.T)).astype(np.float32)
     return whitened
 
 
-def _standardised(table: NDArray[Any], fitted: NDArray[Any]) -> Floats:
+def _standardised(table: NDArray[Any], fitted: NDArray[Any]) -> FloatArray:
     """Rows as a transformer reads them: centred, and of one scale."""
     own = fitted.astype(np.float32)
     offset = own.mean(0)
-    standardised: Floats = (table.astype(np.float32) - offset) / np.sqrt(np.square(own - offset).mean())
+    standardised: FloatArray = (table.astype(np.float32) - offset) / np.sqrt(np.square(own - offset).mean())
     return standardised
 
 

@@ -38,7 +38,10 @@ TENSORS = (
 LISTS = ("concepts", "categories", "splits", "layers", "templates", "token_block", "depth")
 CHUNK_BYTES = 1 << 24  # how much of a large file is held at once
 STRINGS = ("teacher", "revision", "pool", "dtype", "extraction_key")
-UNSAID = {"language": "en", "tokenizer": ""}  # what a header leaves out, as the files of before there was anything else
+HEADER_DEFAULTS = {
+    "language": "en",
+    "tokenizer": "",
+}  # what a header leaves out, as the files of before there was anything else
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Vectors:
         """The file's header, without its own checksum."""
         header = {name: json.dumps(getattr(self, name), ensure_ascii=False) for name in LISTS}
         header |= {name: getattr(self, name) for name in STRINGS}
-        header |= {name: getattr(self, name) for name, usual in UNSAID.items() if getattr(self, name) != usual}
+        header |= {name: getattr(self, name) for name, usual in HEADER_DEFAULTS.items() if getattr(self, name) != usual}
         return header | {"format": FORMAT, "sha256": self.sha256}
 
     @cached_property
@@ -149,13 +152,13 @@ def write_vectors(vectors: Vectors, path: Path) -> None:
         table = {"concepts": list(vectors.concepts), "vectors": torch.from_numpy(vectors.vectors[:, 0, 0].copy())}
         write_atomically(path, lambda part: torch.save(table, part))
         return
-    tensors = [in_memory(name, getattr(vectors, name)) for name in TENSORS]
+    tensors = [stream_array(name, getattr(vectors, name)) for name in TENSORS]
     header = {name: value for name, value in vectors.header.items() if name != "sha256"}
     write_atomically(path, lambda part: write_streamed(part, header, tensors))
 
 
 @dataclass(frozen=True)
-class Streamed:
+class StreamedTensor:
     """A tensor that is written in chunks along its first axis, so that it need not fit in memory."""
 
     name: str
@@ -164,12 +167,12 @@ class Streamed:
     chunks: Callable[[], Iterable[NDArray[Any]]]
 
 
-def in_memory(name: str, tensor: NDArray[Any]) -> Streamed:
+def stream_array(name: str, tensor: NDArray[Any]) -> StreamedTensor:
     """A tensor that is there as a whole."""
-    return Streamed(name, tensor.dtype, tensor.shape, lambda: [tensor])
+    return StreamedTensor(name, tensor.dtype, tensor.shape, lambda: [tensor])
 
 
-def write_streamed(path: Path, header: dict[str, str], tensors: Sequence[Streamed]) -> None:
+def write_streamed(path: Path, header: dict[str, str], tensors: Sequence[StreamedTensor]) -> None:
     """Write a vectors file from a header without checksums and from its tensors in the order of `TENSORS`.
 
     The checksums are known when all is written; their places in the header have the right length from the start.
@@ -247,7 +250,7 @@ def _read_safetensors(path: Path) -> Vectors:
     if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
         raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
     values: dict[str, Any] = {**tensors, **{name: _lists_to_tuples(json.loads(header[name])) for name in LISTS}}
-    unsaid = {name: header.get(name, usual) for name, usual in UNSAID.items()}
+    unsaid = {name: header.get(name, usual) for name, usual in HEADER_DEFAULTS.items()}
     found = Vectors(**values, **{name: header[name] for name in STRINGS}, **unsaid)
     if found.sha256 != header["sha256"]:
         raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")

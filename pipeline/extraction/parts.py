@@ -26,10 +26,10 @@ from safetensors import safe_open
 
 from pipeline.data.vectors import (
     TENSORS,
-    Streamed,
-    in_memory,
+    StreamedTensor,
     read_vectors,
     stored_dtype,
+    stream_array,
     write_streamed,
     write_vectors,
 )
@@ -190,12 +190,12 @@ def merge(request: Request, plan: PartPlan) -> list[str]:
         alone = vocab if request.token_block is not None else vocab[:0]
         shape = (plan.rows, len(request.templates), len(request.layers), d_model)
         tensors = [
-            Streamed("token_ids", np.dtype(np.int64), (int(offsets[-1]),), lambda: each("token_ids")),
-            in_memory("token_offsets", offsets),
-            in_memory("token_vocab", vocab),
-            in_memory("token_embeddings", table("token_embeddings", vocab, peaks[0])),
-            in_memory("token_activations", table("token_activations", alone, peaks[2])),
-            Streamed("vectors", stored_dtype(peaks[1]), shape, lambda: each("vectors")),
+            StreamedTensor("token_ids", np.dtype(np.int64), (int(offsets[-1]),), lambda: each("token_ids")),
+            stream_array("token_offsets", offsets),
+            stream_array("token_vocab", vocab),
+            stream_array("token_embeddings", table("token_embeddings", vocab, peaks[0])),
+            stream_array("token_activations", table("token_activations", alone, peaks[2])),
+            StreamedTensor("vectors", stored_dtype(peaks[1]), shape, lambda: each("vectors")),
         ]
         assert tuple(tensor.name for tensor in tensors) == TENSORS
         if output.path.suffix == ".pt":

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from pipeline.data.vectors import Vectors, stored_dtype
 from pipeline.errors import InputError, WorkError
 from pipeline.storage import fetch, is_remote, write_atomically
-from pipeline.student.tokenizer import Ragged, Tokenization
+from pipeline.student.tokenizer import RaggedArray, Tokenization
 
 if TYPE_CHECKING:
     from pipeline.extraction.request import Request
@@ -193,7 +193,7 @@ def tokenization_of(vocabulary: Vocabulary, vectors: Vectors) -> Tokenization:
     """
     from tokenizers import Tokenizer
 
-    expected = Ragged(vectors.token_ids, vectors.token_offsets)
+    expected = RaggedArray(vectors.token_ids, vectors.token_offsets)
     template = vectors.templates[0]
     short = " {concept}" if template[: template.index("{concept}")].endswith((" ", "\n")) else "{concept}"
     tokenizer = Tokenizer.from_str(vocabulary.tokenizer)

@@ -1,7 +1,7 @@
 """What trained students make of what they read, in NumPy: the forward passes of `pipeline.students` without torch.
 
 ``n`` texts. Parameters have no member axis. Where a reading has the first linear map in it already, the parameters
-lack it, and what comes in is what that map gives. A block's map may be a product of two thin ones (`of_ranks`).
+lack it, and what comes in is what that map gives. A block's map may be a product of two (`low_rank_versions`).
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from pipeline.student.lookup import Floats
+from pipeline.student.lookup import FloatArray
 
-Parameters = Mapping[str, Floats]
+Parameters = Mapping[str, FloatArray]
 HEAD_DIM = 32  # of a transformer's attention
 NORM_EPSILON = 1e-5
 
 
-def first_map(parameters: Parameters) -> Floats | None:
+def first_map(parameters: Parameters) -> FloatArray | None:
     """The linear map, ``[features, width]``, that is all that a student does with its features; None without one."""
     if "support" in parameters:  # a kernel compares features
         return None
@@ -25,12 +25,12 @@ def first_map(parameters: Parameters) -> Floats | None:
     return np.concatenate([parameters[name] for name in names], 1) if names else None
 
 
-def without_first_map(parameters: Parameters) -> dict[str, Floats]:
+def without_first_map(parameters: Parameters) -> dict[str, FloatArray]:
     """The parameters behind the first map."""
     return {name: value for name, value in parameters.items() if name not in ("in.weight", "skip.weight", "weight")}
 
 
-def of_ranks(parameters: Parameters, ranks: Iterable[int]) -> Iterator[dict[str, Floats]]:
+def low_rank_versions(parameters: Parameters, ranks: Iterable[int]) -> Iterator[dict[str, FloatArray]]:
     """A residual MLP whose blocks' maps are products of two, ``[hidden, rank]`` and ``[rank, hidden]``, rank by rank.
 
     Of all of that rank they are nearest to what they replace (Eckart and Young, 1936).
@@ -45,7 +45,7 @@ def of_ranks(parameters: Parameters, ranks: Iterable[int]) -> Iterator[dict[str,
         yield thin
 
 
-def normal_cdf(x: Floats) -> Floats:
+def normal_cdf(x: FloatArray) -> FloatArray:
     """The standard normal distribution function, to 1e-7 (Abramowitz and Stegun, 1964, 7.1.26).
 
     In float32 and without SciPy, which takes a quarter of a second to load.
@@ -63,52 +63,52 @@ def normal_cdf(x: Floats) -> Floats:
     return np.where(x > 0, np.float32(1) - series, series)
 
 
-def gelu(x: Floats) -> Floats:
+def gelu(x: FloatArray) -> FloatArray:
     """``x`` times the normal distribution function of ``x`` (Hendrycks and Gimpel, 2016)."""
     return x * normal_cdf(x)
 
 
-def mlp(parameters: Parameters, read: Floats) -> Floats:
+def mlp(parameters: Parameters, read: FloatArray) -> FloatArray:
     """A residual MLP: ``[n, features]`` to ``[n, d_model]``; see `pipeline.training.mlp`."""
     weight = first_map(parameters)
-    first: Floats = read if weight is None else read @ weight  # [n, hidden] or [n, hidden + d_model]
+    first: FloatArray = read if weight is None else read @ weight  # [n, hidden] or [n, hidden + d_model]
     width = parameters["out.weight"].shape[0]
-    hidden: Floats = first[:, :width] + parameters["in.bias"]
+    hidden: FloatArray = first[:, :width] + parameters["in.bias"]
     for block in range(sum(name.startswith("block") and name.endswith(".bias") for name in parameters)):
         name = f"block{block}"
         if f"{name}.left" in parameters:
-            change: Floats = hidden @ parameters[f"{name}.left"]
+            change: FloatArray = hidden @ parameters[f"{name}.left"]
             change = change @ parameters[f"{name}.right"]
         else:
             change = hidden @ parameters[f"{name}.weight"]
         hidden += gelu(change + parameters[f"{name}.bias"])
-    answer: Floats = hidden @ parameters["out.weight"]
+    answer: FloatArray = hidden @ parameters["out.weight"]
     answer += parameters["out.bias"]
     if first.shape[1] > width:
         answer += first[:, width:]
     return answer
 
 
-def linear(parameters: Parameters, read: Floats) -> Floats:
+def linear(parameters: Parameters, read: FloatArray) -> FloatArray:
     """A linear map: ``[n, features]`` to ``[n, d_model]``; see `pipeline.training.ridge`."""
     return read @ parameters["weight"] if "weight" in parameters else read
 
 
-def kernel(parameters: Parameters, read: Floats) -> Floats:
+def kernel(parameters: Parameters, read: FloatArray) -> FloatArray:
     """Kernel ridge regression: ``[n, features]`` to ``[n, d_model]``; see `pipeline.training.kernel`."""
     support = parameters["support"]  # [N, features]
     squares = np.square(read).sum(1)[:, None] + np.square(support).sum(1) - 2 * (read @ support.T)  # [n, N]
     near = np.exp(-parameters["width"].reshape(()) * squares.clip(min=0))
-    answer: Floats = near @ parameters["weight"] + read @ parameters["skip.weight"]
+    answer: FloatArray = near @ parameters["weight"] + read @ parameters["skip.weight"]
     return answer
 
 
-def transformer(parameters: Parameters, read: Floats) -> Floats:
+def transformer(parameters: Parameters, read: FloatArray) -> FloatArray:
     """A tiny transformer: ``[n, T * width]`` to ``[n, d_model]``; see `pipeline.training.transformer`."""
     tokens = len(parameters["positions"])
     inputs = read.reshape(len(read), tokens, -1)
     there = (inputs != 0).any(-1)  # [n, T]
-    stream: Floats = inputs @ parameters["in.weight"] if "in.weight" in parameters else inputs
+    stream: FloatArray = inputs @ parameters["in.weight"] if "in.weight" in parameters else inputs
     stream = stream + parameters["positions"]  # [n, T, hidden]
     for block in range(sum(name.endswith(".merge.weight") for name in parameters)):
         name = f"block{block}"
@@ -121,17 +121,17 @@ def transformer(parameters: Parameters, read: Floats) -> Floats:
         stream = stream + attended.swapaxes(1, 2).reshape(stream.shape) @ parameters[f"{name}.merge.weight"]
         up = _norm(stream) @ parameters[f"{name}.up.weight"] + parameters[f"{name}.up.bias"]
         stream = stream + gelu(up) @ parameters[f"{name}.down.weight"]
-    answer: Floats = stream[:, -1] @ parameters["out.weight"] + parameters["out.bias"]
+    answer: FloatArray = stream[:, -1] @ parameters["out.weight"] + parameters["out.bias"]
     return answer
 
 
-def _norm(values: Floats) -> Floats:
+def _norm(values: FloatArray) -> FloatArray:
     centred = values - values.mean(-1, keepdims=True)
-    normed: Floats = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(NORM_EPSILON))
+    normed: FloatArray = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(NORM_EPSILON))
     return normed
 
 
-FORWARD: dict[str, Callable[[Parameters, Floats], Floats]] = {
+FORWARD: dict[str, Callable[[Parameters, FloatArray], FloatArray]] = {
     "mlp": mlp,
     "transformer": transformer,
     "ridge": linear,

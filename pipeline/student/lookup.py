@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.student.tokenizer import Integers, Ragged, folded
+from pipeline.student.tokenizer import IntArray, RaggedArray, folded
 
-Floats = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 
 NGRAM_SIZES = (2, 3, 4)  # characters, with < and > around a word (Bojanowski et al., 2017)
 NGRAM_BUCKETS = 2048
@@ -41,9 +41,9 @@ class Table:
     """
 
     values: NDArray[Any]
-    scale: Floats | None = None
+    scale: FloatArray | None = None
 
-    def __getitem__(self, rows: Integers) -> Floats:
+    def __getitem__(self, rows: IntArray) -> FloatArray:
         found = self.values[rows].astype(np.float32, copy=False)
         if self.scale is not None:
             found *= self.scale[rows, None]
@@ -55,7 +55,7 @@ class Table:
         return int(self.values.shape[1])
 
     @classmethod
-    def in_8_bits(cls, values: NDArray[Any], rows: int = 1 << 14) -> Table:
+    def to_int8(cls, values: NDArray[Any], rows: int = 1 << 14) -> Table:
         """The values rounded to 8 bits; the largest of each row is exact. ``rows`` are converted at once."""
         short, scale = np.empty(values.shape, np.int8), np.empty(len(values), np.float32)
         for start in range(0, len(values), rows):
@@ -66,33 +66,33 @@ class Table:
         return cls(short, scale)
 
 
-def pool_mean(table: Table, tokens: Ragged) -> Floats:
+def pool_mean(table: Table, tokens: RaggedArray) -> FloatArray:
     """The mean of each text's rows, ``[n, width]``."""
     sums = np.add.reduceat(table[tokens.values], tokens.offsets[:-1], axis=0)
     sums /= tokens.lengths[:, None].astype(np.float32)
     return sums
 
 
-def pool_last(table: Table, tokens: Ragged) -> Floats:
+def pool_last(table: Table, tokens: RaggedArray) -> FloatArray:
     """The row of each text's last token, ``[n, width]``."""
     return table[tokens.values[tokens.offsets[1:] - 1]]
 
 
-def pool_first(table: Table, tokens: Ragged) -> Floats:
+def pool_first(table: Table, tokens: RaggedArray) -> FloatArray:
     """The row of each text's first token, ``[n, width]``."""
     return table[tokens.values[tokens.offsets[:-1]]]
 
 
-def sequences(table: Table, tokens: Ragged, longest: int) -> Floats:
-    """Each text's last ``longest`` tokens end to end, the last at the end, ``[n, longest * width]``; zeros before."""
-    back = np.arange(longest)[::-1]  # how far each place is from the end
+def sequences(table: Table, tokens: RaggedArray, max_tokens: int) -> FloatArray:
+    """Each text's last ``max_tokens`` tokens end to end, the last at the end, ``[n, max_tokens * width]``; zeros first."""
+    back = np.arange(max_tokens)[::-1]  # how far each place is from the end
     place = tokens.offsets[1:, None] - 1 - back  # [n, longest]
     there = back < tokens.lengths[:, None]
     rows = table[tokens.values[np.where(there, place, 0)].reshape(-1)] * there.reshape(-1, 1)
     return rows.reshape(len(tokens), -1)
 
 
-def ngrams(texts: Sequence[str]) -> tuple[Ragged, Floats]:
+def ngrams(texts: Sequence[str]) -> tuple[RaggedArray, FloatArray]:
     """Hashed character n-grams of each text, and how much each counts: its share of a row of length 1."""
     buckets, weights = [], []
     for text in texts:
@@ -106,10 +106,10 @@ def ngrams(texts: Sequence[str]) -> tuple[Ragged, Floats]:
         counts = np.array(list(grams.values()), np.float32)
         buckets.append(list(grams))
         weights.append(counts / np.linalg.norm(counts))
-    return Ragged.of(buckets), np.concatenate(weights)
+    return RaggedArray.of(buckets), np.concatenate(weights)
 
 
-def pool_ngrams(table: Table, texts: Sequence[str], at_once: int = 256) -> Floats:
+def pool_ngrams(table: Table, texts: Sequence[str], at_once: int = 256) -> FloatArray:
     """The weighted sum of each text's n-grams' rows, ``[n, width]``."""
     sums = []
     for start in range(0, len(texts), at_once):
@@ -159,8 +159,8 @@ class TokenizedTexts:
     """
 
     texts: Sequence[str]
-    tokens: Ragged
-    places: Integers | None = None
+    tokens: RaggedArray
+    places: IntArray | None = None
 
     def part(self, start: int, stop: int) -> TokenizedTexts:
         """Those from one to before another."""
@@ -184,19 +184,19 @@ class TokenFeatures:
 
     parts: tuple[Part, ...]
     tables: dict[str, Table]
-    offset: Floats
-    scale: Floats
-    longest: int
+    offset: FloatArray
+    scale: FloatArray
+    max_tokens: int
     is_folded: bool = False
 
-    def raw(self, asked: TokenizedTexts) -> list[Floats]:
+    def raw(self, asked: TokenizedTexts) -> list[FloatArray]:
         """Each part before standardisation, ``[n, width]``."""
         return [self._pool(part, asked) for part in self.parts]
 
-    def _pool(self, part: Part, asked: TokenizedTexts) -> Floats:
+    def _pool(self, part: Part, asked: TokenizedTexts) -> FloatArray:
         table = self.tables[part.table]
         if part.pool == "sequence":
-            return sequences(table, asked.tokens, self.longest)
+            return sequences(table, asked.tokens, self.max_tokens)
         if part.pool == "ngrams":
             return pool_ngrams(table, asked.texts)
         if part.pool == "place":
@@ -204,7 +204,7 @@ class TokenFeatures:
             return table[asked.places]
         return POOLS[part.pool](table, asked.tokens)
 
-    def __call__(self, asked: TokenizedTexts) -> Floats:
+    def __call__(self, asked: TokenizedTexts) -> FloatArray:
         """Features, ``[n, features]``; of a folded reading what its map makes of them, ``[n, width]``."""
         if self.is_folded:
             first, *rest = self.raw(asked)
@@ -216,7 +216,7 @@ class TokenFeatures:
         return (read - self.offset) / self.scale
 
     @property
-    def streams(self) -> list[slice]:
+    def residual_columns(self) -> list[slice]:
         """The columns that are the residual stream of a token, each d_model wide."""
         return [
             columns
@@ -228,12 +228,12 @@ class TokenFeatures:
     def columns(self) -> list[slice]:
         """Of each part its columns among the features."""
         widths = [
-            self.tables[part.table].width * (self.longest if part.pool == "sequence" else 1) for part in self.parts
+            self.tables[part.table].width * (self.max_tokens if part.pool == "sequence" else 1) for part in self.parts
         ]
         stops = np.cumsum(widths).tolist()
         return [slice(stop - width, stop) for width, stop in zip(widths, stops, strict=True)]
 
-    def folded(self, weight: Floats) -> TokenFeatures:
+    def folded(self, weight: FloatArray) -> TokenFeatures:
         """The reading with the linear map behind it in its tables.
 
         Args:
@@ -243,7 +243,7 @@ class TokenFeatures:
             [table] = self.tables.values()
             made = {"0": Table(_mapped(table, weight))}
             return TokenFeatures(
-                (Part("0", "sequence"),), made, np.zeros(1, np.float32), self.scale, self.longest, True
+                (Part("0", "sequence"),), made, np.zeros(1, np.float32), self.scale, self.max_tokens, True
             )
         standard = weight / np.broadcast_to(self.scale, len(weight))[:, None]
         tables, parts = {}, []
@@ -251,15 +251,15 @@ class TokenFeatures:
             tables[str(number)] = Table(_mapped(self.tables[part.table], standard[columns]))
             parts.append(Part(str(number), part.pool))
         offset = (self.offset @ standard).astype(np.float32)
-        return TokenFeatures(tuple(parts), tables, offset, np.ones(1, np.float32), self.longest, True)
+        return TokenFeatures(tuple(parts), tables, offset, np.ones(1, np.float32), self.max_tokens, True)
 
-    def in_8_bits(self) -> TokenFeatures:
+    def to_int8(self) -> TokenFeatures:
         """The reading with its tables rounded to 8 bits."""
-        tables = {name: Table.in_8_bits(table.values) for name, table in self.tables.items()}
-        return TokenFeatures(self.parts, tables, self.offset, self.scale, self.longest, self.is_folded)
+        tables = {name: Table.to_int8(table.values) for name, table in self.tables.items()}
+        return TokenFeatures(self.parts, tables, self.offset, self.scale, self.max_tokens, self.is_folded)
 
 
-def _mapped(table: Table, weight: Floats, rows: int = 1 << 14) -> Floats:
+def _mapped(table: Table, weight: FloatArray, rows: int = 1 << 14) -> FloatArray:
     """What a map ``[width, columns]`` makes of each row."""
     made = np.empty((len(table.values), weight.shape[1]), np.float32)
     for start in range(0, len(made), rows):

@@ -27,8 +27,8 @@ from pipeline.errors import InputError, WorkError
 from pipeline.storage import fetch
 from pipeline.student.folder import TOKENIZER, Folder, pack, read_folder, unpack, write_folder
 from pipeline.student.forward import FORWARD, first_map
-from pipeline.student.lookup import NGRAM_BUCKETS, Floats, Part, Table, TokenFeatures, TokenizedTexts
-from pipeline.student.tokenizer import Ragged, Tokenization, checked, nfc
+from pipeline.student.lookup import NGRAM_BUCKETS, FloatArray, Part, Table, TokenFeatures, TokenizedTexts
+from pipeline.student.tokenizer import RaggedArray, Tokenization, nfc, normalise_texts
 
 CHUNK = 1024  # texts read at once, so that they stay in the cache
 BULK = 20_000  # texts for which loading torch pays
@@ -54,11 +54,11 @@ class Student:
     """
 
     config: dict[str, Any]
-    parameters: dict[str, Floats]
-    mean: Floats
-    reading: TokenFeatures
+    parameters: dict[str, FloatArray]
+    mean: FloatArray
+    features: TokenFeatures
     concepts: tuple[str, ...]
-    token_rows: Ragged | None = None
+    token_rows: RaggedArray | None = None
     tokenization: Tokenization | None = None
     catalogue: Table | None = None
     card: str = ""
@@ -69,7 +69,7 @@ class Student:
         return len(self.mean)
 
     @property
-    def described(self) -> str:
+    def summary(self) -> str:
         """What it answers for and what its small size costs, in a few words."""
         if self.tokenization is None:
             return f"answers for the {len(self.concepts):,} concepts of its vectors file"
@@ -84,7 +84,7 @@ class Student:
         return {nfc(concept): place for place, concept in enumerate(self.concepts)}
 
     @cached_property
-    def _directions(self) -> Floats:
+    def _directions(self) -> FloatArray:
         """The catalogue with rows of length 1, ``[.., d_model]``."""
         assert self.catalogue is not None
         return _unit(self.catalogue[np.arange(len(self.catalogue.values))])
@@ -95,7 +95,7 @@ class Student:
         batch_size: int = CHUNK,
         show_progress_bar: bool = False,
         normalize_embeddings: bool = False,
-    ) -> Floats:
+    ) -> FloatArray:
         """The predicted activation vectors of texts, not centred.
 
         The arguments are named as those of sentence-transformers. A text's vector is the same alone and among others,
@@ -115,11 +115,11 @@ class Student:
             InputError: something that is no text, an empty one, one too long, or one that the student does not know.
         """
         if isinstance(sentences, str):
-            answer: Floats = self.encode([sentences], normalize_embeddings=normalize_embeddings)[0]
+            answer: FloatArray = self.encode([sentences], normalize_embeddings=normalize_embeddings)[0]
             return answer
         if batch_size < 1:
             raise InputError(f"batch_size {batch_size}: expected at least 1")
-        texts = checked(sentences)
+        texts = normalise_texts(sentences)
         answers = np.empty((len(texts), self.d_model), np.float32)
         shift = np.zeros_like(self.mean) if normalize_embeddings else self.mean
         bulk = self._bulk if len(texts) >= BULK else None
@@ -139,18 +139,18 @@ class Student:
                 advance(min(batch_size, len(texts) - start))
         return _unit(answers) if normalize_embeddings else answers
 
-    def _compute(self, texts: TokenizedTexts, shift: Floats, out: Floats) -> None:
+    def _compute(self, texts: TokenizedTexts, shift: FloatArray, out: FloatArray) -> None:
         """Write centred vectors plus a shift ``[d_model]`` to ``out``, ``[n, d_model]``."""
-        np.add(FORWARD[self.config["student"]](self.parameters, self.reading(texts)), shift, out=out)
+        np.add(FORWARD[self.config["student"]](self.parameters, self.features(texts)), shift, out=out)
 
     @cached_property
-    def _bulk(self) -> Callable[[TokenizedTexts, Floats, Floats], None] | None:
+    def _bulk(self) -> Callable[[TokenizedTexts, FloatArray, FloatArray], None] | None:
         """The same for very many texts, where torch is installed and the student is of a kind that it speeds up."""
         try:
             from pipeline.student.bulk import bulk_of
         except ImportError:  # where a student stands alone
             return None
-        return bulk_of(self.config["student"], self.reading, self.parameters)
+        return bulk_of(self.config["student"], self.features, self.parameters)
 
     def _texts(self, texts: Sequence[str]) -> TokenizedTexts:
         if self.tokenization is not None:
@@ -165,7 +165,7 @@ class Student:
         places = np.array([self._places[text] for text in texts], np.int64)
         return TokenizedTexts(texts, self.token_rows.take(places), places)
 
-    def nearest(self, vectors: Floats, count: int) -> list[list[tuple[str, float]]]:
+    def nearest(self, vectors: FloatArray, count: int) -> list[list[tuple[str, float]]]:
         """Of each vector the concepts whose true vectors have the highest centred cosine with it, best first.
 
         Args:
@@ -204,7 +204,7 @@ class Student:
         """
         tensors: dict[str, NDArray[Any]] = {"mean": self.mean}
         tensors |= {f"parameters.{name}": value for name, value in self.parameters.items()}
-        tensors |= {"reading.offset": self.reading.offset, "reading.scale": self.reading.scale}
+        tensors |= {"reading.offset": self.features.offset, "reading.scale": self.features.scale}
         for name, table in self._tables().items():
             tensors[f"{name}.values"] = table.values
             if table.scale is not None:
@@ -214,9 +214,9 @@ class Student:
         config = self.config | {
             "concepts": list(self.concepts),
             "reading": {
-                "parts": [[part.table, part.pool] for part in self.reading.parts],
-                "longest": self.reading.longest,
-                "is_folded": self.reading.is_folded,
+                "parts": [[part.table, part.pool] for part in self.features.parts],
+                "longest": self.features.max_tokens,
+                "is_folded": self.features.is_folded,
             },
         }
         tokenizer = None
@@ -232,7 +232,7 @@ class Student:
         return contents
 
     def _tables(self) -> dict[str, Table]:
-        tables = {f"tables.{name}": table for name, table in self.reading.tables.items()}
+        tables = {f"tables.{name}": table for name, table in self.features.tables.items()}
         return tables if self.catalogue is None else tables | {"catalogue": self.catalogue}
 
     @classmethod
@@ -296,8 +296,8 @@ class _progress:  # noqa: N801 (used like a function)
             self.bar.close()
 
 
-def _unit(values: Floats) -> Floats:
-    unit: Floats = values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12)
+def _unit(values: FloatArray) -> FloatArray:
+    unit: FloatArray = values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12)
     return unit
 
 
@@ -319,7 +319,7 @@ def _assembled(found: Folder) -> Student:
 
     told = config.pop("reading")
     parts = tuple(Part(str(name), str(pool)) for name, pool in told["parts"])
-    reading = TokenFeatures(
+    features = TokenFeatures(
         parts,
         {part.table: table(f"tables.{part.table}") for part in parts},
         tensors["reading.offset"],
@@ -332,16 +332,16 @@ def _assembled(found: Folder) -> Student:
     names = config.pop("concepts")
     if not all(isinstance(name, str) for name in names):
         raise InputError("concepts that are no texts")
-    token_rows = Ragged(tensors["token_rows"], tensors["token_offsets"]) if "token_rows" in tensors else None
+    token_rows = RaggedArray(tensors["token_rows"], tensors["token_offsets"]) if "token_rows" in tensors else None
     how = config.pop("tokenization", None)
     student = Student(
         config,
         parameters,
         tensors["mean"],
-        reading,
+        features,
         tuple(names),
         token_rows,
-        None if how is None else _tokenization(found.tokenizer, how, _token_rows(reading)),
+        None if how is None else _tokenization(found.tokenizer, how, _token_rows(features)),
         table("catalogue") if "catalogue.values" in tensors else None,
         found.card,
     )
@@ -349,9 +349,9 @@ def _assembled(found: Folder) -> Student:
     return student
 
 
-def _token_rows(reading: TokenFeatures) -> int:
+def _token_rows(features: TokenFeatures) -> int:
     """How many tokens have a row in all tables of tokens."""
-    found = [len(reading.tables[part.table].values) for part in reading.parts if part.pool in TOKENS]
+    found = [len(features.tables[part.table].values) for part in features.parts if part.pool in TOKENS]
     return min(found, default=sys.maxsize)
 
 
@@ -370,33 +370,33 @@ def _check(student: Student) -> None:
     Raises:
         InputError: shapes that do not fit together, or tokens without a row.
     """
-    rows = [_rows_of(student, part) for part in student.reading.parts]
+    rows = [_rows_of(student, part) for part in student.features.parts]
     needed = _needed(student)
-    if any(own < needed for part, own in zip(student.reading.parts, rows, strict=True) if part.pool in TOKENS):
+    if any(own < needed for part, own in zip(student.features.parts, rows, strict=True) if part.pool in TOKENS):
         raise InputError(f"{needed:,} tokens, and tables of {min(rows):,}")
     if student.catalogue is not None and (
         student.catalogue.width != student.d_model or len(student.catalogue.values) > len(student.concepts)
     ):
         raise InputError("a catalogue that does not fit its concepts and vectors")
     try:
-        read = student.reading(TokenizedTexts(["a"], Ragged.of([[0]]), np.zeros(1, np.int64)))
+        read = student.features(TokenizedTexts(["a"], RaggedArray.of([[0]]), np.zeros(1, np.int64)))
         answer = FORWARD[student.config["student"]](student.parameters, read)
         fits = answer.shape == (1, student.d_model) and student.mean.ndim == 1
     except (ValueError, IndexError, KeyError, AssertionError, ZeroDivisionError) as error:
         raise InputError(f"tensors that do not fit together ({error})") from error
-    if not fits or (student.reading.is_folded and first_map(student.parameters) is not None):
+    if not fits or (student.features.is_folded and first_map(student.parameters) is not None):
         raise InputError("tensors that do not fit together")
 
 
 def _rows_of(student: Student, part: Part) -> int:
     """Rows of a part's table, once they and its kind are known to be right."""
-    own = len(student.reading.tables[part.table].values)
+    own = len(student.features.tables[part.table].values)
     expected = {"place": len(student.concepts), "ngrams": NGRAM_BUCKETS}
     if part.pool not in TOKENS and expected.get(part.pool) != own:
         raise InputError(f"a table of {own:,} rows for {part.pool!r}")
     if part.pool == "place" and student.tokenization is not None:
         raise InputError("tables of concepts, and a tokenizer for any text")
-    if part.pool == "sequence" and student.parameters["positions"].shape[:1] != (student.reading.longest,):
+    if part.pool == "sequence" and student.parameters["positions"].shape[:1] != (student.features.max_tokens,):
         raise InputError("a sequence of another length than its positions")
     return own
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from pipeline.errors import InputError
 
-Integers = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 
 LONGEST_TEXT = 10_000  # characters
 KNOWN_WORDS = 200_000  # whose tokens are remembered
@@ -29,7 +29,7 @@ LETTERS = re.compile(r"[^\W\d_]+(?: [^\W\d_]+)*")
 
 
 @dataclass(frozen=True)
-class Ragged:
+class RaggedArray:
     """Lists of whole numbers of different lengths, end to end.
 
     Attributes:
@@ -37,11 +37,11 @@ class Ragged:
         offsets: ``[n + 1]``, where each list begins.
     """
 
-    values: Integers
-    offsets: Integers
+    values: IntArray
+    offsets: IntArray
 
     @classmethod
-    def of(cls, lists: Sequence[Sequence[int] | Integers]) -> Ragged:
+    def of(cls, lists: Sequence[Sequence[int] | IntArray]) -> RaggedArray:
         """Join lists."""
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         values = np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum()))
@@ -50,30 +50,30 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, place: int) -> Integers:
+    def __getitem__(self, place: int) -> IntArray:
         return self.values[self.offsets[place] : self.offsets[place + 1]]
 
     @property
-    def lengths(self) -> Integers:
+    def lengths(self) -> IntArray:
         """Of each list, ``[n]``."""
         return np.diff(self.offsets)
 
-    def take(self, places: Integers) -> Ragged:
+    def take(self, places: IntArray) -> RaggedArray:
         """Some of the lists, in the order of their places ``[m]``."""
         lengths = self.lengths[places]
         offsets = np.concatenate([[0], lengths.cumsum()])
         rows = np.repeat(self.offsets[:-1][places] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Ragged(self.values[rows], offsets)
+        return RaggedArray(self.values[rows], offsets)
 
-    def part(self, start: int, stop: int) -> Ragged:
+    def part(self, start: int, stop: int) -> RaggedArray:
         """The lists from one to before another."""
         first, last = self.offsets[[start, stop]]
-        return Ragged(self.values[first:last], self.offsets[start : stop + 1] - first)
+        return RaggedArray(self.values[first:last], self.offsets[start : stop + 1] - first)
 
-    def __add__(self, other: Ragged) -> Ragged:
+    def __add__(self, other: RaggedArray) -> RaggedArray:
         """These lists and then the others."""
         offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
-        return Ragged(np.concatenate([self.values, other.values]), offsets)
+        return RaggedArray(np.concatenate([self.values, other.values]), offsets)
 
 
 class Numbers(dict[str, int]):
@@ -93,7 +93,7 @@ class Words:
 
     def __init__(self) -> None:
         self._numbers = Numbers()
-        self._tokens = Ragged.of([])
+        self._tokens = RaggedArray.of([])
         self._asked = threading.Lock()
 
     def __len__(self) -> int:
@@ -102,7 +102,7 @@ class Words:
     def __reduce__(self) -> tuple[type[Words], tuple[()]]:
         return Words, ()  # a copy, in another process too, meets its words itself
 
-    def tokens(self, words: Sequence[str], encode: Callable[[list[str]], Ragged]) -> Ragged:
+    def tokens(self, words: Sequence[str], encode: Callable[[list[str]], RaggedArray]) -> RaggedArray:
         """Token ids of each word; ``encode`` is asked for those that were not met before."""
         with self._asked:
             numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
@@ -137,7 +137,7 @@ class Tokenization:
     rows: int
     _met: list[Words] = field(default_factory=lambda: [Words()], compare=False, repr=False)
 
-    def __call__(self, texts: Sequence[str]) -> Ragged:
+    def __call__(self, texts: Sequence[str]) -> RaggedArray:
         """Token ids of each text.
 
         Raises:
@@ -167,7 +167,7 @@ class Tokenization:
         ids = self.tokenizer.encode(" ", add_special_tokens=False).ids
         return int(ids[0]) if len(ids) == 1 else None
 
-    def _without_blank(self, found: Ragged) -> Ragged:
+    def _without_blank(self, found: RaggedArray) -> RaggedArray:
         """The tokens of texts without that of the blank before them."""
         if self._blank is None or not len(found.values):
             return found
@@ -176,14 +176,16 @@ class Tokenization:
         if not is_blank.any():
             return found
         lengths = found.lengths - is_blank
-        return Ragged(np.delete(found.values, starts[is_blank]), np.concatenate([[0], lengths.cumsum()]))
+        return RaggedArray(np.delete(found.values, starts[is_blank]), np.concatenate([[0], lengths.cumsum()]))
 
-    def _encode(self, texts: Sequence[str]) -> Ragged:
+    def _encode(self, texts: Sequence[str]) -> RaggedArray:
         prompts = [self.prompt.replace("{concept}", text) for text in texts]
         if self.whole:
-            return Ragged.of([one.ids for one in self.tokenizer.encode_batch_fast(prompts, add_special_tokens=False)])
+            return RaggedArray.of(
+                [one.ids for one in self.tokenizer.encode_batch_fast(prompts, add_special_tokens=False)]
+            )
         start = self.prompt.index("{concept}")
-        return Ragged.of(
+        return RaggedArray.of(
             [
                 [
                     number
@@ -194,7 +196,7 @@ class Tokenization:
             ]
         )
 
-    def _by_word(self, texts: Sequence[str]) -> Ragged:
+    def _by_word(self, texts: Sequence[str]) -> RaggedArray:
         """Tokens of texts, of which words and blanks alone are put together from words met before."""
         lines = "\n".join(texts)
         if _is_of_words(lines) and lines.count("\n") == len(texts) - 1:
@@ -206,27 +208,27 @@ class Tokenization:
             found += self._of_words("\n".join([texts[place] for place in plain]))
         return found.take(np.argsort(other + plain))
 
-    def _of_words(self, lines: str) -> Ragged:
+    def _of_words(self, lines: str) -> RaggedArray:
         """Tokens of each line of words with one blank between them."""
         if len(self._met[0]) > KNOWN_WORDS:
             self._met[0] = Words()  # others go on with the one they have
         found = self._met[0].tokens(lines.replace("\n", " ").split(" "), self._encode_words)
         signs = np.frombuffer(lines.encode(), np.uint8)
         breaks = np.flatnonzero(signs[(signs == BLANK) | (signs == LINE_BREAK)] == LINE_BREAK)  # words before, less 1
-        return Ragged(found.values, found.offsets[np.concatenate([[0], breaks + 1, [len(found)]])])
+        return RaggedArray(found.values, found.offsets[np.concatenate([[0], breaks + 1, [len(found)]])])
 
-    def _encode_words(self, words: list[str]) -> Ragged:
+    def _encode_words(self, words: list[str]) -> RaggedArray:
         """Tokens of words, many in one text where the tokenizer tells them apart: an encoding each costs more."""
         if self.prompt != " {concept}":
             return self._encode(words)
         parts = [words[start : start + WORDS_OF_A_TEXT] for start in range(0, len(words), WORDS_OF_A_TEXT)]
         encoded = self.tokenizer.encode_batch([" " + " ".join(part) for part in parts], add_special_tokens=False)
-        found = Ragged.of([])
+        found = RaggedArray.of([])
         for part, one in zip(parts, encoded, strict=True):
             words_of = [-1 if number is None else number for number in one.word_ids]
             begins = np.flatnonzero(np.diff(words_of, prepend=-1))
             if len(begins) == len(part):
-                found += Ragged(np.array(one.ids, np.int64), np.append(begins, len(words_of)))
+                found += RaggedArray(np.array(one.ids, np.int64), np.append(begins, len(words_of)))
             else:
                 found += self._encode(part)
         return found
@@ -253,7 +255,7 @@ def folded(text: str) -> str:
     return nfc(text).casefold()
 
 
-def checked(texts: Iterable[object], name: Callable[[int], str] = "text {}".format) -> list[str]:
+def normalise_texts(texts: Iterable[object], name: Callable[[int], str] = "text {}".format) -> list[str]:
     """Texts in normal form C without the blanks around them.
 
     Args:

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.concepts import balanced_order
-from pipeline.data.dataset import ONE_HOT_INPUTS, Dataset, Examples, Subset, reading_of
+from pipeline.data.dataset import ONE_HOT_INPUTS, Dataset, Examples, Subset, student_inputs
 from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Vocabulary, tokenization_of
 from pipeline.metrics import interval
 from pipeline.settings import Cell
-from pipeline.student.forward import first_map, of_ranks, without_first_map
+from pipeline.student.forward import first_map, low_rank_versions, without_first_map
 from pipeline.student.lookup import BLOCK, Table, TokenFeatures
 from pipeline.student.student import Student
 from pipeline.teachers.families import licence_of
@@ -56,12 +56,12 @@ def checkpoint(
         "metrics": metrics,
     }
     held = {name: value.detach().float().cpu().numpy()[0].copy() for name, value in parameters.items()}
-    return Student(config, held, subset.mean.numpy(), subset.reading, vectors.concepts, data.types)
+    return Student(config, held, subset.mean.numpy(), subset.features, vectors.concepts, data.token_rows)
 
 
 def needs_teacher(cell: Cell) -> bool:
     """Whether the cell's student runs blocks of the teacher: it cannot stand alone."""
-    return any(name.startswith(BLOCK) for name in reading_of(cell).split("+"))
+    return any(name.startswith(BLOCK) for name in student_inputs(cell).split("+"))
 
 
 def export_or_fallback(trained: Student, data: Dataset, vocabulary: Vocabulary | None) -> Student:
@@ -97,7 +97,7 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
     """
     cell = Cell(**trained.config["cell"])
     subset = data.subset(cell)
-    reading, parameters = _with_vocabulary(trained, data, cell, vocabulary)
+    features, parameters = _with_vocabulary(trained, data, cell, vocabulary)
     order = balanced_order(data.vectors.concepts, data.vectors.categories)[:MOST_CATALOGUE]
     first = [*order, *sorted(set(range(len(data.vectors.concepts))) - set(order))]
     place = data.vectors.layer_index(cell.layer)
@@ -106,11 +106,11 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
         trained,
         config=trained.config | {"teacher_licence": licence_of(trained.config["teacher"])},
         parameters=parameters,
-        reading=reading.in_8_bits(),
+        features=features.to_int8(),
         concepts=tuple(data.vectors.concepts[row] for row in first),
         token_rows=None,
         tokenization=tokenization_of(vocabulary, data.vectors),
-        catalogue=Table.in_8_bits(catalogue),
+        catalogue=Table.to_int8(catalogue),
     )
     student = _of_lower_rank(student, data, subset.val)
     before, after = (_faithfulness(one, data, subset.test) for one in (trained, student))
@@ -126,18 +126,18 @@ def _with_vocabulary(
 ) -> tuple[TokenFeatures, dict[str, NDArray[np.float32]]]:
     """The student's reading with all tokens, folded where that is not much larger, and the parameters behind it."""
     weight = first_map(trained.parameters)
-    inputs = reading_of(cell).split("+")
+    inputs = student_inputs(cell).split("+")
     if "bag" in inputs and weight is None:
         raise InputError("a kernel of learned embeddings has no table of all tokens")
-    reading = data.reading_with(cell, vocabulary.tables)
-    plain = sum(table.width for table in reading.tables.values())
+    features = data.vocabulary_features(cell, vocabulary.tables)
+    plain = sum(table.width for table in features.tables.values())
     if weight is None or (
-        weight.shape[1] * len(reading.parts) > WIDER * plain and not any(name in ONE_HOT_INPUTS for name in inputs)
+        weight.shape[1] * len(features.parts) > WIDER * plain and not any(name in ONE_HOT_INPUTS for name in inputs)
     ):
-        return reading, trained.parameters
-    folded = reading.folded(weight)
+        return features, trained.parameters
+    folded = features.folded(weight)
     tables = dict(folded.tables)
-    for before, after in zip(reading.parts, folded.parts, strict=True):
+    for before, after in zip(features.parts, folded.parts, strict=True):
         if before.table == "bag":  # tokens that no concept has count for nothing
             everything = np.zeros((len(vocabulary.tables["token_embeddings"]), weight.shape[1]), np.float32)
             everything[data.vectors.token_vocab] = tables[after.table].values
@@ -154,7 +154,7 @@ def _of_lower_rank(student: Student, data: Dataset, val: Examples) -> Student:
         return student
     whole, width = _faithfulness(student, data, val).mean(), student.config["cell"]["hidden_dim"]
     # From half the width on two thin products cost more than one.
-    for parameters in of_ranks(student.parameters, range(RANKS, width // 2, RANKS)):
+    for parameters in low_rank_versions(student.parameters, range(RANKS, width // 2, RANKS)):
         thin = replace(student, parameters=parameters)
         if whole - _faithfulness(thin, data, val).mean() <= COMPRESSED:
             return thin
