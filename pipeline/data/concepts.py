@@ -21,7 +21,7 @@ import snowballstemmer
 from pipeline.data import lists
 from pipeline.errors import InputError, choices
 from pipeline.storage import fetch
-from pipeline.student.tokenizer import folded, nfc, normalise_texts
+from pipeline.student.tokenizer import casefolded, nfc, normalise_texts
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 200  # concepts in each of validation and test, where the catalogue is large enough
@@ -117,7 +117,7 @@ def _read_table(source: str) -> Catalogue:
     )
     seen: dict[str, int] = {}
     for concept, (line, _) in zip(concepts, rows, strict=True):
-        if (before := seen.setdefault(" ".join(folded(concept).split()), line)) != line:
+        if (before := seen.setdefault(" ".join(casefolded(concept).split()), line)) != line:
             raise InputError(
                 f"{name}, line {line}: {concept!r} stands already at line {before}; name each concept once"
             )
@@ -165,7 +165,7 @@ def balanced_order(concepts: Sequence[str], categories: Sequence[str]) -> list[i
 
 def _digest(purpose: str, text: str) -> bytes:
     """A fixed random number for a text; another for every purpose, so that order and split are independent."""
-    return hashlib.sha256(f"{purpose}\n{folded(text)}".encode()).digest()
+    return hashlib.sha256(f"{purpose}\n{casefolded(text)}".encode()).digest()
 
 
 def words(text: str) -> list[str]:
@@ -174,7 +174,7 @@ def words(text: str) -> list[str]:
     A word is a run of letters and digits with the marks that combine with them. Chinese and Japanese put no blanks
     between words: two neighbouring Han characters count as one.
     """
-    text = SENSE.sub("", folded(text))
+    text = SENSE.sub("", casefolded(text))
     if text.isascii():
         return re.findall(r"[^\W_]+", text)
     found, word = [], ""
@@ -206,7 +206,7 @@ def stems(concept: str, language: str = "en") -> set[str]:
     found = words(concept)
     if len(found) > 1:
         found = [word for word in found if word not in _function_words(language)] or found
-    return {_stem(word, language) for word in found} or {folded(concept)}
+    return {_stem(word, language) for word in found} or {casefolded(concept)}
 
 
 def stem_groups(concepts: Sequence[str], language: str = "en") -> list[list[int]]:

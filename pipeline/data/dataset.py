@@ -19,19 +19,19 @@ from pipeline.settings import Cell
 from pipeline.student.lookup import (
     BLOCK,
     NGRAM_BUCKETS,
-    POOLED,
+    POOLED_INPUTS,
     FloatArray,
     Table,
     TokenFeatures,
     TokenizedTexts,
-    parts_of,
+    parse_inputs,
 )
 from pipeline.student.tokenizer import RaggedArray
 
 WHITENING = 1.0  # shrinkage, in mean eigenvalues of the embeddings' covariance
 VARIANTS = 8  # of each training concept, where augmentation changes what is read
 ONE_HOT_INPUTS = ("ngrams", "bag")
-INPUTS = (*POOLED, *ONE_HOT_INPUTS)
+INPUTS = (*POOLED_INPUTS, *ONE_HOT_INPUTS)
 TARGETS = ("first", "mean", "all")
 SPLITS = ("concepts", "categories")
 
@@ -39,7 +39,7 @@ SPLITS = ("concepts", "categories")
 def width_of(name: str, d_model: int, token_rows: int, max_tokens: int) -> int:
     """Features of one part of what is read, of so many token types and at most so many tokens a concept."""
     widths = {"ngrams": NGRAM_BUCKETS, "bag": token_rows, "sequence": d_model * max_tokens}
-    return d_model * len(POOLED[name][1]) if name in POOLED else widths.get(name, d_model)
+    return d_model * len(POOLED_INPUTS[name][1]) if name in POOLED_INPUTS else widths.get(name, d_model)
 
 
 @dataclass(frozen=True)
@@ -237,8 +237,8 @@ class Dataset:
     def _read(self, cell: Cell, rows: list[int]) -> tuple[TokenFeatures, Tensor]:
         """The cell's reading, fitted on training rows, and the features of all concepts."""
         inputs, zero, one = student_inputs(cell), np.zeros(1, np.float32), np.ones(1, np.float32)
-        features = TokenFeatures(tuple(parts_of(inputs)), self._tables(inputs, rows), zero, one, self.max_tokens)
-        raw = features.raw(TokenizedTexts(self.vectors.concepts, self.token_rows, np.arange(len(self.token_rows))))
+        features = TokenFeatures(parse_inputs(inputs), self._tables(inputs, rows), zero, one, self.max_tokens)
+        raw = features.pooled(TokenizedTexts(self.vectors.concepts, self.token_rows, np.arange(len(self.token_rows))))
         if inputs == "sequence":  # the table itself is standardised, and zeros stand where no token is
             return features, torch.from_numpy(raw[0])
         offset = np.concatenate([values[rows].mean(0) for values in raw])
@@ -285,7 +285,7 @@ class Dataset:
         """The token table that an input reads."""
         if name == "sequence":
             return "token_embeddings" if self.vectors.token_block is None else "token_activations"
-        return POOLED[name][0]
+        return POOLED_INPUTS[name][0]
 
     def vocabulary_features(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> TokenFeatures:
         """The cell's reading with tables of a whole vocabulary, each row a token id."""
@@ -310,7 +310,7 @@ class Dataset:
         texts = [self.vectors.concepts[row] for row in train.rows]
         for _ in range(1, variants):
             token_rows = [_drop(self.token_rows[row], cell.token_dropout, draw) for row in train.rows]
-            asked = TokenizedTexts(texts, RaggedArray.of(token_rows), np.array(train.rows))
+            asked = TokenizedTexts(texts, RaggedArray.from_lists(token_rows), np.array(train.rows))
             inputs.append(torch.from_numpy(features(asked)) if cell.token_dropout else train.inputs)
         if templates > 1:
             answers = [targets[:, number % templates] for number in range(variants)]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import InputError
-from pipeline.student.tokenizer import folded
+from pipeline.student.tokenizer import casefolded
 
 TABLES = (".csv", ".tsv")
 SEPARATORS = (",", ";", "\t")  # as spreadsheets write them: by country, and as "Unicode text"
@@ -222,7 +222,7 @@ def _fits(columns: Sequence[str], first: str, separator: str) -> bool:
 
 
 def _column(name: str) -> str:
-    return " ".join(folded(name).split())
+    return " ".join(casefolded(name).split())
 
 
 def _places(columns: Sequence[str], header: Sequence[str], where: str) -> list[int]:

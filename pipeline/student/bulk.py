@@ -1,4 +1,4 @@
-"""Very many texts at once: a student's float32 arithmetic in torch, whose lookups and products take less time."""
+"""The student's float32 arithmetic in torch, whose lookups and products take less time for very many texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.student.lookup import POOLS, FloatArray, Table, TokenFeatures, TokenizedTexts
+from pipeline.student.lookup import POOLING, FloatArray, Table, TokenFeatures, TokenizedTexts
 from pipeline.training.kinds import KINDS
 
 ROWS = 1 << 14  # of a table converted at once
@@ -19,14 +19,17 @@ ROWS = 1 << 14  # of a table converted at once
 def bulk_of(
     kind: str, features: TokenFeatures, parameters: Mapping[str, FloatArray]
 ) -> Callable[[TokenizedTexts, FloatArray, FloatArray], None] | None:
-    """What writes a student's centred vectors for texts plus a shift; None for students that it does not speed up.
+    """Make a function that writes a student's centred vectors plus a shift.
 
     Args:
         kind: of the student.
-        features: how it reads.
+        features: its features.
         parameters: its weights.
+
+    Returns:
+        The function; None for students that it does not speed up.
     """
-    if kind not in ("mlp", "ridge") or not {part.pool for part in features.parts} <= set(POOLS):
+    if kind not in ("mlp", "ridge") or not {part.pool for part in features.parts} <= set(POOLING):
         return None
     width = features.tables[features.parts[0].table].width
     if features.is_folded and kind == "mlp" and width != parameters["out.weight"].shape[0]:

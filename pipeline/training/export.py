@@ -110,7 +110,7 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
         concepts=tuple(data.vectors.concepts[row] for row in first),
         token_rows=None,
         tokenization=tokenization_of(vocabulary, data.vectors),
-        catalogue=Table.to_int8(catalogue),
+        catalogue=Table(catalogue).to_int8(),
     )
     student = _of_lower_rank(student, data, subset.val)
     before, after = (_faithfulness(one, data, subset.test) for one in (trained, student))
