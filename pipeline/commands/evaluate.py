@@ -106,7 +106,7 @@ def _groups(data: Dataset, rows: Sequence[int]) -> dict[str, dict[str, list[int]
     """Places of the test concepts by category, by number of tokens, and by frequency of the concept."""
     groups: dict[str, dict[str, list[int]]] = {kind: {} for kind in GROUPS}
     for place, row in enumerate(rows):
-        tokens = len(data.token_rows[row])
+        tokens = len(data.vectors.token_rows[row])
         zipf = zipf_frequency(data.vectors.concepts[row], data.vectors.language)
         bucket = int(np.searchsorted(FREQUENCIES, zipf, side="right"))
         edges = ["rare", *(f"Zipf {edge:g} and more" for edge in FREQUENCIES)]

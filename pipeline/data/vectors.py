@@ -24,24 +24,16 @@ from pipeline.data.concepts import SPLITS, Catalogue, split
 from pipeline.data.legacy import read_table
 from pipeline.errors import InputError
 from pipeline.storage import write_atomically
+from pipeline.student.tokenizer import RaggedArray
 
 FORMAT = "activation-vectors-3"
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # as torch and pickle begin their files
-TENSORS = (
-    "token_ids",
-    "token_offsets",
-    "token_vocab",
-    "token_embeddings",
-    "token_activations",
-    "vectors",
-)  # in the order of the file
+# In the order of the file.
+TENSORS = ("token_ids", "token_offsets", "token_vocab", "token_embeddings", "token_activations", "vectors")
 LISTS = ("concepts", "categories", "splits", "layers", "templates", "token_block", "depth")
-CHUNK_BYTES = 1 << 24  # how much of a large file is held at once
 STRINGS = ("teacher", "revision", "pool", "dtype", "extraction_key")
-HEADER_DEFAULTS = {
-    "language": "en",
-    "tokenizer": "",
-}  # what a header leaves out, as the files of before there was anything else
+CHUNK_BYTES = 1 << 24  # of a large file held at once
+HEADER_DEFAULTS = {"language": "en", "tokenizer": ""}  # which a header omits, as older files do
 
 
 @dataclass(frozen=True)
@@ -135,9 +127,9 @@ class Vectors:
         return min(self.layers, key=lambda layer: abs(layer - self.depth // 2))
 
     @cached_property
-    def token_rows(self) -> list[NDArray[np.int64]]:
-        """Rows of ``token_embeddings`` that each concept consists of, in order."""
-        return np.split(np.searchsorted(self.token_vocab, self.token_ids), self.token_offsets[1:-1])
+    def token_rows(self) -> RaggedArray:
+        """Rows of the token tables for each concept's tokens, in order."""
+        return RaggedArray(np.searchsorted(self.token_vocab, self.token_ids).astype(np.int64), self.token_offsets)
 
 
 def write_vectors(vectors: Vectors, path: Path) -> None:

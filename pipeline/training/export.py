@@ -56,7 +56,7 @@ def checkpoint(
         "metrics": metrics,
     }
     held = {name: value.detach().float().cpu().numpy()[0].copy() for name, value in parameters.items()}
-    return Student(config, held, subset.mean.numpy(), subset.features, vectors.concepts, data.token_rows)
+    return Student(config, held, subset.mean.numpy(), subset.features, vectors.concepts, vectors.token_rows)
 
 
 def needs_teacher(cell: Cell) -> bool:

@@ -18,11 +18,9 @@ from pipeline.data.concepts import (
     read_catalogue,
     split,
     split_by_category,
-    stem_groups,
-    stems,
-    words,
 )
 from pipeline.data.dataset import Dataset
+from pipeline.data.stems import stem_groups, stems, words
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError
 

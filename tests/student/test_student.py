@@ -24,7 +24,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from pipeline import Student
-from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import find, tokenization_of
@@ -143,11 +142,10 @@ def test_students_of_any_teacher_and_template(workplace, run, tiny_folder, templ
     )
     assert code == 0, err
     student, vectors = Student.load("mine"), read_vectors(workplace / "tiny.safetensors")
-    data = Dataset(vectors)
     student.encode(["a phrase never heard"])
     # Its own tokens are those of the file, in whatever way it finds them.
     found = student.tokenization(vectors.concepts)
-    np.testing.assert_array_equal(found.values, vectors.token_vocab[data.token_rows.values])
+    np.testing.assert_array_equal(found.values, vectors.token_vocab[vectors.token_rows.values])
 
 
 @pytest.fixture(scope="module")
