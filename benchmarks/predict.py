@@ -60,9 +60,9 @@ def floor(student: Student, phrases: list[str]) -> float:
     """The least time for these phrases: rows copied, and matrix products."""
     assert student.tokenization is not None
     tokens = student.tokenization(phrases)
-    tables = [torch.from_numpy(student.reading.tables[part.table].values) for part in student.reading.parts]
+    tables = [torch.from_numpy(student.features.tables[part.table].values) for part in student.features.parts]
     rows = [torch.from_numpy(tokens.values if part.pool == "mean" else tokens.values[tokens.offsets[1:] - 1])
-            for part in student.reading.parts]  # fmt: skip
+            for part in student.features.parts]  # fmt: skip
     copying = seconds(lambda: [table.index_select(0, own) for table, own in zip(tables, rows, strict=True)])
     maps = [torch.from_numpy(value) for value in student.parameters.values() if min(value.shape) > 1]
     inputs = [torch.randn(len(phrases), weight.shape[0]) for weight in maps]
@@ -87,7 +87,7 @@ def main() -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     told, few = student.config, phrases[: options.of_the_teacher]
     teachers = {dtype: load_teacher(find_teacher(told["teacher"], dtype)) for dtype in ("float32", "bfloat16")}
-    table = np.random.default_rng(0).standard_normal((len(student.reading.tables["0"].values), student.d_model))
+    table = np.random.default_rng(0).standard_normal((len(student.features.tables["0"].values), student.d_model))
     peer = StaticModel(table.astype(np.float32), Tokenizer.from_file(str(Path(place) / "tokenizer.json")))
     runs: dict[str, tuple[int, Callable[[], float]]] = {
         "floor": (len(phrases), lambda: floor(student, phrases)),

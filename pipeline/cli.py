@@ -225,7 +225,7 @@ def _sweep(
 
         return write_report(results, stem, output, students, data.vectors)
 
-    with display.sweep(lambda cell: data.as_named(cell).name) as watcher:
+    with display.sweep(lambda cell: data.omit_default(cell).name) as watcher:
         done = run_sweep(
             name,
             cells,
@@ -261,7 +261,7 @@ def _sweep(
     for title, path in zip(["results", "report"] + [""] * len(done.files), [done.path, *done.files], strict=False):
         click.echo(f"{title:10}{path}")
     for left in done.left:
-        click.echo(f"student   {left.folder} ({left.student.described})")
+        click.echo(f"student   {left.folder} ({left.student.summary})")
         click.echo(f"          {left.reason}")
     click.echo(f"MLflow    {done.run.address}")
 

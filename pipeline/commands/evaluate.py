@@ -106,7 +106,7 @@ def _groups(data: Dataset, rows: Sequence[int]) -> dict[str, dict[str, list[int]
     """Places of the test concepts by category, by number of tokens, and by frequency of the concept."""
     groups: dict[str, dict[str, list[int]]] = {kind: {} for kind in GROUPS}
     for place, row in enumerate(rows):
-        tokens = len(data.types[row])
+        tokens = len(data.vectors.token_rows[row])
         zipf = zipf_frequency(data.vectors.concepts[row], data.vectors.language)
         bucket = int(np.searchsorted(FREQUENCIES, zipf, side="right"))
         edges = ["rare", *(f"Zipf {edge:g} and more" for edge in FREQUENCIES)]
@@ -281,6 +281,6 @@ def _by_configuration(students: Sequence[Student], data: Dataset) -> dict[str, l
         groups.setdefault(configuration(_cell(student, data)), []).append(student)
     named = {}
     for shared, own in groups.items():
-        cell = data.as_named(shared if len(own) > 1 else _cell(own[0], data))
+        cell = data.omit_default(shared if len(own) > 1 else _cell(own[0], data))
         named[cell.configuration_name if len(own) > 1 else cell.name] = own
     return named

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from matplotlib import pyplot as plt
 
 from pipeline.analysis import plots
-from pipeline.data.concepts import counts, divide, read_catalogue
+from pipeline.data.concepts import compute_split, counts, read_catalogue
 from pipeline.data.vectors import read_header
 from pipeline.devices import bfloat16_hint
 from pipeline.errors import InputError, WorkError, choices
@@ -114,7 +114,7 @@ def _find(options: ExtractOptions, accelerator: Accelerator) -> _Job:
         request = request.in_merged_precision(header)
     is_extracted = check_output(output, request, header, options.concepts, options.overwrite)
     if accelerator.is_main_process:
-        for line in divide(catalogue).warnings:
+        for line in compute_split(catalogue).warnings:
             log.warning("warning: %s", line)
     worker = worker_of(shard, accelerator)
     return _Job(options, accelerator, worker, source, request, output, header if is_extracted else None)

@@ -20,9 +20,9 @@ from pipeline.data import lists
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.settings import PredictOptions
 from pipeline.storage import Output, fetch, write_atomically, write_to_stdout
-from pipeline.student.lookup import Floats
+from pipeline.student.lookup import FloatArray
 from pipeline.student.student import Student
-from pipeline.student.tokenizer import checked
+from pipeline.student.tokenizer import normalise_texts
 
 CHUNK = 1 << 15  # texts held at once
 DECIMALS = 5  # of a vector's numbers in text
@@ -41,9 +41,9 @@ class Chunk:
     """
 
     texts: list[str]
-    vectors: Floats
+    vectors: FloatArray
     nearest: list[list[tuple[str, float]]] | None
-    cosines: Floats | None
+    cosines: FloatArray | None
 
 
 def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tuple[list[str], list[list[str]]] | None:
@@ -122,7 +122,7 @@ def _newest_student() -> str:
     return str(found[-1])
 
 
-def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str], Floats], Floats]:
+def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str], FloatArray], FloatArray]:
     """What gives the centred cosines with the teacher's own vectors; the teacher is loaded here."""
     from pipeline.extraction.reader import read_texts
     from pipeline.processes import start
@@ -135,12 +135,12 @@ def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str
     warn_if_different(source, student.config["revision"], student.config.get("tokenizer", ""))
     teacher = load_teacher(source, device, options.device_map)
 
-    def compare(texts: list[str], vectors: Floats) -> Floats:
+    def compare(texts: list[str], vectors: FloatArray) -> FloatArray:
         place = student.config
         true = read_texts(teacher, texts, place["template"], place["layer"], place["pool"]) - student.mean
         answer = vectors - student.mean
         lengths = np.linalg.norm(answer, axis=1) * np.linalg.norm(true, axis=1)
-        cosines: Floats = (answer * true).sum(1) / lengths.clip(1e-12)
+        cosines: FloatArray = (answer * true).sum(1) / lengths.clip(1e-12)
         return cosines
 
     return compare
@@ -190,10 +190,10 @@ def _checked_chunks(numbered: Iterable[tuple[int, str]], name: str) -> Iterator[
     """Texts, checked, `CHUNK` at a time; errors name the number of the text."""
     rest = iter(numbered)
     while some := list(islice(rest, CHUNK)):
-        yield checked((text for _, text in some), lambda place: f"{name} {some[place][0]}")
+        yield normalise_texts((text for _, text in some), lambda place: f"{name} {some[place][0]}")
 
 
-def _numbers(vectors: Floats) -> list[list[float]]:
+def _numbers(vectors: FloatArray) -> list[list[float]]:
     return vectors.astype(np.float64).round(DECIMALS).tolist()  # type: ignore[no-any-return]
 
 

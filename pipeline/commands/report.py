@@ -178,7 +178,7 @@ def write_predictions(section: Section, most: int, data: Dataset, output: Path) 
     with contextlib.suppress(InputError):  # a grid that is not ours by name; then only what was trained is known
         seeds = len({row["seed"] for row in cells})
         for cell in prepare(read_grid(results["grid"], cells[0]["epochs"], seeds)[1], data):
-            row = vars(cell) | {"name": data.as_named(cell).name, "parameters": number_of_parameters(cell, data)}
+            row = vars(cell) | {"name": data.omit_default(cell).name, "parameters": number_of_parameters(cell, data)}
             known.setdefault(cell, row)
     receipt = scaling.predict(cells, [row for row in known.values() if scaling.shared_by(row) == shared], most)
     if not receipt["cells"]:

@@ -1,4 +1,4 @@
-"""What a student reads and what it must answer: concepts as numbers, for one training subset."""
+"""A student's inputs and targets: the concepts of a vectors file as numbers, for one training subset."""
 
 from __future__ import annotations
 
@@ -12,25 +12,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.concepts import balanced_order, by_categories, stem_groups
+from pipeline.data.concepts import balanced_order, split_by_category
+from pipeline.data.stems import stem_groups
 from pipeline.data.vectors import Vectors
 from pipeline.errors import InputError, choices
 from pipeline.settings import Cell
-from pipeline.student.lookup import BLOCK, NGRAM_BUCKETS, POOLED, Floats, Table, TokenFeatures, TokenizedTexts, parts_of
-from pipeline.student.tokenizer import Ragged
+from pipeline.student.lookup import (
+    BLOCK,
+    NGRAM_BUCKETS,
+    POOLED_INPUTS,
+    FloatArray,
+    Table,
+    TokenFeatures,
+    TokenizedTexts,
+    parse_inputs,
+)
+from pipeline.student.tokenizer import RaggedArray
 
 WHITENING = 1.0  # shrinkage, in mean eigenvalues of the embeddings' covariance
-VARIANTS = 8  # of each training concept, where augmentation changes what is read
+VARIANTS = 8  # of each training concept, with token dropout
 ONE_HOT_INPUTS = ("ngrams", "bag")
-INPUTS = (*POOLED, *ONE_HOT_INPUTS)
+INPUTS = (*POOLED_INPUTS, *ONE_HOT_INPUTS)
 TARGETS = ("first", "mean", "all")
 SPLITS = ("concepts", "categories")
-
-
-def width_of(name: str, d_model: int, types: int, longest: int) -> int:
-    """Features of one part of what is read, of so many token types and at most so many tokens a concept."""
-    widths = {"ngrams": NGRAM_BUCKETS, "bag": types, "sequence": d_model * longest}
-    return d_model * len(POOLED[name][1]) if name in POOLED else widths.get(name, d_model)
+MIN_SCALE = 1e-12  # of what does not vary
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Examples:
     """One side of a split, ready for a student.
 
     Attributes:
-        rows: the concepts' rows in the vectors file, ``[N]``.
+        rows: the concepts' rows in the vectors file, ``N``.
         inputs: standardised features, ``[N, features]``.
         targets: activation vectors minus mu, ``[N, d_model]``.
     """
@@ -50,18 +55,17 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """A training subset with the held-out concepts as a student of that subset sees them.
-
-    Everything is measured on the training concepts alone: mu (``mean``, ``[d_model]``), the root mean square of the
-    centred targets (``scale``), and the features' standardisation (``reading``).
+    """A training subset with the held-out concepts; all statistics are those of the training concepts.
 
     Attributes:
         train, val, test: the sides.
-        mean, scale, reading: see above.
+        mean: mu of the training vectors, ``[d_model]``.
+        scale: root mean square of the centred training targets.
+        features: from tokens to inputs, with their standardisation.
         concepts: all of the vectors file, by row.
         language: of the concepts.
-        variants: how often each training concept stands in ``augmented``, one after another.
-        augmented: the training side as descent sees it: other targets, dropped tokens; ``train`` where there is none.
+        variants: how often each training concept occurs in ``augmented``, one after another.
+        augmented: the training side for gradient descent, with other targets or dropped tokens; else ``train``.
     """
 
     train: Examples
@@ -69,7 +73,7 @@ class Subset:
     test: Examples
     mean: Tensor
     scale: float
-    reading: TokenFeatures
+    features: TokenFeatures
     concepts: tuple[str, ...]
     language: str
     variants: int
@@ -86,8 +90,8 @@ class Subset:
         return values.clamp(min=0), vectors
 
 
-def reading_of(cell: Cell) -> str:
-    """What the cell's student reads."""
+def student_inputs(cell: Cell) -> str:
+    """The inputs of the cell's student, joined by ``+``."""
     if cell.student == "transformer":
         return "sequence"
     return f"{BLOCK}{cell.blocks}+{cell.inputs}" if cell.student == "truncated" else cell.inputs
@@ -95,13 +99,13 @@ def reading_of(cell: Cell) -> str:
 
 @dataclass
 class Dataset:
-    """A vectors file as features, from which training subsets are cut.
+    """The training subsets of a vectors file.
 
     Args:
         vectors: the file.
 
     Raises:
-        InputError: the file carries no tokens (an older ``.pt``), or nothing is held out.
+        InputError: the file has no tokens (an older ``.pt``), or no held-out concepts.
     """
 
     vectors: Vectors
@@ -121,14 +125,8 @@ class Dataset:
         largest = max(map(len, stem_groups(self.vectors.concepts, language)))
         return f"concepts that share words stay together, and {largest:,} of {number:,} do; extract others besides"
 
-    @cached_property
-    def types(self) -> Ragged:
-        """Of each concept the rows of its tokens in the token tables."""
-        rows = np.searchsorted(self.vectors.token_vocab, self.vectors.token_ids)
-        return Ragged(rows.astype(np.int64), self.vectors.token_offsets)
-
     def rows(self, side: str, split: str = "concepts") -> list[int]:
-        """Rows of one side of a split, in the order in which training subsets are taken."""
+        """Select the rows of one side of a split, in the order in which training subsets are taken."""
         sides = self.vectors.splits if split == "concepts" else self._categories_apart
         return [row for row in self._order if sides[row] == side]
 
@@ -138,34 +136,52 @@ class Dataset:
 
     @cached_property
     def _categories_apart(self) -> list[str]:
-        return by_categories(self.vectors.concepts, self.vectors.categories, self.vectors.language)
+        return split_by_category(self.vectors.concepts, self.vectors.categories, self.vectors.language)
 
     def subset(self, cell: Cell) -> Subset:
-        """The cell's training concepts, the first so many, and the held-out ones, with its block as target.
+        """Make the cell's subset, or take it from the cache.
+
+        Args:
+            cell: names the number of concepts, the block, inputs, targets, split and token dropout.
+
+        Returns:
+            The first training concepts and all held-out ones.
 
         Raises:
             InputError: what `check` raises.
         """
-        cell_key = (cell.concepts, cell.layer, reading_of(cell), cell.targets, cell.split, cell.token_dropout)
-        if cell_key not in self._subsets:
-            self._subsets[cell_key] = self._cut(cell)
-        return self._subsets[cell_key]
+        key = (cell.concepts, cell.layer, student_inputs(cell), cell.targets, cell.split, cell.token_dropout)
+        if key not in self._subsets:
+            self.check(cell)
+            self._subsets[key] = self._make_subset(cell)
+        return self._subsets[key]
 
-    def as_named(self, cell: Cell) -> Cell:
-        """The cell as its name is told: the file's middle block is the default, which names leave out."""
+    def omit_default(self, cell: Cell) -> Cell:
+        """Replace the cell's layer by None where it is the file's middle block, which names of cells leave out."""
         return replace(cell, layer=None) if cell.layer == self.vectors.middle_layer else cell
 
-    def features(self, cell: Cell) -> int:
-        """How many features the cell's student reads."""
-        return sum(self._width(name) for name in reading_of(cell).split("+"))
+    def feature_count(self, cell: Cell) -> int:
+        """Number of features of the cell's student."""
+        return sum(self._width(name) for name in student_inputs(cell).split("+"))
+
+    def _width(self, name: str) -> int:
+        """Features of one input."""
+        d_model = self.vectors.d_model
+        if name in POOLED_INPUTS:
+            return d_model * len(POOLED_INPUTS[name][1])
+        one_hot = {"ngrams": NGRAM_BUCKETS, "bag": len(self.vectors.token_vocab)}
+        return one_hot.get(name, d_model * (self.max_tokens if name == "sequence" else 1))
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of the longest concept."""
-        return int(np.diff(self.vectors.token_offsets).max())
+        return int(self.vectors.token_rows.lengths.max())
 
     def check(self, cell: Cell) -> None:
-        """Raise what `subset` would raise, without its work.
+        """Check that the cell's subset can be made, without its work.
+
+        Args:
+            cell: as for `subset`.
 
         Raises:
             InputError: more concepts than there are for training, a block that the file lacks, or unknown inputs,
@@ -179,7 +195,7 @@ class Dataset:
             raise choices("targets", cell.targets, TARGETS)
         if cell.targets != "first" and len(vectors.templates) < 2:
             raise InputError(f"--targets {cell.targets}: the vectors file has one template; extract several")
-        for name in reading_of(cell).split("+"):
+        for name in student_inputs(cell).split("+"):
             if name.startswith(BLOCK):
                 early = [str(layer) for layer in vectors.layers if layer < (cell.layer or 0)]
                 if name.removeprefix(BLOCK) not in early:
@@ -193,69 +209,54 @@ class Dataset:
                     "--inputs embeddings"
                 )
         if cell.concepts > (available := len(self.rows("train", cell.split))):
-            left = self._categories_apart.count("none") if cell.split == "categories" else 0
-            why = f" ({left:,} share a word with those held out)" if left else ""
+            left_out = self._categories_apart.count("none") if cell.split == "categories" else 0
+            why = f" ({left_out:,} share a word with those held out)" if left_out else ""
             raise InputError(
                 f"--concepts {cell.concepts}: the vectors file has {available} training concepts{why}; ask for no more"
             )
 
-    def _cut(self, cell: Cell) -> Subset:
-        self.check(cell)
-        chosen = {side: self.rows(side, cell.split) for side in ("train", "val", "test")}
-        rows = chosen["train"] = chosen["train"][: cell.concepts]
-        place = self.vectors.layer_index(cell.layer)
-        templates = self.vectors.vectors[:, : 1 if cell.targets == "first" else None, place]
+    def _make_subset(self, cell: Cell) -> Subset:
+        rows_of = {side: self.rows(side, cell.split) for side in ("train", "val", "test")}
+        train = rows_of["train"] = rows_of["train"][: cell.concepts]
+        layer = self.vectors.layer_index(cell.layer)
+        templates = self.vectors.vectors[:, : 1 if cell.targets == "first" else None, layer]
         residual = torch.from_numpy(templates.astype(np.float32))  # [concepts, templates, d_model]
-        residual -= residual[rows].mean(0) - residual[rows, 0].mean(0)  # every template around the first one's mean
-        mean = residual[rows, 0].mean(0)
-        scale = (residual[rows, 0] - mean).square().mean().sqrt().clamp(min=1e-12).item()
-        reading, everything = self._read(cell, rows)
-        sides = {side: Examples(own, everything[own], residual[own, 0] - mean) for side, own in chosen.items()}
+        residual -= residual[train].mean(0) - residual[train, 0].mean(0)  # every template around the first one's mean
+        mean = residual[train, 0].mean(0)
+        scale = (residual[train, 0] - mean).square().mean().sqrt().clamp(min=MIN_SCALE).item()
+        features, inputs = self._fit_features(cell, train)
+        sides = {side: Examples(rows, inputs[rows], residual[rows, 0] - mean) for side, rows in rows_of.items()}
         if cell.targets == "mean":
-            sides["train"] = Examples(rows, sides["train"].inputs, residual[rows].mean(1) - mean)
-        variants, augmented = self._augment(cell, reading, sides["train"], residual[rows] - mean)
+            sides["train"] = replace(sides["train"], targets=residual[train].mean(1) - mean)
+        variants, augmented = self._augment(cell, features, sides["train"], residual[train] - mean)
+        concepts, language = self.vectors.concepts, self.vectors.language
         return Subset(
-            **sides,
-            mean=mean,
-            scale=scale,
-            reading=reading,
-            concepts=self.vectors.concepts,
-            language=self.vectors.language,
-            variants=variants,
-            augmented=augmented,
+            sides["train"], sides["val"], sides["test"], mean, scale, features, concepts, language, variants, augmented
         )
 
-    def _read(self, cell: Cell, rows: list[int]) -> tuple[TokenFeatures, Tensor]:
-        """The cell's reading, fitted on training rows, and the features of all concepts."""
-        inputs, zero, one = reading_of(cell), np.zeros(1, np.float32), np.ones(1, np.float32)
-        reading = TokenFeatures(tuple(parts_of(inputs)), self._tables(inputs, rows), zero, one, self.longest)
-        raw = reading.raw(TokenizedTexts(self.vectors.concepts, self.types, np.arange(len(self.types))))
+    def _fit_features(self, cell: Cell, rows: list[int]) -> tuple[TokenFeatures, Tensor]:
+        """Fit the cell's features on training rows; with the inputs of all concepts, ``[concepts, features]``."""
+        inputs, zero, one = student_inputs(cell), np.zeros(1, np.float32), np.ones(1, np.float32)
+        features = TokenFeatures(parse_inputs(inputs), self._tables(inputs, rows), zero, one, self.max_tokens)
+        concepts = self.vectors.concepts
+        pooled = features.pooled(TokenizedTexts(concepts, self.vectors.token_rows, np.arange(len(concepts))))
         if inputs == "sequence":  # the table itself is standardised, and zeros stand where no token is
-            return reading, torch.from_numpy(raw[0])
-        offset = np.concatenate([values[rows].mean(0) for values in raw])
-        scale, everything = np.empty_like(offset), np.concatenate(raw, 1)
+            return features, torch.from_numpy(pooled[0])
+        offset = np.concatenate([values[rows].mean(0) for values in pooled])
+        scale, joined = np.empty_like(offset), np.concatenate(pooled, 1)
         start = 0
-        for name in inputs.split("+"):  # one scale for all columns of an input: which vary more than others tells much
-            here = slice(start, start := start + self._width(name))
-            spread = np.square(everything[rows, here] - offset[here]).mean()
-            scale[here] = max(float(np.sqrt(spread)), 1e-12)
-        return replace(reading, offset=offset, scale=scale), torch.from_numpy((everything - offset) / scale)
-
-    def _width(self, name: str) -> int:
-        return width_of(name, self.vectors.d_model, len(self.vectors.token_vocab), self.longest)
+        for name in inputs.split("+"):  # one scale for all columns of an input: how they differ in spread matters
+            columns = slice(start, start := start + self._width(name))
+            spread = np.square(joined[rows, columns] - offset[columns]).mean()
+            scale[columns] = max(float(np.sqrt(spread)), MIN_SCALE)
+        return replace(features, offset=offset, scale=scale), torch.from_numpy((joined - offset) / scale)
 
     def _tables(
         self, inputs: str, rows: list[int], vocabulary: Mapping[str, NDArray[Any]] | None = None
     ) -> dict[str, Table]:
-        """The tables that inputs look up, for the tokens of the concepts or of a whole vocabulary.
-
-        Args:
-            inputs: parts joined by ``+``.
-            rows: the training concepts, on whose tokens tables are fitted.
-            vocabulary: tables of all tokens, by name; those of the vectors file by default.
-        """
+        """Make the tables of inputs, fitted on training rows; for the tokens of the vectors file or of a vocabulary."""
         vectors = self.vectors
-        own = np.unique(self.types.take(np.array(rows)).values)  # of the training concepts
+        train_types = np.unique(vectors.token_rows.take(np.array(rows)).values)
         tables = {}
         for name in inputs.split("+"):
             if name.startswith(BLOCK):
@@ -263,82 +264,75 @@ class Dataset:
             elif name in ONE_HOT_INPUTS:  # each n-gram and each token type is a column of its own
                 tables[name] = Table(np.eye(self._width(name), dtype=np.int8))
             else:
-                source = self.table_of(name)
+                sequence = "token_embeddings" if vectors.token_block is None else "token_activations"
+                source = sequence if name == "sequence" else POOLED_INPUTS[name][0]
                 known = getattr(vectors, source)
                 table = known if vocabulary is None else vocabulary[source]
-                if name in PREPARED:
-                    tables[name] = Table(PREPARED[name](table, known[own]))
+                if name in FITTED_TABLES:
+                    tables[name] = Table(FITTED_TABLES[name](table, known[train_types]))
                 else:
                     tables[source] = Table(table)
         return tables
 
-    def table_of(self, name: str) -> str:
-        """The token table that an input reads."""
-        if name == "sequence":
-            return "token_embeddings" if self.vectors.token_block is None else "token_activations"
-        return POOLED[name][0]
-
-    def reading_with(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> TokenFeatures:
-        """The cell's reading with tables of a whole vocabulary, each row a token id."""
-        subset = self.subset(cell)
-        return replace(subset.reading, tables=self._tables(reading_of(cell), subset.train.rows, vocabulary))
-
-    def _augment(self, cell: Cell, reading: TokenFeatures, train: Examples, targets: Tensor) -> tuple[int, Examples]:
-        """The training side as descent sees it.
+    def vocabulary_features(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> TokenFeatures:
+        """Extend the cell's features to a whole vocabulary.
 
         Args:
-            cell: names the targets and the share of tokens to drop.
-            reading: the cell's.
-            train: the plain side.
-            targets: centred, ``[N, templates, d_model]``.
+            cell: as for `subset`.
+            vocabulary: token tables by name, ``[vocabulary, d_model]``.
+
+        Returns:
+            Features whose tables have a row for each token id.
         """
+        subset = self.subset(cell)
+        return replace(subset.features, tables=self._tables(student_inputs(cell), subset.train.rows, vocabulary))
+
+    def _augment(self, cell: Cell, features: TokenFeatures, train: Examples, targets: Tensor) -> tuple[int, Examples]:
+        """Make variants of the training side from centred targets ``[N, templates, d_model]``; their number first."""
         templates = targets.shape[1] if cell.targets == "all" else 1
         variants = VARIANTS if cell.token_dropout else templates
         if variants == 1:
             return 1, train
         draw = np.random.default_rng(0)
         inputs = [train.inputs]
-        texts = [self.vectors.concepts[row] for row in train.rows]
+        texts, rows = [self.vectors.concepts[row] for row in train.rows], np.array(train.rows)
         for _ in range(1, variants):
-            types = [_drop(self.types[row], cell.token_dropout, draw) for row in train.rows]
-            asked = TokenizedTexts(texts, Ragged.of(types), np.array(train.rows))
-            inputs.append(torch.from_numpy(reading(asked)) if cell.token_dropout else train.inputs)
+            kept = [_drop_tokens(self.vectors.token_rows[row], cell.token_dropout, draw) for row in train.rows]
+            tokenized = TokenizedTexts(texts, RaggedArray.from_lists(kept), rows)
+            inputs.append(torch.from_numpy(features(tokenized)) if cell.token_dropout else train.inputs)
         if templates > 1:
-            answers = [targets[:, number % templates] for number in range(variants)]
+            outputs = [targets[:, number % templates] for number in range(variants)]
         else:
-            answers = [train.targets] * variants
+            outputs = [train.targets] * variants
         # A concept's variants stand next to each other.
-        flat = [torch.stack(parts, 1).flatten(0, 1) for parts in (inputs, answers)]
+        flat = [torch.stack(parts, 1).flatten(0, 1) for parts in (inputs, outputs)]
         return variants, Examples(train.rows, *flat)
 
 
-def _drop(types: NDArray[np.int64], share: float, draw: np.random.Generator) -> NDArray[np.int64]:
-    """A concept's tokens without some of them; one stays at the least."""
-    kept = np.flatnonzero(draw.random(len(types)) >= share)
-    return types[kept if len(kept) else [int(draw.integers(len(types)))]]
+def _drop_tokens(rows: NDArray[np.int64], share: float, draw: np.random.Generator) -> NDArray[np.int64]:
+    """Remove a share of a concept's tokens, but not all."""
+    kept = np.flatnonzero(draw.random(len(rows)) >= share)
+    return rows[kept if len(kept) else [int(draw.integers(len(rows)))]]
 
 
-def _whitened(table: NDArray[Any], fitted: NDArray[Any]) -> Floats:
-    """Token embeddings without the correlations that those of the training concepts have, shrunk.
-
-    Turned back into the embeddings' own axes: eigenvectors, of which those of equal values may be any, differ from
-    processor to processor.
-    """
+def _whitened(table: NDArray[Any], fitted: NDArray[Any]) -> FloatArray:
+    """Remove the correlations that the training tokens' embeddings have, with shrinkage."""
     own = fitted.astype(np.float64)
     offset = own.mean(0)
     values, vectors = np.linalg.eigh((own - offset).T @ (own - offset) / len(own))
     scale = np.sqrt(values.clip(min=0) + WHITENING * values.mean())
-    whitened: Floats = ((table.astype(np.float64) - offset) @ (vectors / scale @ vectors.T)).astype(np.float32)
+    # Rotated back into the embeddings' own axes: eigenvectors of equal values differ from processor to processor.
+    whitened: FloatArray = ((table.astype(np.float64) - offset) @ (vectors / scale @ vectors.T)).astype(np.float32)
     return whitened
 
 
-def _standardised(table: NDArray[Any], fitted: NDArray[Any]) -> Floats:
-    """Rows as a transformer reads them: centred, and of one scale."""
+def _standardised(table: NDArray[Any], fitted: NDArray[Any]) -> FloatArray:
+    """Centre rows and give them one scale, as a transformer needs them."""
     own = fitted.astype(np.float32)
     offset = own.mean(0)
-    standardised: Floats = (table.astype(np.float32) - offset) / np.sqrt(np.square(own - offset).mean())
+    standardised: FloatArray = (table.astype(np.float32) - offset) / np.sqrt(np.square(own - offset).mean())
     return standardised
 
 
-# Tables that are made from the teacher's, given the rows of the training concepts' tokens.
-PREPARED = {"embeddings-whitened": _whitened, "sequence": _standardised}
+# Tables that are fitted on the rows of the training concepts' tokens.
+FITTED_TABLES = {"embeddings-whitened": _whitened, "sequence": _standardised}

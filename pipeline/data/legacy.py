@@ -1,7 +1,7 @@
-"""Tables of older work: concepts and their vectors in a ``.pt`` file, in whatever form they were saved.
+"""Reading of ``.pt`` files: concepts and their vectors, in any unambiguous form.
 
-Nothing in the file can run code: torch reads it with ``weights_only=True``, and what it holds of NumPy is rebuilt by
-the few lines below, which take numbers and text only.
+Nothing in the file can run code: torch reads it with ``weights_only=True``, and the classes below rebuild its NumPy
+arrays, of numbers and text only.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ EXPECTED = (
     'expected {concept: vector}, {"concepts": [...], "vectors": [concepts, d_model]}, or a list of the concepts beside '
     "one of their vectors, all of one length"
 )
-NUMBERS_AND_TEXT = "fiuU"  # kinds of NumPy types
+ALLOWED_KINDS = "fiuU"  # of NumPy types: numbers and text
 
 
-class _Type:
-    """A NumPy type as a pickle names it: its code, then its byte order."""
+class _StoredType:
+    """A pickled NumPy type: its code, then its byte order."""
 
     def __init__(self, code: str, *_options: object) -> None:
         self.numpy = np.dtype(code)
-        if self.numpy.kind not in NUMBERS_AND_TEXT:
+        if self.numpy.kind not in ALLOWED_KINDS:
             raise ValueError(f"an array of {self.numpy}")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.numpy = self.numpy.newbyteorder(state[1] if state[1] in ("<", ">") else "=")
 
 
-class _Array:
-    """A NumPy array as a pickle makes it: empty at first, then with its content."""
+class _StoredArray:
+    """A pickled NumPy array: created empty, then filled."""
 
     values: NDArray[Any]
 
@@ -46,28 +46,34 @@ class _Array:
         self.values = np.frombuffer(content, kind.numpy).reshape(shape, order="F" if is_fortran else "C")
 
 
-def _reconstruct(*_arguments: object) -> _Array:
-    return _Array()
+def _reconstruct(*_arguments: object) -> _StoredArray:
+    return _StoredArray()
 
 
-def _scalar(kind: _Type, content: bytes) -> Any:
+def _scalar(kind: _StoredType, content: bytes) -> Any:
     return np.frombuffer(content, kind.numpy)[0].item()
 
 
 CORES = ("numpy.core.multiarray", "numpy._core.multiarray")  # of NumPy 1 and 2
 STAND_INS: list[Any] = [
-    (_Type, "numpy.dtype"),
-    (_Array, "numpy.ndarray"),
+    (_StoredType, "numpy.dtype"),
+    (_StoredArray, "numpy.ndarray"),
     *((_reconstruct, f"{core}._reconstruct") for core in CORES),
     *((_scalar, f"{core}.scalar") for core in CORES),
 ]
 
 
 def read_table(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32]]:
-    """The concepts of a ``.pt`` file and their vectors, ``[concepts, d_model]``.
+    """Read a ``.pt`` file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The concepts and their vectors, ``[concepts, d_model]``.
 
     Raises:
-        InputError: damaged, something that could run code, or something of which it is not clear what it means.
+        InputError: damaged, of a kind that could run code, or ambiguous.
     """
     try:
         with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings(action="ignore"):
@@ -75,31 +81,27 @@ def read_table(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32]]:
     except Exception as error:  # torch has no error of its own for bytes that make no sense
         raise InputError(f"vectors file {path}: not a table of tensors, or one that could run code") from error
     try:
-        concepts, vectors = _parts_of(table)
+        concepts, vectors = _concepts_and_values(table)
         return tuple(concepts), _stacked(concepts, vectors)
     except InputError as error:
         raise InputError(f"vectors file {path}: {error}; {EXPECTED}") from None
 
 
 def _plain(value: Any) -> Any:
-    """The same in dicts, lists, texts and tensors."""
+    """Convert to dicts, lists, texts and tensors."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
-    if isinstance(value, _Array):
+    if isinstance(value, _StoredArray):
         values = value.values
         native = values.astype(values.dtype.newbyteorder("="))
         return native.tolist() if native.dtype.kind == "U" else torch.from_numpy(native)
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def _parts_of(table: Any) -> tuple[list[str], Sequence[Any]]:
-    """The concepts, and as many values that should be their vectors.
-
-    Raises:
-        InputError: they cannot be told apart, or their numbers differ.
-    """
+def _concepts_and_values(table: Any) -> tuple[list[str], Sequence[Any]]:
+    """Separate the concepts from as many values, which should be their vectors."""
     if isinstance(table, dict) and isinstance(table.get("concepts"), list):
         concepts, values = table["concepts"], table.get("vectors")
     elif isinstance(table, dict):
@@ -122,11 +124,7 @@ def _parts_of(table: Any) -> tuple[list[str], Sequence[Any]]:
 
 
 def _stacked(concepts: Sequence[str], vectors: Sequence[Any]) -> NDArray[np.float32]:
-    """The vectors as one array, ``[concepts, d_model]``.
-
-    Raises:
-        InputError: they are no vectors, or of several lengths; or a concept stands twice.
-    """
+    """Stack vectors of one length, ``[concepts, d_model]``."""
     rows: dict[str, torch.Tensor] = {}
     first = concepts[0]
     for concept, vector in zip(concepts, vectors, strict=True):
@@ -140,7 +138,7 @@ def _stacked(concepts: Sequence[str], vectors: Sequence[Any]) -> NDArray[np.floa
 
 
 def _row(concept: str, vector: Any) -> torch.Tensor:
-    """A concept's vector, ``[d_model]`` in float32; axes of length 1 around it count for nothing."""
+    """Convert a concept's vector to float32, ``[d_model]``, without axes of length 1."""
     try:
         tensor = torch.as_tensor(vector).to_dense()
     except (TypeError, ValueError, RuntimeError):

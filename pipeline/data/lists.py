@@ -1,8 +1,8 @@
-"""Lists as people keep them, all read in one way: text files, the CSV of spreadsheets, and standard input.
+"""Reading of users' lists: text files, the CSV of spreadsheets, and standard input.
 
-Text is UTF-8, or UTF-16 or UTF-32 where a byte order mark says so. Any other encoding is refused and not guessed: a
-wrong guess would silently turn letters into others. Lines end with LF, CRLF or CR. Every error names the file and the
-line. Memory does not grow with a list.
+Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. Any other encoding is refused, not guessed: a wrong guess
+would silently turn letters into others. Lines end with LF, CRLF or CR. Every error names the file and the line. Memory
+does not grow with a list.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import InputError
-from pipeline.student.tokenizer import folded
+from pipeline.student.tokenizer import casefolded
 
 TABLES = (".csv", ".tsv")
-SEPARATORS = (",", ";", "\t")  # as spreadsheets write them: by country, and as "Unicode text"
-BLANK = '",;\t\r\n '  # what a row without values consists of
-MARKS = (  # that of UTF-16 is the beginning of that of UTF-32
+SEPARATORS = (",", ";", "\t")  # as spreadsheets write them, by country and format
+BLANK = '",;\t\r\n '  # the characters of a row without values
+BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -38,9 +38,9 @@ OTHER_KINDS = {
 BLOCK = 1 << 20  # bytes read at once
 LONGEST = 1 << 24  # characters of a line, and of a value of a table
 LONGEST_HEADER = 1 << 16  # characters of the names of columns
-SHOWN = 80  # characters of what an error quotes
+SHOWN = 80  # characters that an error quotes
 
-Numbered = Iterator[tuple[int, str]]
+NumberedLines = Iterator[tuple[int, str]]
 
 
 def is_table(place: str) -> bool:
@@ -50,11 +50,14 @@ def is_table(place: str) -> bool:
 
 @contextmanager
 def opened(path: Path, name: str) -> Iterator[BinaryIO]:
-    """A file for reading.
+    """Open a file for reading.
 
     Args:
         path: the file.
-        name: how errors call it.
+        name: of the file in errors.
+
+    Yields:
+        The file.
 
     Raises:
         InputError: it cannot be opened.
@@ -68,22 +71,21 @@ def opened(path: Path, name: str) -> Iterator[BinaryIO]:
 
 
 def standard_input() -> BinaryIO:
-    """Standard input as bytes, whatever the encoding of the locale.
-
-    Raises:
-        InputError: it is closed.
-    """
+    """Standard input as bytes, in any locale; raises `InputError` where it is closed."""
     if sys.stdin is None or sys.stdin.closed:
         raise InputError("standard input is closed")
     return sys.stdin.buffer
 
 
-def lines(file: BinaryIO, name: str) -> Numbered:
-    """The lines of a file with their numbers from 1, each with its line end; no byte order mark is left in them.
+def lines(file: BinaryIO, name: str) -> NumberedLines:
+    """Read lines with their numbers, from 1.
 
     Args:
-        file: read once, from where it stands.
-        name: how errors call it.
+        file: read once, from its position.
+        name: of the file in errors.
+
+    Yields:
+        The number and the line with its line end, without byte order marks.
 
     Raises:
         InputError: not text in one of the encodings, a null byte, a line too long, or a file that cannot be read.
@@ -92,7 +94,7 @@ def lines(file: BinaryIO, name: str) -> Numbered:
     for beginning, kind in OTHER_KINDS.items():
         if block.startswith(beginning):
             raise InputError(f"{name}: {kind}; expected text: save it as CSV or plain text, in UTF-8")
-    mark, encoding = next((known for known in MARKS if block.startswith(known[0])), (b"", "utf-8"))
+    mark, encoding = next((known for known in BYTE_ORDER_MARKS if block.startswith(known[0])), (b"", "utf-8"))
     decoder = codecs.getincrementaldecoder(encoding)()
     block, number, rest = block[len(mark) :], 0, ""
     while True:
@@ -101,9 +103,9 @@ def lines(file: BinaryIO, name: str) -> Numbered:
             rest += decoder.decode(block, final=not following)
         except UnicodeDecodeError as error:
             before = rest + error.object[: error.start].decode(encoding)
-            number += 1 + sum(part.endswith(("\n", "\r")) for part in _parts(before))
-            raise InputError(f"{name}, line {number}: {_undecodable(error)}") from error
-        parts = _parts(rest)
+            number += 1 + sum(part.endswith(("\n", "\r")) for part in _split_lines(before))
+            raise InputError(f"{name}, line {number}: {_decoding_error(error)}") from error
+        parts = _split_lines(rest)
         rest = parts.pop() if parts and following else ""  # the end of a line may be cut in two
         for line in parts:
             number += 1
@@ -114,28 +116,24 @@ def lines(file: BinaryIO, name: str) -> Numbered:
         if len(rest) > LONGEST:
             raise InputError(f"{name}, line {number + 1}: over {LONGEST:,} characters in one line")
         if not following:
-            return
+            break
         block = following
 
 
 def read_block(file: BinaryIO, name: str) -> bytes:
-    """The next bytes of a file; none at its end.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """The next bytes of a file, none at its end; raises `InputError` where it cannot be read."""
     try:
         return file.read(BLOCK)
     except OSError as error:
         raise InputError(f"{name}: {error.strerror or error}") from error
 
 
-def _parts(text: str) -> list[str]:
-    """The lines of a text; `str.splitlines` would break lines at ten other characters too."""
+def _split_lines(text: str) -> list[str]:
+    """Split lines, with their ends; `str.splitlines` splits at ten more characters."""
     return list(io.StringIO(text, newline=""))
 
 
-def _undecodable(error: UnicodeDecodeError) -> str:
+def _decoding_error(error: UnicodeDecodeError) -> str:
     if error.encoding != "utf-8":
         return f"not UTF-8 text, and no {error.encoding[:6].upper()} text as its byte order mark says ({error.reason})"
     byte = error.object[error.start : error.start + 1]
@@ -145,39 +143,31 @@ def _undecodable(error: UnicodeDecodeError) -> str:
 
 
 def whole(path: Path, name: str) -> str:
-    """All text of a small file.
-
-    Raises:
-        InputError: what `opened` and `lines` raise.
-    """
+    """All text of a small file; raises what `opened` and `lines` raise."""
     with opened(path, name) as file:
         return "".join(line for _, line in lines(file, name))
 
 
-def texts(file: BinaryIO, name: str) -> Numbered:
-    """A text a line, without the blanks around it, with the number of its line; blank lines count and are left out.
-
-    Raises:
-        InputError: what `lines` raises.
-    """
+def texts(file: BinaryIO, name: str) -> NumberedLines:
+    """Read one text per line, with its line's number, without blank lines; raises what `lines` raises."""
     for number, line in lines(file, name):
         if text := line.strip():
             yield number, text
 
 
 def table(file: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """The values of some columns of a table with a header line, without the blanks around them, row by row.
+    """Read some columns of a table with a header line.
 
     The separator is a comma or, where only that finds the columns in the header, a semicolon or a tab. Columns are
     found in any letter case. Rows without any value are left out.
 
     Args:
-        file: read once, from where it stands.
-        name: how errors call it.
-        columns: names of the columns that are wanted.
+        file: read once, from its position.
+        name: of the file in errors.
+        columns: names of the columns.
 
-    Returns:
-        The line on which each row begins, and its values in the order of the columns.
+    Yields:
+        For each row the line on which it begins, and its stripped values in the order of the columns.
 
     Raises:
         InputError: what `lines` raises, a header without the columns, a quote that is not closed, a row that lacks one
@@ -190,7 +180,7 @@ def table(file: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[tuple[i
     while first.count('"') % 2 and len(first) < LONGEST_HEADER and (line := next(rest, "")):  # a name on several lines
         first += line
     separator = next((one for one in SEPARATORS if _fits(columns, first, one)), SEPARATORS[0])
-    all_lines = itertools.chain(_parts(first) or [""], rest)
+    all_lines = itertools.chain(_split_lines(first) or [""], rest)
     rows = csv.reader(all_lines, delimiter=separator, strict=True, skipinitialspace=True)
     header: list[str] = []
     places: list[int] = []
@@ -202,9 +192,9 @@ def table(file: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[tuple[i
         except StopIteration:
             return
         except csv.Error as error:
-            raise InputError(f"{where}: {_unreadable(error)}") from error
+            raise InputError(f"{where}: {_csv_error(error)}") from error
         if not places:
-            header, places = row, _places(columns, row, where)
+            header, places = row, _find_columns(columns, row, where)
         elif any(row):
             values = [row[place] if place < len(row) else "" for place in places]
             if not all(values) or any(row[len(header) :]):
@@ -215,26 +205,26 @@ def table(file: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[tuple[i
 def _fits(columns: Sequence[str], first: str, separator: str) -> bool:
     """Whether a separator finds the columns in the header."""
     try:
-        header = next(csv.reader(_parts(first), delimiter=separator, skipinitialspace=True), [])
+        header = next(csv.reader(_split_lines(first), delimiter=separator, skipinitialspace=True), [])
     except csv.Error:
         return False
-    return {_column(name) for name in columns} <= {_column(name) for name in header}
+    return {_canonical(name) for name in columns} <= {_canonical(name) for name in header}
 
 
-def _column(name: str) -> str:
-    return " ".join(folded(name).split())
+def _canonical(name: str) -> str:
+    return " ".join(casefolded(name).split())
 
 
-def _places(columns: Sequence[str], header: Sequence[str], where: str) -> list[int]:
-    """Of each column its place in the header: that of its very name, or of the same in another case."""
+def _find_columns(columns: Sequence[str], header: Sequence[str], where: str) -> list[int]:
+    """Find each column in the header, by its exact name or else in another letter case."""
     found = []
     for column in columns:
         exact = [place for place, name in enumerate(header) if name == column]
-        alike = exact or [place for place, name in enumerate(header) if _column(name) == _column(column)]
+        alike = exact or [place for place, name in enumerate(header) if _canonical(name) == _canonical(column)]
         if len(alike) != 1:
-            what = f"several columns {column!r}" if alike else f"no column {column!r}"
-            told = ", ".join(" ".join(name.split()) for name in header if name)[:SHOWN] or "none"
-            raise InputError(f"{where}: expected a header line {_quoted(columns)}: {what}; it has {told}")
+            problem = f"several columns {column!r}" if alike else f"no column {column!r}"
+            names = ", ".join(" ".join(name.split()) for name in header if name)[:SHOWN] or "none"
+            raise InputError(f"{where}: expected a header line {_quoted(columns)}: {problem}; it has {names}")
         found += alike
     return found
 
@@ -243,7 +233,7 @@ def _quoted(values: Sequence[str]) -> str:
     return repr(",".join(values)[:SHOWN])
 
 
-def _unreadable(error: csv.Error) -> str:
+def _csv_error(error: csv.Error) -> str:
     if "field larger" in str(error):
         return f"a value of over {LONGEST:,} characters; is a quote not closed?"
     return "a quote that is not closed, or text behind a closing quote (within quotes, a quote is written twice)"

@@ -24,21 +24,16 @@ from pipeline.data.concepts import SPLITS, Catalogue, split
 from pipeline.data.legacy import read_table
 from pipeline.errors import InputError
 from pipeline.storage import write_atomically
+from pipeline.student.tokenizer import RaggedArray
 
 FORMAT = "activation-vectors-3"
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # as torch and pickle begin their files
-TENSORS = (
-    "token_ids",
-    "token_offsets",
-    "token_vocab",
-    "token_embeddings",
-    "token_activations",
-    "vectors",
-)  # in the order of the file
+# In the order of the file.
+TENSORS = ("token_ids", "token_offsets", "token_vocab", "token_embeddings", "token_activations", "vectors")
 LISTS = ("concepts", "categories", "splits", "layers", "templates", "token_block", "depth")
-CHUNK_BYTES = 1 << 24  # how much of a large file is held at once
 STRINGS = ("teacher", "revision", "pool", "dtype", "extraction_key")
-UNSAID = {"language": "en", "tokenizer": ""}  # what a header leaves out, as the files of before there was anything else
+CHUNK_BYTES = 1 << 24  # of a large file held at once
+HEADER_DEFAULTS = {"language": "en", "tokenizer": ""}  # which a header omits, as older files do
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ class Vectors:
         digest = hashlib.sha256()
         for name in TENSORS:
             tensor = np.ascontiguousarray(getattr(self, name))
-            digest.update(_announce(name, tensor.dtype, tensor.shape))
+            digest.update(_tensor_header(name, tensor.dtype, tensor.shape))
             digest.update(tensor.data)
         return digest.hexdigest()
 
@@ -107,7 +102,7 @@ class Vectors:
         """The file's header, without its own checksum."""
         header = {name: json.dumps(getattr(self, name), ensure_ascii=False) for name in LISTS}
         header |= {name: getattr(self, name) for name in STRINGS}
-        header |= {name: getattr(self, name) for name, usual in UNSAID.items() if getattr(self, name) != usual}
+        header |= {name: getattr(self, name) for name, usual in HEADER_DEFAULTS.items() if getattr(self, name) != usual}
         return header | {"format": FORMAT, "sha256": self.sha256}
 
     @cached_property
@@ -116,11 +111,7 @@ class Vectors:
         return _header_sha256(self.header)
 
     def layer_index(self, layer: int | None) -> int:
-        """Position of block ``layer`` on the layers axis.
-
-        Raises:
-            InputError: the file has no vectors of that block.
-        """
+        """Position of block ``layer`` on the layers axis; raises `InputError` where the file has none."""
         if layer not in self.layers:
             available = ", ".join(map(str, self.layers))
             raise InputError(f"--layer {layer}: not in the vectors file; available: {available}")
@@ -128,13 +119,13 @@ class Vectors:
 
     @property
     def middle_layer(self) -> int:
-        """The block of the file that is nearest to the teacher's middle, for where the user names none."""
+        """The block of the file that is nearest to the teacher's middle, the default."""
         return min(self.layers, key=lambda layer: abs(layer - self.depth // 2))
 
     @cached_property
-    def token_rows(self) -> list[NDArray[np.int64]]:
-        """Rows of ``token_embeddings`` that each concept consists of, in order."""
-        return np.split(np.searchsorted(self.token_vocab, self.token_ids), self.token_offsets[1:-1])
+    def token_rows(self) -> RaggedArray:
+        """Rows of the token tables for each concept's tokens, in order."""
+        return RaggedArray(np.searchsorted(self.token_vocab, self.token_ids).astype(np.int64), self.token_offsets)
 
 
 def write_vectors(vectors: Vectors, path: Path) -> None:
@@ -149,13 +140,13 @@ def write_vectors(vectors: Vectors, path: Path) -> None:
         table = {"concepts": list(vectors.concepts), "vectors": torch.from_numpy(vectors.vectors[:, 0, 0].copy())}
         write_atomically(path, lambda part: torch.save(table, part))
         return
-    tensors = [in_memory(name, getattr(vectors, name)) for name in TENSORS]
+    tensors = [stream_array(name, getattr(vectors, name)) for name in TENSORS]
     header = {name: value for name, value in vectors.header.items() if name != "sha256"}
     write_atomically(path, lambda part: write_streamed(part, header, tensors))
 
 
 @dataclass(frozen=True)
-class Streamed:
+class StreamedTensor:
     """A tensor that is written in chunks along its first axis, so that it need not fit in memory."""
 
     name: str
@@ -164,28 +155,28 @@ class Streamed:
     chunks: Callable[[], Iterable[NDArray[Any]]]
 
 
-def in_memory(name: str, tensor: NDArray[Any]) -> Streamed:
-    """A tensor that is there as a whole."""
-    return Streamed(name, tensor.dtype, tensor.shape, lambda: [tensor])
+def stream_array(name: str, array: NDArray[Any]) -> StreamedTensor:
+    """Wrap an array that is in memory."""
+    return StreamedTensor(name, array.dtype, array.shape, lambda: [array])
 
 
-def write_streamed(path: Path, header: dict[str, str], tensors: Sequence[Streamed]) -> None:
+def write_streamed(path: Path, header: dict[str, str], tensors: Sequence[StreamedTensor]) -> None:
     """Write a vectors file from a header without checksums and from its tensors in the order of `TENSORS`.
 
-    The checksums are known when all is written; their places in the header have the right length from the start.
-    The header is sorted, so the same content gives the same bytes.
+    The checksums are known when all is written: zeros of the same length reserve their places in the header. The
+    header is sorted, so the same content gives the same bytes.
     """
-    described: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.dtype.itemsize * math.prod(tensor.shape)
         kind = {"i": "I", "f": "F"}[tensor.dtype.kind] + str(8 * tensor.dtype.itemsize)
-        described[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [begin, end]}
+        entries[tensor.name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [begin, end]}
 
     def encode(sha256: str) -> bytes:
         complete = header | {"sha256": sha256}
         complete["header_sha256"] = _header_sha256(complete)
-        text = json.dumps({"__metadata__": complete, **described}, sort_keys=True, ensure_ascii=False).encode()
+        text = json.dumps({"__metadata__": complete, **entries}, sort_keys=True, ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)  # the tensors stay aligned
         return len(text).to_bytes(8, "little") + text
 
@@ -193,7 +184,7 @@ def write_streamed(path: Path, header: dict[str, str], tensors: Sequence[Streame
     with path.open("wb") as file:
         file.write(encode("0" * 64))
         for tensor in tensors:
-            digest.update(_announce(tensor.name, tensor.dtype, tensor.shape))
+            digest.update(_tensor_header(tensor.name, tensor.dtype, tensor.shape))
             for chunk in tensor.chunks():
                 data = np.ascontiguousarray(chunk, tensor.dtype).data
                 digest.update(data)
@@ -202,7 +193,7 @@ def write_streamed(path: Path, header: dict[str, str], tensors: Sequence[Streame
         file.write(encode(digest.hexdigest()))
 
 
-def _announce(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+def _tensor_header(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return f"{name} {dtype} {tuple(shape)}\n".encode()
 
 
@@ -213,9 +204,15 @@ def _header_sha256(header: dict[str, str]) -> str:
 def read_vectors(path: Path) -> Vectors:
     """Read and check a vectors file.
 
+    Args:
+        path: a ``.safetensors`` or older ``.pt`` file.
+
+    Returns:
+        Its content.
+
     Raises:
-        InputError: missing, truncated or changed, another format, a table of older work that makes no sense, or values
-            that are not finite.
+        InputError: missing, truncated or changed, of another format, an ambiguous ``.pt`` file, or with values that
+            are not finite.
     """
     if not path.is_file():
         raise InputError(f"vectors file {path}: not found; make it with 'extract', or name another with --vectors")
@@ -246,9 +243,10 @@ def _read_safetensors(path: Path) -> Vectors:
     claimed = header.pop("header_sha256", None)
     if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
         raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
-    values: dict[str, Any] = {**tensors, **{name: _lists_to_tuples(json.loads(header[name])) for name in LISTS}}
-    unsaid = {name: header.get(name, usual) for name, usual in UNSAID.items()}
-    found = Vectors(**values, **{name: header[name] for name in STRINGS}, **unsaid)
+    lists = {name: _lists_to_tuples(json.loads(header[name])) for name in LISTS}
+    values = {**tensors, **lists, **{name: header[name] for name in STRINGS}}
+    values |= {name: header.get(name, default) for name, default in HEADER_DEFAULTS.items()}
+    found = Vectors(**values)
     if found.sha256 != header["sha256"]:
         raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")
     rows = len(found.concepts)
@@ -270,7 +268,7 @@ def _lists_to_tuples(value: Any) -> Any:
 
 
 def parse_header(beginning: bytes) -> dict[str, str]:
-    """The header in the beginning of a vectors file; nothing if it is the beginning of something else."""
+    """Parse the header in the first bytes of a vectors file; empty for another file."""
     try:
         size = int.from_bytes(beginning[:8], "little")
         found = json.loads(beginning[8 : 8 + size]).get("__metadata__")
@@ -280,7 +278,7 @@ def parse_header(beginning: bytes) -> dict[str, str]:
 
 
 def read_unverified_header(path: Path) -> dict[str, str]:
-    """The header of a vectors file as it says; nothing if the file is something else."""
+    """Read the header of a vectors file without checks; empty for another file."""
     try:
         with safe_open(path, framework="np") as file:
             return file.metadata() or {}
@@ -289,7 +287,13 @@ def read_unverified_header(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The header of a vectors file, once all of the file is known to be whole; in memory that does not grow with it.
+    """Read the header after a check of the whole file, in memory that does not grow with the file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The header.
 
     Raises:
         InputError: missing, damaged, or not a vectors file.
@@ -302,7 +306,7 @@ def read_header(path: Path) -> dict[str, str]:
                 tensor = file.get_slice(name)
                 rows = tensor.get_shape()[0]
                 empty = tensor[:0] if rows else file.get_tensor(name)
-                digest.update(_announce(name, empty.dtype, tuple(tensor.get_shape())))
+                digest.update(_tensor_header(name, empty.dtype, tuple(tensor.get_shape())))
                 step = max(1, CHUNK_BYTES // max(1, empty.dtype.itemsize * math.prod(empty.shape[1:])))
                 for start in range(0, rows, step):
                     digest.update(np.ascontiguousarray(tensor[start : min(start + step, rows)]).data)
@@ -315,29 +319,26 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def _read_pt(path: Path) -> Vectors:
-    """The vectors of a table of older work, of which nothing else is known."""
+    """Read an older file, in which only concepts and vectors are known."""
     concepts, table = read_table(path)
     values = table[:, None, None]  # [concepts, 1, 1, d_model]
-    catalogue = Catalogue(concepts, ("unknown",) * len(concepts))
+    categories = ("unknown",) * len(concepts)
+    no_tokens, no_rows = np.zeros(0, np.int64), np.zeros((0, values.shape[-1]), np.float32)
     return Vectors(
         vectors=values,
-        token_ids=np.zeros(0, np.int64),
+        token_ids=no_tokens,
         token_offsets=np.zeros(len(concepts) + 1, np.int64),
-        token_vocab=np.zeros(0, np.int64),
-        token_embeddings=np.zeros((0, values.shape[-1]), np.float32),
-        token_activations=np.zeros((0, values.shape[-1]), np.float32),
-        concepts=catalogue.concepts,
-        categories=catalogue.categories,
-        splits=tuple(split(catalogue)),
+        token_vocab=no_tokens,
+        token_embeddings=no_rows,
+        token_activations=no_rows,
+        concepts=concepts,
+        categories=categories,
+        splits=tuple(split(Catalogue(concepts, categories))),
         layers=(0,),
         templates=("{concept}",),
         token_block=None,
         depth=0,
-        teacher="unknown",
-        revision="unknown",
-        pool="unknown",
-        dtype="float32",
-        extraction_key="unknown",
+        **dict.fromkeys(STRINGS, "unknown") | {"dtype": "float32"},
     )
 
 

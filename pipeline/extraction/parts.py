@@ -30,10 +30,10 @@ from torch import Tensor
 
 from pipeline.data.vectors import (
     TENSORS,
-    Streamed,
-    in_memory,
+    StreamedTensor,
     read_vectors,
     stored_dtype,
+    stream_array,
     write_streamed,
     write_vectors,
 )
@@ -43,7 +43,7 @@ from pipeline.extraction.request import Request, is_extracted, read_output_heade
 from pipeline.processes import Worker
 from pipeline.s3 import object_names, remove_objects
 from pipeline.storage import Output, download, upload, write_atomically, write_if_absent
-from pipeline.student.tokenizer import Ragged
+from pipeline.student.tokenizer import RaggedArray
 from pipeline.teachers.find import Teacher
 from pipeline.teachers.prompts import Prompt, tokenize
 from pipeline.teachers.residuals import flops_per_token
@@ -244,7 +244,7 @@ def _write_part(
     if not is_finite.all():
         concept = request.concepts[part.start + int(is_finite.argmin())]
         raise InputError(f"--dtype {request.dtype}: the vector of {concept!r} is not finite in it; try --dtype float32")
-    token_ids = Ragged.of([prompt.concept_ids for prompt in prompts[0]])
+    token_ids = RaggedArray.from_lists([prompt.concept_ids for prompt in prompts[0]])
     vocab = np.unique(token_ids.values)
     embeddings = teacher.embedding_table[torch.from_numpy(vocab).to(teacher.device)].float().cpu().numpy()
     is_first = [[prompt.pooled(request.pool)[0] == 0 for prompt in of_template] for of_template in prompts]
@@ -323,12 +323,12 @@ def _join(request: Request, plan: PartPlan) -> list[str]:
     d_model = next(each("vectors")).shape[-1]
     shape = (plan.rows, len(request.templates), len(request.layers), d_model)
     tensors = [
-        Streamed("token_ids", np.dtype(np.int64), (int(offsets[-1]),), lambda: each("token_ids")),
-        in_memory("token_offsets", offsets),
-        in_memory("token_vocab", vocab),
-        in_memory("token_embeddings", table("token_embeddings", vocab, peaks[0])),
-        in_memory("token_activations", table("token_activations", isolated, peaks[2])),
-        Streamed("vectors", stored_dtype(peaks[1]), shape, lambda: each("vectors")),
+        StreamedTensor("token_ids", np.dtype(np.int64), (int(offsets[-1]),), lambda: each("token_ids")),
+        stream_array("token_offsets", offsets),
+        stream_array("token_vocab", vocab),
+        stream_array("token_embeddings", table("token_embeddings", vocab, peaks[0])),
+        stream_array("token_activations", table("token_activations", isolated, peaks[2])),
+        StreamedTensor("vectors", stored_dtype(peaks[1]), shape, lambda: each("vectors")),
     ]
     assert tuple(tensor.name for tensor in tensors) == TENSORS
     in_sink = np.concatenate(list(each("in_sink")))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.concepts import Catalogue, split
-from pipeline.data.vectors import FORMAT, UNSAID, parse_header, read_header, read_unverified_header
+from pipeline.data.vectors import FORMAT, HEADER_DEFAULTS, parse_header, read_header, read_unverified_header
 from pipeline.errors import InputError, choices
 from pipeline.s3 import first_bytes
 from pipeline.storage import Output
@@ -65,7 +65,7 @@ class Request:
     @property
     def _written_fields(self) -> dict[str, Any]:
         """All fields but those whose value is the one that keys and headers leave out."""
-        left_out = UNSAID | {"reader": 1}
+        left_out = HEADER_DEFAULTS | {"reader": 1}
         return {name: value for name, value in asdict(self).items() if (name, value) not in left_out.items()}
 
     def is_answered_by(self, header: Mapping[str, str] | None) -> bool:

@@ -1,4 +1,4 @@
-"""Very many texts at once: a student's float32 arithmetic in torch, whose lookups and products take less time."""
+"""The student's float32 arithmetic in torch, whose lookups and products take less time for very many texts."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.student.lookup import POOLS, Floats, Table, TokenFeatures, TokenizedTexts
+from pipeline.student.lookup import POOLING, FloatArray, Table, TokenFeatures, TokenizedTexts
 from pipeline.training.kinds import KINDS
 
 ROWS = 1 << 14  # of a table converted at once
 
 
 def bulk_of(
-    kind: str, reading: TokenFeatures, parameters: Mapping[str, Floats]
-) -> Callable[[TokenizedTexts, Floats, Floats], None] | None:
-    """What writes a student's centred vectors for texts plus a shift; None for students that it does not speed up.
+    kind: str, features: TokenFeatures, parameters: Mapping[str, FloatArray]
+) -> Callable[[TokenizedTexts, FloatArray, FloatArray], None] | None:
+    """Make a function that writes a student's centred vectors plus a shift.
 
     Args:
         kind: of the student.
-        reading: how it reads.
+        features: its features.
         parameters: its weights.
+
+    Returns:
+        The function; None for students that it does not speed up.
     """
-    if kind not in ("mlp", "ridge") or not {part.pool for part in reading.parts} <= set(POOLS):
+    if kind not in ("mlp", "ridge") or not {part.pool for part in features.parts} <= set(POOLING):
         return None
-    width = reading.tables[reading.parts[0].table].width
-    if reading.is_folded and kind == "mlp" and width != parameters["out.weight"].shape[0]:
+    width = features.tables[features.parts[0].table].width
+    if features.is_folded and kind == "mlp" and width != parameters["out.weight"].shape[0]:
         return None  # a linear skip in the tables
-    tables = {name: _dense(table) for name, table in reading.tables.items()}
+    tables = {name: _dense(table) for name, table in features.tables.items()}
     held = {name: torch.from_numpy(value)[None] for name, value in parameters.items()}
-    return partial(_answer, reading, tables, KINDS[kind].apply if held else None, held)
+    return partial(_answer, features, tables, KINDS[kind].apply if held else None, held)
 
 
 def _dense(table: Table) -> Tensor:
@@ -46,25 +49,25 @@ def _dense(table: Table) -> Tensor:
 
 @torch.inference_mode()
 def _answer(
-    reading: TokenFeatures,
+    features: TokenFeatures,
     tables: Mapping[str, Tensor],
     apply: Callable[..., Tensor] | None,
     parameters: dict[str, Tensor],
     asked: TokenizedTexts,
-    shift: Floats,
-    out: Floats,
+    shift: FloatArray,
+    out: FloatArray,
 ) -> None:
     torch.set_num_threads(1)  # of this thread: it has others beside it
     values, offsets = (torch.from_numpy(part) for part in (asked.tokens.values, asked.tokens.offsets))
     pooled = []
-    for part in reading.parts:
+    for part in features.parts:
         table = tables[part.table]
         if part.pool == "mean":
             pooled.append(F.embedding_bag(values, table, offsets[:-1], mode="mean"))
         else:
             pooled.append(F.embedding(values[offsets[1:] - 1 if part.pool == "last" else offsets[:-1]], table))
-    offset, scale = torch.from_numpy(reading.offset), torch.from_numpy(reading.scale)
-    if reading.is_folded:
+    offset, scale = torch.from_numpy(features.offset), torch.from_numpy(features.scale)
+    if features.is_folded:
         read = pooled[0]
         for own in pooled[1:]:
             read += own

@@ -1,7 +1,7 @@
 """A student's folder as files: whole, of a known format, and safe to read from a stranger.
 
-``config.json`` says what the student is, ``model.safetensors`` holds its numbers, ``tokenizer.json`` is the teacher's,
-and ``README.md`` its card. Checksums in ``config.json`` cover the others and itself.
+``config.json`` describes the student, ``model.safetensors`` holds its tensors, ``tokenizer.json`` is the teacher's
+tokenizer, and ``README.md`` the card. ``config.json`` has the checksums of the tensors, the tokenizer and itself.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pipeline.storage import write_atomically
 
 FORMAT = "student-5"
 CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
-MOST_BYTES = {CONFIG: 1 << 23, TOKENIZER: 1 << 27, MODEL: 1 << 36}  # more is no student
+MAX_BYTES = {CONFIG: 1 << 23, TOKENIZER: 1 << 27, MODEL: 1 << 36}  # no student's file is larger
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What a student's folder holds.
+    """Contents of a student's folder.
 
     Attributes:
         config: plain JSON values.
-        tensors: numbers by name.
+        tensors: arrays by name.
         tokenizer: the teacher's; None where the student knows its concepts only.
         card: the text of its README, or "".
     """
@@ -44,16 +44,15 @@ class Folder:
 
 
 def pack(folder: Folder) -> dict[str, bytes]:
-    """The files, by name."""
+    """Encode the files, by name; ``config.json`` comes last: a folder that has it is whole."""
     contents = {MODEL: save({name: np.ascontiguousarray(value) for name, value in folder.tensors.items()})}
     if folder.tokenizer is not None:
         contents[TOKENIZER] = folder.tokenizer.to_str().encode()
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     config = folder.config | {"format": FORMAT, "files": sums}
     config["sha256"] = _sha256(config)
-    contents[CARD] = folder.card.encode()
-    contents[CONFIG] = json.dumps(config, indent=1, ensure_ascii=False).encode()  # last: with it the folder is whole
-    return contents
+    encoded = json.dumps(config, indent=1, ensure_ascii=False).encode()
+    return contents | {CARD: folder.card.encode(), CONFIG: encoded}
 
 
 def write_folder(place: Path, contents: Mapping[str, bytes]) -> None:
@@ -64,27 +63,44 @@ def write_folder(place: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def read_folder(place: Path) -> Folder:
-    """Read the files.
+    """Read the files; raises what `unpack` raises."""
+    card = place / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return unpack(lambda name: _read_file(place, name), text)
+
+
+def unpack(read_file: Callable[[str], bytes], card: str) -> Folder:
+    """Decode and check the files.
+
+    Args:
+        read_file: from a file's name to its content.
+        card: the text of the README.
+
+    Returns:
+        The contents.
 
     Raises:
-        InputError: damaged, of another format, or with something in them that has no place in a student.
-        OSError, ValueError, KeyError, TypeError, SafetensorError: not a student's folder.
+        InputError: damaged, of another format, or with content that has no place in a student. Files that are not a
+            student's cause OSError, ValueError, KeyError, TypeError or SafetensorError.
     """
-    return unpack(lambda name: _read(place, name), _card(place))
-
-
-def unpack(content_of: Callable[[str], bytes], card: str) -> Folder:
-    """What files hold, given what reads one of them by its name; raises as `read` does."""
-    config = _config(content_of(CONFIG))
-    contents = {name: _undamaged(name, content_of(name), digest) for name, digest in config.pop("files").items()}
+    config = json.loads(read_file(CONFIG))
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"format {found!r}, expected {FORMAT!r}; train it again")
+    claimed = {CONFIG: config.pop("sha256"), **config["files"]}
+    contents = {name: read_file(name) for name in config["files"]}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    for name, digest in ({CONFIG: _sha256(config)} | digests).items():
+        if digest != claimed[name]:
+            raise InputError(f"{name} is damaged (it does not match its checksum)")
+    del config["files"]
     tensors = load(contents[MODEL])
     for name, value in tensors.items():
         if value.dtype not in (np.int8, np.int64, np.float16, np.float32):
             raise InputError(f"tensor {name}: {value.dtype}, expected int8, int64, float16 or float32")
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise InputError(f"tensor {name}: values that are not finite")
-    tokenizer = _tokenizer(contents[TOKENIZER]) if TOKENIZER in contents else None
-    return Folder(config, tensors, tokenizer, card)
+    return Folder(config, tensors, _tokenizer(contents[TOKENIZER]) if TOKENIZER in contents else None, card)
 
 
 def _sha256(config: Mapping[str, Any]) -> str:
@@ -92,37 +108,13 @@ def _sha256(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _read(folder: Path, name: str) -> bytes:
-    """The bytes of a file of the folder itself."""
-    if name not in MOST_BYTES:
-        raise InputError(f"names the file {name!r}; expected {', '.join(sorted(MOST_BYTES))}")
-    path = folder / name
-    size = path.stat().st_size
-    if size > MOST_BYTES[name]:
-        raise InputError(f"{name} has {size:,} bytes; expected {MOST_BYTES[name]:,} at the most")
-    return path.read_bytes()
-
-
-def _undamaged(name: str, content: bytes, digest: str) -> bytes:
-    """The bytes of a file, once they are known to be what was written."""
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise InputError(f"{name} is damaged (it does not match its checksum)")
-    return content
-
-
-def _config(content: bytes) -> dict[str, Any]:
-    config = json.loads(content)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"format {found!r}, expected {FORMAT!r}; train it again")
-    if config.pop("sha256") != _sha256(config):
-        raise InputError(f"{CONFIG} is damaged (it does not match its checksum)")
-    return config
-
-
-def _card(folder: Path) -> str:
-    path = folder / CARD
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+def _read_file(folder: Path, name: str) -> bytes:
+    if name not in MAX_BYTES:
+        raise InputError(f"names the file {name!r}; expected {', '.join(sorted(MAX_BYTES))}")
+    size = (folder / name).stat().st_size
+    if size > MAX_BYTES[name]:
+        raise InputError(f"{name} has {size:,} bytes; expected {MAX_BYTES[name]:,} at the most")
+    return (folder / name).read_bytes()
 
 
 def _tokenizer(content: bytes) -> Tokenizer:

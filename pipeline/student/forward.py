@@ -1,7 +1,7 @@
-"""What trained students make of what they read, in NumPy: the forward passes of `pipeline.students` without torch.
+"""Forward passes of trained students in NumPy, the counterparts of those in `pipeline.training`.
 
-``n`` texts. Parameters have no member axis. Where a reading has the first linear map in it already, the parameters
-lack it, and what comes in is what that map gives. A block's map may be a product of two thin ones (`of_ranks`).
+Shapes: ``n`` texts. Parameters have no member axis. Folded features contain the first linear map already: the
+parameters lack it, and the inputs are its output. A block's map may be a product of two (`low_rank_versions`).
 """
 
 from __future__ import annotations
@@ -10,128 +10,147 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from pipeline.student.lookup import Floats
+from pipeline.student.lookup import FloatArray
 
-Parameters = Mapping[str, Floats]
+Parameters = Mapping[str, FloatArray]
+FIRST_MAPS = ("in.weight", "skip.weight", "weight")
 HEAD_DIM = 32  # of a transformer's attention
 NORM_EPSILON = 1e-5
 
 
-def first_map(parameters: Parameters) -> Floats | None:
-    """The linear map, ``[features, width]``, that is all that a student does with its features; None without one."""
+def first_map(parameters: Parameters) -> FloatArray | None:
+    """Find the linear map, ``[features, width]``, that is the student's only use of its features; None without one."""
     if "support" in parameters:  # a kernel compares features
         return None
-    names = [name for name in ("in.weight", "skip.weight", "weight") if name in parameters]
-    return np.concatenate([parameters[name] for name in names], 1) if names else None
+    maps = [parameters[name] for name in FIRST_MAPS if name in parameters]
+    return np.concatenate(maps, 1) if maps else None
 
 
-def without_first_map(parameters: Parameters) -> dict[str, Floats]:
-    """The parameters behind the first map."""
-    return {name: value for name, value in parameters.items() if name not in ("in.weight", "skip.weight", "weight")}
+def without_first_map(parameters: Parameters) -> dict[str, FloatArray]:
+    """Select the parameters after the first map."""
+    return {name: value for name, value in parameters.items() if name not in FIRST_MAPS}
 
 
-def of_ranks(parameters: Parameters, ranks: Iterable[int]) -> Iterator[dict[str, Floats]]:
-    """A residual MLP whose blocks' maps are products of two, ``[hidden, rank]`` and ``[rank, hidden]``, rank by rank.
+def low_rank_versions(parameters: Parameters, ranks: Iterable[int]) -> Iterator[dict[str, FloatArray]]:
+    """Replace the maps of a residual MLP's blocks by the nearest products ``[hidden, rank] @ [rank, hidden]``.
 
-    Of all of that rank they are nearest to what they replace (Eckart and Young, 1936).
+    The truncated singular value decomposition is nearest (Eckart and Young, 1936).
+
+    Args:
+        parameters: of the MLP.
+        ranks: the ranks to make.
+
+    Yields:
+        Parameters for each rank.
     """
     blocks = [name for name in parameters if name.startswith("block") and name.endswith(".weight")]
     parts = {name.removesuffix(".weight"): np.linalg.svd(parameters[name], full_matrices=False) for name in blocks}
     for rank in ranks:
-        thin = {name: value for name, value in parameters.items() if name not in blocks}
+        version = {name: value for name, value in parameters.items() if name not in blocks}
         for block, (left, strengths, right) in parts.items():
             root = np.sqrt(strengths[:rank])
-            thin |= {f"{block}.left": left[:, :rank] * root, f"{block}.right": root[:, None] * right[:rank]}
-        yield thin
+            version |= {f"{block}.left": left[:, :rank] * root, f"{block}.right": root[:, None] * right[:rank]}
+        yield version
 
 
-def normal_cdf(x: Floats) -> Floats:
-    """The standard normal distribution function, to 1e-7 (Abramowitz and Stegun, 1964, 7.1.26).
+def gelu(x: FloatArray) -> FloatArray:
+    """``x`` times the normal distribution function of ``x`` (Hendrycks and Gimpel, 2016), to 1e-6.
 
-    In float32 and without SciPy, which takes a quarter of a second to load.
+    The distribution function is 7.1.26 of Abramowitz and Stegun (1964): SciPy's takes a quarter of a second to load.
+
+    Args:
+        x: values of any shape.
+
+    Returns:
+        Values of the same shape.
     """
-    z = np.abs(x) * np.float32(np.sqrt(0.5))
-    t = 1 / (1 + np.float32(0.3275911) * z)
-    series = np.float32(1.061405429) * t
+    z = np.abs(x)
+    z *= np.float32(np.sqrt(0.5))
+    t = z * np.float32(0.3275911)
+    t += np.float32(1)
+    np.reciprocal(t, out=t)
+    tail = t * np.float32(1.061405429)
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        series += np.float32(coefficient)
-        series *= t
+        tail += np.float32(coefficient)
+        tail *= t
     np.square(z, out=z)
     np.negative(z, out=z)
-    series *= np.exp(z, out=z)
-    series *= np.float32(0.5)  # the probability beyond |x|
-    return np.where(x > 0, np.float32(1) - series, series)
+    tail *= np.exp(z, out=z)
+    tail *= np.float32(0.5)  # probability above |x|
+    tail *= np.abs(x, out=z)
+    output: FloatArray = np.maximum(x, np.float32(0), out=z)
+    output -= tail
+    return output
 
 
-def gelu(x: Floats) -> Floats:
-    """``x`` times the normal distribution function of ``x`` (Hendrycks and Gimpel, 2016)."""
-    return x * normal_cdf(x)
-
-
-def mlp(parameters: Parameters, read: Floats) -> Floats:
-    """A residual MLP: ``[n, features]`` to ``[n, d_model]``; see `pipeline.training.mlp`."""
+def mlp(parameters: Parameters, inputs: FloatArray) -> FloatArray:
+    """A residual MLP, ``[n, features]`` to ``[n, d_model]``: `pipeline.training.mlp`."""
     weight = first_map(parameters)
-    first: Floats = read if weight is None else read @ weight  # [n, hidden] or [n, hidden + d_model]
+    first: FloatArray = inputs if weight is None else inputs @ weight  # [n, hidden] or [n, hidden + d_model]
     width = parameters["out.weight"].shape[0]
-    hidden: Floats = first[:, :width] + parameters["in.bias"]
-    for block in range(sum(name.startswith("block") and name.endswith(".bias") for name in parameters)):
+    hidden: FloatArray = first[:, :width] + parameters["in.bias"]
+    for block in range(_blocks(parameters, ".bias")):
         name = f"block{block}"
-        if f"{name}.left" in parameters:
-            change: Floats = hidden @ parameters[f"{name}.left"]
-            change = change @ parameters[f"{name}.right"]
-        else:
-            change = hidden @ parameters[f"{name}.weight"]
+        maps = [parameters[f"{name}.{side}"] for side in ("weight", "left", "right") if f"{name}.{side}" in parameters]
+        change = hidden
+        for factor in maps:
+            change = change @ factor
         hidden += gelu(change + parameters[f"{name}.bias"])
-    answer: Floats = hidden @ parameters["out.weight"]
-    answer += parameters["out.bias"]
+    output: FloatArray = hidden @ parameters["out.weight"]
+    output += parameters["out.bias"]
     if first.shape[1] > width:
-        answer += first[:, width:]
-    return answer
+        output += first[:, width:]
+    return output
 
 
-def linear(parameters: Parameters, read: Floats) -> Floats:
-    """A linear map: ``[n, features]`` to ``[n, d_model]``; see `pipeline.training.closed_form`."""
-    return read @ parameters["weight"] if "weight" in parameters else read
+def _blocks(parameters: Parameters, suffix: str) -> int:
+    """Number of blocks, of which each has one parameter with that suffix."""
+    return sum(name.startswith("block") and name.endswith(suffix) for name in parameters)
 
 
-def kernel(parameters: Parameters, read: Floats) -> Floats:
-    """Kernel ridge regression: ``[n, features]`` to ``[n, d_model]``; see `pipeline.training.closed_form`."""
+def linear(parameters: Parameters, inputs: FloatArray) -> FloatArray:
+    """A linear map, ``[n, features]`` to ``[n, d_model]``: `pipeline.training.closed_form`."""
+    return inputs @ parameters["weight"] if "weight" in parameters else inputs
+
+
+def kernel(parameters: Parameters, inputs: FloatArray) -> FloatArray:
+    """Kernel ridge regression, ``[n, features]`` to ``[n, d_model]``: `pipeline.training.closed_form`."""
     support = parameters["support"]  # [N, features]
-    squares = np.square(read).sum(1)[:, None] + np.square(support).sum(1) - 2 * (read @ support.T)  # [n, N]
-    near = np.exp(-parameters["width"].reshape(()) * squares.clip(min=0))
-    answer: Floats = near @ parameters["weight"] + read @ parameters["skip.weight"]
-    return answer
+    squares = np.square(inputs).sum(1)[:, None] + np.square(support).sum(1) - 2 * (inputs @ support.T)  # [n, N]
+    similarity = np.exp(-parameters["width"].reshape(()) * squares.clip(min=0))
+    output: FloatArray = similarity @ parameters["weight"] + inputs @ parameters["skip.weight"]
+    return output
 
 
-def transformer(parameters: Parameters, read: Floats) -> Floats:
-    """A tiny transformer: ``[n, T * width]`` to ``[n, d_model]``; see `pipeline.training.transformer`."""
+def transformer(parameters: Parameters, inputs: FloatArray) -> FloatArray:
+    """A tiny transformer, ``[n, T * width]`` to ``[n, d_model]``: `pipeline.training.transformer`."""
     tokens = len(parameters["positions"])
-    inputs = read.reshape(len(read), tokens, -1)
-    there = (inputs != 0).any(-1)  # [n, T]
-    stream: Floats = inputs @ parameters["in.weight"] if "in.weight" in parameters else inputs
+    embedded = inputs.reshape(len(inputs), tokens, -1)
+    is_token = (embedded != 0).any(-1)  # [n, T]
+    stream: FloatArray = embedded @ parameters["in.weight"] if "in.weight" in parameters else embedded
     stream = stream + parameters["positions"]  # [n, T, hidden]
-    for block in range(sum(name.endswith(".merge.weight") for name in parameters)):
+    for block in range(_blocks(parameters, ".merge.weight")):
         name = f"block{block}"
         mixed = _norm(stream) @ parameters[f"{name}.attention.weight"]
         query, key, value = mixed.reshape(*stream.shape[:2], 3, -1, HEAD_DIM).transpose(2, 0, 3, 1, 4)
         scores = query @ key.swapaxes(-1, -2) / np.float32(np.sqrt(HEAD_DIM))  # [n, heads, T, T]
-        scores = np.where(there[:, None, None], scores, np.float32(-np.inf))
+        scores = np.where(is_token[:, None, None], scores, np.float32(-np.inf))
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         attended = weights @ value / weights.sum(-1, keepdims=True)
         stream = stream + attended.swapaxes(1, 2).reshape(stream.shape) @ parameters[f"{name}.merge.weight"]
         up = _norm(stream) @ parameters[f"{name}.up.weight"] + parameters[f"{name}.up.bias"]
         stream = stream + gelu(up) @ parameters[f"{name}.down.weight"]
-    answer: Floats = stream[:, -1] @ parameters["out.weight"] + parameters["out.bias"]
-    return answer
+    output: FloatArray = stream[:, -1] @ parameters["out.weight"] + parameters["out.bias"]
+    return output
 
 
-def _norm(values: Floats) -> Floats:
+def _norm(values: FloatArray) -> FloatArray:
     centred = values - values.mean(-1, keepdims=True)
-    normed: Floats = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(NORM_EPSILON))
+    normed: FloatArray = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + np.float32(NORM_EPSILON))
     return normed
 
 
-FORWARD: dict[str, Callable[[Parameters, Floats], Floats]] = {
+FORWARD: dict[str, Callable[[Parameters, FloatArray], FloatArray]] = {
     "mlp": mlp,
     "transformer": transformer,
     "ridge": linear,

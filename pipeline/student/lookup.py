@@ -1,49 +1,49 @@
-"""What a student reads of texts: tables that are looked up by token and pooled.
-
-NumPy alone, in training and afterwards: a trained student reads without torch.
-"""
+"""A student's inputs, in training and after it: rows of tables that are looked up by token and pooled, in NumPy."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.student.tokenizer import Integers, Ragged, folded
+from pipeline.student.tokenizer import IntArray, RaggedArray, casefolded
 
-Floats = NDArray[np.float32]
+FloatArray = NDArray[np.float32]
 
 NGRAM_SIZES = (2, 3, 4)  # characters, with < and > around a word (Bojanowski et al., 2017)
 NGRAM_BUCKETS = 2048
-BLOCK = "block"
-# By name: the token table that is pooled, and how.
-POOLED = {
+NGRAM_TEXTS = 256  # texts whose n-grams are summed at once
+BLOCK = "block"  # begins the names of inputs that are an early block's vectors: block4
+# Inputs by name: the token table that is pooled, and how.
+POOLED_INPUTS = {
     "embeddings": ("token_embeddings", ("mean", "last")),
     "embeddings-first": ("token_embeddings", ("mean", "last", "first")),
     "embeddings-whitened": ("token_embeddings", ("mean", "last")),
     "activations": ("token_activations", ("mean", "last")),
 }
-STREAMS = ("token_embeddings", "token_activations")  # tables in the coordinates of the residual stream
-LARGEST = 127  # of 8 bits
+RESIDUAL_TABLES = ("token_embeddings", "token_activations")  # in the coordinates of the residual stream
+INT8_MAX = 127
+TABLE_ROWS = 1 << 14  # of a table converted at once
+SHORT_TEXT = 8  # tokens that NumPy's sums add one after another
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers, in 8 bits with one scale a row or as they are.
+    """Rows of numbers: floating point, or int8 with one scale per row.
 
     Attributes:
         values: ``[rows, width]``, int8, float16 or float32.
-        scale: ``[rows]`` float32, of int8 values; else None.
+        scale: ``[rows]`` float32 for int8 values; else None.
     """
 
     values: NDArray[Any]
-    scale: Floats | None = None
+    scale: FloatArray | None = None
 
-    def __getitem__(self, rows: Integers) -> Floats:
+    def __getitem__(self, rows: IntArray | slice) -> FloatArray:
         found = self.values[rows].astype(np.float32, copy=False)
         if self.scale is not None:
             found *= self.scale[rows, None]
@@ -51,217 +51,219 @@ class Table:
 
     @property
     def width(self) -> int:
-        """Numbers of a row."""
+        """Numbers in a row."""
         return int(self.values.shape[1])
 
-    @classmethod
-    def in_8_bits(cls, values: NDArray[Any], rows: int = 1 << 14) -> Table:
-        """The values rounded to 8 bits; the largest of each row is exact. ``rows`` are converted at once."""
-        short, scale = np.empty(values.shape, np.int8), np.empty(len(values), np.float32)
-        for start in range(0, len(values), rows):
-            part = values[start : start + rows].astype(np.float32)
-            own = np.abs(part).max(1, initial=0) / LARGEST
-            scale[start : start + rows] = own
-            short[start : start + rows] = np.rint(part / np.where(own > 0, own, 1)[:, None])
-        return cls(short, scale)
+    def to_int8(self) -> Table:
+        """Round the values to 8 bits; the largest of each row stays exact."""
+        rounded, scale = np.empty(self.values.shape, np.int8), np.empty(len(self.values), np.float32)
+        for start in range(0, len(rounded), TABLE_ROWS):
+            chunk = slice(start, start + TABLE_ROWS)
+            values = self[chunk]
+            scale[chunk] = largest = np.abs(values).max(1, initial=0) / INT8_MAX
+            rounded[chunk] = np.rint(values / np.where(largest > 0, largest, 1)[:, None])
+        return Table(rounded, scale)
+
+    def mapped(self, weight: FloatArray) -> Table:
+        """Multiply each row by a linear map ``[width, columns]``."""
+        made = np.empty((len(self.values), weight.shape[1]), np.float32)
+        for start in range(0, len(made), TABLE_ROWS):
+            made[start : start + TABLE_ROWS] = self[start : start + TABLE_ROWS] @ weight
+        return Table(made)
 
 
-def pool_mean(table: Table, tokens: Ragged) -> Floats:
-    """The mean of each text's rows, ``[n, width]``."""
-    sums = np.add.reduceat(table[tokens.values], tokens.offsets[:-1], axis=0)
-    sums /= tokens.lengths[:, None].astype(np.float32)
+def pool_mean(table: Table, tokens: RaggedArray) -> FloatArray:
+    """Average each text's rows, ``[n, width]``."""
+    starts, lengths = tokens.offsets[:-1], tokens.lengths
+    max_tokens = lengths.max(initial=0)
+    if max_tokens > SHORT_TEXT:
+        sums = np.add.reduceat(table[tokens.values], starts, axis=0)
+    else:  # the same sums in the same order, a position at a time: a sixth of the time for short texts
+        sums, others = table[tokens.values[starts]], np.zeros((len(tokens), table.width), np.float32)
+        for position in range(1, max_tokens):
+            longer = np.flatnonzero(lengths > position)
+            others[longer] += table[tokens.values[starts[longer] + position]]
+        sums += others
+    sums /= lengths[:, None].astype(np.float32)
     return sums
 
 
-def pool_last(table: Table, tokens: Ragged) -> Floats:
-    """The row of each text's last token, ``[n, width]``."""
+def pool_last(table: Table, tokens: RaggedArray) -> FloatArray:
+    """Take the row of each text's last token, ``[n, width]``."""
     return table[tokens.values[tokens.offsets[1:] - 1]]
 
 
-def pool_first(table: Table, tokens: Ragged) -> Floats:
-    """The row of each text's first token, ``[n, width]``."""
+def pool_first(table: Table, tokens: RaggedArray) -> FloatArray:
+    """Take the row of each text's first token, ``[n, width]``."""
     return table[tokens.values[tokens.offsets[:-1]]]
 
 
-def sequences(table: Table, tokens: Ragged, longest: int) -> Floats:
-    """Each text's last ``longest`` tokens end to end, the last at the end, ``[n, longest * width]``; zeros before."""
-    back = np.arange(longest)[::-1]  # how far each place is from the end
-    place = tokens.offsets[1:, None] - 1 - back  # [n, longest]
-    there = back < tokens.lengths[:, None]
-    rows = table[tokens.values[np.where(there, place, 0)].reshape(-1)] * there.reshape(-1, 1)
+POOLING = {"mean": pool_mean, "last": pool_last, "first": pool_first}
+
+
+def pool_sequence(table: Table, tokens: RaggedArray, max_tokens: int) -> FloatArray:
+    """Join the rows of each text's last ``max_tokens`` tokens, zeros first, ``[n, max_tokens * width]``."""
+    from_end = np.arange(max_tokens)[::-1]  # [max_tokens]
+    position = tokens.offsets[1:, None] - 1 - from_end  # [n, max_tokens]
+    is_token = from_end < tokens.lengths[:, None]
+    rows = table[tokens.values[np.where(is_token, position, 0)].reshape(-1)] * is_token.reshape(-1, 1)
     return rows.reshape(len(tokens), -1)
 
 
-def ngrams(texts: Sequence[str]) -> tuple[Ragged, Floats]:
-    """Hashed character n-grams of each text, and how much each counts: its share of a row of length 1."""
+def hash_ngrams(texts: Sequence[str]) -> tuple[RaggedArray, FloatArray]:
+    """Hash each text's character n-grams to buckets, with weights that have length 1 for each text."""
     buckets, weights = [], []
     for text in texts:
         grams: dict[int, int] = {}
-        for word in folded(text).split():
-            whole = f"<{word}>"
+        for word in casefolded(text).split():
+            marked = f"<{word}>"
             for size in NGRAM_SIZES:
-                for start in range(len(whole) - size + 1):
-                    bucket = zlib.crc32(whole[start : start + size].encode()) % NGRAM_BUCKETS
+                for start in range(len(marked) - size + 1):
+                    bucket = zlib.crc32(marked[start : start + size].encode()) % NGRAM_BUCKETS
                     grams[bucket] = grams.get(bucket, 0) + 1
         counts = np.array(list(grams.values()), np.float32)
         buckets.append(list(grams))
         weights.append(counts / np.linalg.norm(counts))
-    return Ragged.of(buckets), np.concatenate(weights)
+    return RaggedArray.from_lists(buckets), np.concatenate(weights)
 
 
-def pool_ngrams(table: Table, texts: Sequence[str], at_once: int = 256) -> Floats:
-    """The weighted sum of each text's n-grams' rows, ``[n, width]``."""
+def pool_ngrams(table: Table, texts: Sequence[str]) -> FloatArray:
+    """Sum the rows of each text's n-grams by weight, ``[n, width]``."""
     sums = []
-    for start in range(0, len(texts), at_once):
-        buckets, weights = ngrams(texts[start : start + at_once])
+    for start in range(0, len(texts), NGRAM_TEXTS):
+        buckets, weights = hash_ngrams(texts[start : start + NGRAM_TEXTS])
         sums.append(np.add.reduceat(table[buckets.values] * weights[:, None], buckets.offsets[:-1], axis=0))
     return np.concatenate(sums)
 
 
-POOLS = {"mean": pool_mean, "last": pool_last, "first": pool_first}
-
-
 @dataclass(frozen=True)
-class Part:
-    """Some columns of what is read: a table and how its rows are pooled.
+class FeaturePart:
+    """Some columns of the features: a table and how its rows are pooled.
 
     Attributes:
         table: its name.
-        pool: of `POOLS`; ``sequence``; ``ngrams``; or ``place``, a row for each concept of the vectors file.
+        pool: a name in `POOLING`; ``sequence``; ``ngrams``; or ``place``, one row per concept of the vectors file.
     """
 
     table: str
     pool: str
 
 
-def parts_of(inputs: str) -> list[Part]:
-    """The parts of inputs joined by ``+``, in the order of their columns."""
+def parse_inputs(inputs: str) -> tuple[FeaturePart, ...]:
+    """Parse inputs joined by ``+`` into parts, in the order of their columns."""
     parts = []
     for name in inputs.split("+"):
-        if name in POOLED:
-            table, pools = POOLED[name]
-            parts += [Part(table if name != "embeddings-whitened" else name, pool) for pool in pools]
-        elif name.startswith(BLOCK):
-            parts.append(Part(name, "place"))
+        if name in POOLED_INPUTS:
+            table, pools = POOLED_INPUTS[name]
+            parts += [FeaturePart(table if name != "embeddings-whitened" else name, pool) for pool in pools]
         else:
-            parts.append(Part(name, {"bag": "mean"}.get(name, name)))
-    return parts
+            parts.append(FeaturePart(name, "place" if name.startswith(BLOCK) else {"bag": "mean"}.get(name, name)))
+    return tuple(parts)
 
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Texts as they are looked up.
+    """Texts with the rows that they look up.
 
     Attributes:
-        texts: what was written.
-        tokens: of each its rows in the token tables.
-        places: of each its place among the concepts of the vectors file; none for other texts.
+        texts: the texts, ``n``.
+        tokens: for each its rows in the token tables.
+        places: for each its row among the concepts of the vectors file, ``[n]``; None for other texts.
     """
 
     texts: Sequence[str]
-    tokens: Ragged
-    places: Integers | None = None
+    tokens: RaggedArray
+    places: IntArray | None = None
 
     def part(self, start: int, stop: int) -> TokenizedTexts:
-        """Those from one to before another."""
+        """The texts from ``start`` to before ``stop``."""
         places = None if self.places is None else self.places[start:stop]
         return TokenizedTexts(self.texts[start:stop], self.tokens.part(start, stop), places)
 
 
 @dataclass(frozen=True)
 class TokenFeatures:
-    """What a student reads of texts: tables looked up and pooled, side by side, each part standardised.
+    """A function from tokens to a student's inputs: tables looked up and pooled, side by side, each part standardised.
 
-    A folded reading has a linear map in it already (`folded`): its parts are added up and not set side by side.
+    Folded features contain the student's first linear map (`folded`): their parts are added up, not set side by side.
 
     Attributes:
         parts: tables and how they are pooled.
         tables: by name; ``[types, width]`` for tokens, ``[concepts, d_model]`` for a block.
-        offset, scale: ``[features]``, taken off and divided by; of a folded reading the offset alone, ``[width]``.
-        longest: tokens of a sequence.
-        is_folded: whether its parts are added up.
+        offset, scale: ``[features]``, subtracted and divided by; where folded the offset alone, ``[width]``.
+        max_tokens: length of a sequence.
+        is_folded: whether the parts are added up.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[FeaturePart, ...]
     tables: dict[str, Table]
-    offset: Floats
-    scale: Floats
-    longest: int
+    offset: FloatArray
+    scale: FloatArray
+    max_tokens: int
     is_folded: bool = False
 
-    def raw(self, asked: TokenizedTexts) -> list[Floats]:
-        """Each part before standardisation, ``[n, width]``."""
-        return [self._pool(part, asked) for part in self.parts]
+    def pooled(self, texts: TokenizedTexts) -> list[FloatArray]:
+        """Pool each part, before standardisation, ``[n, width]``."""
+        return [self._pool(part, texts) for part in self.parts]
 
-    def _pool(self, part: Part, asked: TokenizedTexts) -> Floats:
+    def _pool(self, part: FeaturePart, texts: TokenizedTexts) -> FloatArray:
         table = self.tables[part.table]
         if part.pool == "sequence":
-            return sequences(table, asked.tokens, self.longest)
+            return pool_sequence(table, texts.tokens, self.max_tokens)
         if part.pool == "ngrams":
-            return pool_ngrams(table, asked.texts)
+            return pool_ngrams(table, texts.texts)
         if part.pool == "place":
-            assert asked.places is not None
-            return table[asked.places]
-        return POOLS[part.pool](table, asked.tokens)
+            assert texts.places is not None
+            return table[texts.places]
+        return POOLING[part.pool](table, texts.tokens)
 
-    def __call__(self, asked: TokenizedTexts) -> Floats:
-        """Features, ``[n, features]``; of a folded reading what its map makes of them, ``[n, width]``."""
-        if self.is_folded:
-            first, *rest = self.raw(asked)
-            for values in rest:
-                first += values
-            first -= self.offset
-            return first
-        read = np.concatenate(self.raw(asked), 1)
-        return (read - self.offset) / self.scale
-
-    @property
-    def streams(self) -> list[slice]:
-        """The columns that are the residual stream of a token, each d_model wide."""
-        return [
-            columns
-            for part, columns in zip(self.parts, self.columns, strict=True)
-            if part.table in STREAMS or part.pool == "place"
-        ]
+    def __call__(self, texts: TokenizedTexts) -> FloatArray:
+        """Compute features, ``[n, features]``; where folded, the output of the first linear map, ``[n, width]``."""
+        if not self.is_folded:
+            return (np.concatenate(self.pooled(texts), 1) - self.offset) / self.scale
+        total, *others = self.pooled(texts)
+        for values in others:
+            total += values
+        total -= self.offset
+        return total
 
     @property
     def columns(self) -> list[slice]:
-        """Of each part its columns among the features."""
+        """Columns of each part among the features."""
         widths = [
-            self.tables[part.table].width * (self.longest if part.pool == "sequence" else 1) for part in self.parts
+            self.tables[part.table].width * (self.max_tokens if part.pool == "sequence" else 1) for part in self.parts
         ]
         stops = np.cumsum(widths).tolist()
         return [slice(stop - width, stop) for width, stop in zip(widths, stops, strict=True)]
 
-    def folded(self, weight: Floats) -> TokenFeatures:
-        """The reading with the linear map behind it in its tables.
+    @property
+    def residual_columns(self) -> list[slice]:
+        """Columns of the parts that are a residual stream, each ``d_model`` wide."""
+        parts = zip(self.parts, self.columns, strict=True)
+        return [columns for part, columns in parts if part.table in RESIDUAL_TABLES or part.pool == "place"]
+
+    def folded(self, weight: FloatArray) -> TokenFeatures:
+        """Multiply the tables by the linear map that follows.
 
         Args:
             weight: the map, ``[features, width]``; for sequences it maps each token, ``[token width, width]``.
+
+        Returns:
+            Folded features, whose tables are named by the number of their part.
         """
         if self.parts[0].pool == "sequence":
             [table] = self.tables.values()
-            made = {"0": Table(_mapped(table, weight))}
-            return TokenFeatures(
-                (Part("0", "sequence"),), made, np.zeros(1, np.float32), self.scale, self.longest, True
-            )
+            part, zero = FeaturePart("0", "sequence"), np.zeros(1, np.float32)
+            return TokenFeatures((part,), {"0": table.mapped(weight)}, zero, self.scale, self.max_tokens, True)
         standard = weight / np.broadcast_to(self.scale, len(weight))[:, None]
-        tables, parts = {}, []
-        for number, (part, columns) in enumerate(zip(self.parts, self.columns, strict=True)):
-            tables[str(number)] = Table(_mapped(self.tables[part.table], standard[columns]))
-            parts.append(Part(str(number), part.pool))
+        parts = tuple(FeaturePart(str(number), part.pool) for number, part in enumerate(self.parts))
+        tables = {
+            made.table: self.tables[part.table].mapped(standard[columns])
+            for made, part, columns in zip(parts, self.parts, self.columns, strict=True)
+        }
         offset = (self.offset @ standard).astype(np.float32)
-        return TokenFeatures(tuple(parts), tables, offset, np.ones(1, np.float32), self.longest, True)
+        return TokenFeatures(parts, tables, offset, np.ones(1, np.float32), self.max_tokens, True)
 
-    def in_8_bits(self) -> TokenFeatures:
-        """The reading with its tables rounded to 8 bits."""
-        tables = {name: Table.in_8_bits(table.values) for name, table in self.tables.items()}
-        return TokenFeatures(self.parts, tables, self.offset, self.scale, self.longest, self.is_folded)
-
-
-def _mapped(table: Table, weight: Floats, rows: int = 1 << 14) -> Floats:
-    """What a map ``[width, columns]`` makes of each row."""
-    made = np.empty((len(table.values), weight.shape[1]), np.float32)
-    for start in range(0, len(made), rows):
-        made[start : start + rows] = table[np.arange(start, min(start + rows, len(made)))] @ weight
-    return made
+    def to_int8(self) -> TokenFeatures:
+        """Round the tables to 8 bits."""
+        return replace(self, tables={name: table.to_int8() for name, table in self.tables.items()})

@@ -1,7 +1,6 @@
-"""The door through which MLflow loads a student that it holds: text in, vectors out. Code and numbers, no pickle.
+"""The entry point through which MLflow serves a logged student: text in, vectors out, and no pickle.
 
-MLflow runs this file (its "models from code"); the type hints are the model's signature, and what does not fit them is
-refused before it comes here.
+MLflow runs this file (its "models from code"); the type hints are the model's signature, which MLflow enforces.
 """
 
 from __future__ import annotations
@@ -16,25 +15,32 @@ from mlflow.pyfunc.model import PythonModel
 from pipeline.errors import InputError
 from pipeline.student.student import Student
 
-MOST_TEXTS = 100_000  # of one request
+MAX_TEXTS = 100_000  # in one request
 
 
 class ServedStudent(PythonModel):
-    """A student as MLflow calls it."""
+    """A student with MLflow's model interface."""
 
     def load_context(self, context: Any) -> None:
         """Load the student folder that was logged with the model."""
         self.student = Student.load(context.artifacts["student"])
 
     def predict(self, model_input: list[str]) -> list[list[float]]:  # type: ignore[override]
-        """Activation vectors of texts, ``[n, d_model]``, not centred.
+        """Predict activation vectors, not centred.
+
+        Args:
+            model_input: texts, ``n``.
+
+        Returns:
+            ``[n, d_model]``.
 
         Raises:
-            MlflowException: no texts, too many, or one that is none; a server answers 400 with the reason.
+            MlflowException: no texts, too many, or an unusable one; a server answers 400 with the reason.
         """
+        if not 0 < len(model_input) <= MAX_TEXTS:
+            reason = f"{len(model_input):,} texts; expected 1 to {MAX_TEXTS:,}"
+            raise MlflowException(reason, error_code=BAD_REQUEST)
         try:
-            if not 0 < len(model_input) <= MOST_TEXTS:
-                raise InputError(f"{len(model_input):,} texts; expected 1 to {MOST_TEXTS:,}")
             vectors: list[list[float]] = self.student.encode(model_input).tolist()
         except InputError as error:
             raise MlflowException(str(error), error_code=BAD_REQUEST) from error

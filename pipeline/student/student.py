@@ -1,6 +1,6 @@
-"""A trained student as a thing of its own: a folder from whose text comes a vector, with NumPy and nothing else.
+"""A trained student: a folder whose files turn text into vectors, with NumPy and a tokenizer.
 
-A student without a tokenizer answers for the concepts of its vectors file: that is how a sweep keeps its cells.
+A student without a tokenizer answers for the concepts of its vectors file only: a sweep keeps its cells in that form.
 
     from pipeline import Student
     Student.load("my-student").encode(["volcano", "slow cooking"])  # [2, d_model]
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +26,12 @@ from tokenizers import Tokenizer
 from pipeline.errors import InputError, WorkError
 from pipeline.storage import fetch
 from pipeline.student.folder import TOKENIZER, Folder, pack, read_folder, unpack, write_folder
-from pipeline.student.forward import FORWARD, first_map
-from pipeline.student.lookup import NGRAM_BUCKETS, Floats, Part, Table, TokenFeatures, TokenizedTexts
-from pipeline.student.tokenizer import Ragged, Tokenization, checked, nfc
+from pipeline.student.forward import FORWARD
+from pipeline.student.lookup import FeaturePart, FloatArray, Table, TokenFeatures, TokenizedTexts
+from pipeline.student.tokenizer import RaggedArray, Tokenization, nfc, normalise_texts
+from pipeline.student.validation import TOKEN_POOLS, validate
 
-CHUNK = 1024  # texts read at once, so that they stay in the cache
+CHUNK = 1024  # texts encoded at once, so that they stay in the cache
 BULK = 20_000  # texts for which loading torch pays
 BULK_CHUNK = 2048
 THREADS = min(4, os.cpu_count() or 1)
@@ -39,26 +40,26 @@ BULK_THREADS = min(8, os.cpu_count() or 1)  # each on one core: a tokenizer and 
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A student with all that turns text into a vector. It may be used by many threads at once.
+    """A student with all that turns text into a vector. Several threads may use it at once.
 
     Attributes:
-        config: what it is and where it comes from (plain JSON values).
+        config: its kind and its origin (plain JSON values).
         parameters: its weights.
-        mean: mu of its training vectors, ``[d_model]``, which is added to its answer.
-        reading: how it reads.
-        concepts: of the vectors file that it was trained on.
-        token_rows: of each of these its rows in the token tables; None where it has the teacher's tokenizer.
-        tokenization: how any text becomes rows of the token tables; None where it knows its concepts only.
-        catalogue: true vectors of the first concepts, centred, ``[.., d_model]``; None where it has none.
+        mean: mu of its training vectors, ``[d_model]``, which is added to its output.
+        features: how it turns tokens into inputs.
+        concepts: the concepts of the vectors file that it was trained on.
+        token_rows: for each concept its rows in the token tables; None where there is a tokenizer.
+        tokenization: how any text becomes rows of the token tables; None where the student knows its concepts only.
+        catalogue: centred true vectors of the first concepts, ``[.., d_model]``; None where it has none.
         card: the text of its README.
     """
 
     config: dict[str, Any]
-    parameters: dict[str, Floats]
-    mean: Floats
-    reading: TokenFeatures
+    parameters: dict[str, FloatArray]
+    mean: FloatArray
+    features: TokenFeatures
     concepts: tuple[str, ...]
-    token_rows: Ragged | None = None
+    token_rows: RaggedArray | None = None
     tokenization: Tokenization | None = None
     catalogue: Table | None = None
     card: str = ""
@@ -69,8 +70,8 @@ class Student:
         return len(self.mean)
 
     @property
-    def described(self) -> str:
-        """What it answers for and what its small size costs, in a few words."""
+    def summary(self) -> str:
+        """Which texts it answers for and what its small size costs, in a few words."""
         if self.tokenization is None:
             return f"answers for the {len(self.concepts):,} concepts of its vectors file"
         metrics = self.config["metrics"]
@@ -80,11 +81,11 @@ class Student:
         )
 
     @cached_property
-    def _places(self) -> dict[str, int]:
-        return {nfc(concept): place for place, concept in enumerate(self.concepts)}
+    def _row_of_concept(self) -> dict[str, int]:
+        return {nfc(concept): row for row, concept in enumerate(self.concepts)}
 
     @cached_property
-    def _directions(self) -> Floats:
+    def _directions(self) -> FloatArray:
         """The catalogue with rows of length 1, ``[.., d_model]``."""
         assert self.catalogue is not None
         return _unit(self.catalogue[np.arange(len(self.catalogue.values))])
@@ -95,8 +96,8 @@ class Student:
         batch_size: int = CHUNK,
         show_progress_bar: bool = False,
         normalize_embeddings: bool = False,
-    ) -> Floats:
-        """The predicted activation vectors of texts, not centred.
+    ) -> FloatArray:
+        """Predict the activation vectors of texts, not centred.
 
         The arguments are named as those of sentence-transformers. A text's vector is the same alone and among others,
         up to the rounding of float32 (1e-6 of its length). `BULK` texts and more go through torch where it is
@@ -105,72 +106,81 @@ class Student:
         Args:
             sentences: texts, or one.
             batch_size: texts at once.
-            show_progress_bar: show how far it is.
+            show_progress_bar: show a progress bar in texts.
             normalize_embeddings: centre the vectors and give them length 1, so that a product is a cosine.
 
         Returns:
-            ``[n, d_model]``, or ``[d_model]`` of one text.
+            ``[n, d_model]`` float32, or ``[d_model]`` for one text.
 
         Raises:
-            InputError: something that is no text, an empty one, one too long, or one that the student does not know.
+            InputError: a value that is no text, an empty or too long text, or one that the student does not know.
         """
         if isinstance(sentences, str):
-            answer: Floats = self.encode([sentences], normalize_embeddings=normalize_embeddings)[0]
-            return answer
+            vector: FloatArray = self.encode([sentences], normalize_embeddings=normalize_embeddings)[0]
+            return vector
         if batch_size < 1:
             raise InputError(f"batch_size {batch_size}: expected at least 1")
-        texts = checked(sentences)
-        answers = np.empty((len(texts), self.d_model), np.float32)
+        texts = normalise_texts(sentences)
+        vectors = np.empty((len(texts), self.d_model), np.float32)
         shift = np.zeros_like(self.mean) if normalize_embeddings else self.mean
         bulk = self._bulk if len(texts) >= BULK else None
         compute, threads = bulk or self._compute, BULK_THREADS if bulk else THREADS
         if bulk:
             batch_size = BULK_CHUNK
-        # Reading is Python's: beside it, products that are short would wait for it after each.
-        ready = self._texts(texts) if bulk else None
+        # Tokenization holds the interpreter's lock: short products beside it would wait for it after each.
+        tokenized = self._tokenize(texts) if bulk else None
 
-        def work(start: int) -> None:
+        def encode_from(start: int) -> None:
             stop = min(start + batch_size, len(texts))
-            asked = self._texts(texts[start:stop]) if ready is None else ready.part(start, stop)
-            compute(asked, shift, answers[start:stop])
+            chunk = self._tokenize(texts[start:stop]) if tokenized is None else tokenized.part(start, stop)
+            compute(chunk, shift, vectors[start:stop])
 
-        with _progress(len(texts), show_progress_bar) as advance:
-            for start in _side_by_side(work, range(0, len(texts), batch_size), threads):
-                advance(min(batch_size, len(texts) - start))
-        return _unit(answers) if normalize_embeddings else answers
+        starts = range(0, len(texts), batch_size)
+        with ThreadPoolExecutor(threads) as pool:  # NumPy and the tokenizer release the lock
+            done: Iterable[None] = (pool.map if len(starts) > 1 else map)(encode_from, starts)
+            if show_progress_bar:
+                from tqdm import tqdm
 
-    def _compute(self, texts: TokenizedTexts, shift: Floats, out: Floats) -> None:
+                done = tqdm(done, total=len(starts), unit="text", unit_scale=batch_size)
+            for _ in done:
+                pass
+        return _unit(vectors) if normalize_embeddings else vectors
+
+    def _compute(self, texts: TokenizedTexts, shift: FloatArray, out: FloatArray) -> None:
         """Write centred vectors plus a shift ``[d_model]`` to ``out``, ``[n, d_model]``."""
-        np.add(FORWARD[self.config["student"]](self.parameters, self.reading(texts)), shift, out=out)
+        np.add(FORWARD[self.config["student"]](self.parameters, self.features(texts)), shift, out=out)
 
     @cached_property
-    def _bulk(self) -> Callable[[TokenizedTexts, Floats, Floats], None] | None:
-        """The same for very many texts, where torch is installed and the student is of a kind that it speeds up."""
+    def _bulk(self) -> Callable[[TokenizedTexts, FloatArray, FloatArray], None] | None:
+        """The same in torch, where it is installed and speeds up this kind of student."""
         try:
             from pipeline.student.bulk import bulk_of
-        except ImportError:  # where a student stands alone
+        except ImportError:  # a student outside the program
             return None
-        return bulk_of(self.config["student"], self.reading, self.parameters)
+        return bulk_of(self.config["student"], self.features, self.parameters)
 
-    def _texts(self, texts: Sequence[str]) -> TokenizedTexts:
+    def _tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
         if self.tokenization is not None:
             return TokenizedTexts(texts, self.tokenization(texts))
         assert self.token_rows is not None
         for text in texts:
-            if text not in self._places:
+            if text not in self._row_of_concept:
                 raise InputError(
                     f"text {text[:60]!r}: this student answers for the {len(self.concepts):,} concepts of its vectors "
                     "file only; the one that a sweep leaves in its results answers for any text"
                 )
-        places = np.array([self._places[text] for text in texts], np.int64)
-        return TokenizedTexts(texts, self.token_rows.take(places), places)
+        rows = np.array([self._row_of_concept[text] for text in texts], np.int64)
+        return TokenizedTexts(texts, self.token_rows.take(rows), rows)
 
-    def nearest(self, vectors: Floats, count: int) -> list[list[tuple[str, float]]]:
-        """Of each vector the concepts whose true vectors have the highest centred cosine with it, best first.
+    def nearest(self, vectors: FloatArray, count: int) -> list[list[tuple[str, float]]]:
+        """Find the concepts whose true vectors have the highest centred cosine with each vector.
 
         Args:
             vectors: not centred, ``[n, d_model]``.
             count: how many concepts.
+
+        Returns:
+            For each vector the concepts with their cosines, best first.
 
         Raises:
             InputError: the student carries no catalogue.
@@ -179,16 +189,16 @@ class Student:
             raise InputError("this student carries no catalogue of concepts; the one that a sweep leaves does")
         found = []
         for start in range(0, len(vectors), CHUNK):
-            similarity = _unit(vectors[start : start + CHUNK] - self.mean) @ self._directions.T  # [CHUNK, catalogue]
-            for row, places in zip(similarity, np.argsort(-similarity, axis=1)[:, :count], strict=True):
-                found.append([(self.concepts[place], float(row[place])) for place in places])
+            cosines = _unit(vectors[start : start + CHUNK] - self.mean) @ self._directions.T  # [CHUNK, catalogue]
+            for row, best in zip(cosines, np.argsort(-cosines, axis=1)[:, :count], strict=True):
+                found.append([(self.concepts[place], float(row[place])) for place in best])
         return found
 
     def save(self, folder: Path) -> None:
         """Write the folder's files, each whole or not at all.
 
         Raises:
-            WorkError: it could not be loaded again; nothing was written.
+            WorkError: the student could not be loaded again; nothing was written.
         """
         try:
             contents = self.files()
@@ -197,15 +207,19 @@ class Student:
         write_folder(folder, contents)
 
     def files(self) -> dict[str, bytes]:
-        """The folder's files by name, which are known to make a student again.
+        """Make the folder's files, after a check that they can be loaded again.
+
+        Returns:
+            Contents by file name.
 
         Raises:
-            InputError: it does not fit together.
+            InputError: tensors that do not fit together.
         """
         tensors: dict[str, NDArray[Any]] = {"mean": self.mean}
         tensors |= {f"parameters.{name}": value for name, value in self.parameters.items()}
-        tensors |= {"reading.offset": self.reading.offset, "reading.scale": self.reading.scale}
-        for name, table in self._tables().items():
+        tensors |= {"reading.offset": self.features.offset, "reading.scale": self.features.scale}
+        tables = {f"tables.{name}": table for name, table in self.features.tables.items()}
+        for name, table in (tables if self.catalogue is None else tables | {"catalogue": self.catalogue}).items():
             tensors[f"{name}.values"] = table.values
             if table.scale is not None:
                 tensors[f"{name}.scale"] = table.scale
@@ -214,9 +228,9 @@ class Student:
         config = self.config | {
             "concepts": list(self.concepts),
             "reading": {
-                "parts": [[part.table, part.pool] for part in self.reading.parts],
-                "longest": self.reading.longest,
-                "is_folded": self.reading.is_folded,
+                "parts": [[part.table, part.pool] for part in self.features.parts],
+                "longest": self.features.max_tokens,
+                "is_folded": self.features.is_folded,
             },
         }
         tokenizer = None
@@ -224,23 +238,25 @@ class Student:
             tokenizer = self.tokenization.tokenizer
             config["tokenization"] = {name: getattr(self.tokenization, name) for name in ("prompt", "whole", "by_word")}
         contents = pack(Folder(config, tensors, tokenizer, self.card))
-        with _refused():
+        with _input_errors():
             if self.tokenization is None:
-                _check(self)  # of these a sweep keeps thousands, and reading one takes longer than writing it
+                validate(self)  # a sweep keeps thousands of these, and reading one takes longer than writing it
             else:
-                _assembled(unpack(contents.__getitem__, self.card))
+                _from_folder(unpack(contents.__getitem__, self.card))
         return contents
-
-    def _tables(self) -> dict[str, Table]:
-        tables = {f"tables.{name}": table for name, table in self.reading.tables.items()}
-        return tables if self.catalogue is None else tables | {"catalogue": self.catalogue}
 
     @classmethod
     def load(cls, folder: str | Path) -> Student:
-        """Read a student folder: a local one, ``s3://bucket/key``, or ``hf://owner/name`` of the Hugging Face hub.
+        """Load a student folder.
+
+        Args:
+            folder: a local path, ``s3://bucket/key``, or ``hf://owner/name`` of the Hugging Face hub.
+
+        Returns:
+            The student.
 
         Raises:
-            InputError: not a student folder, a damaged one, one of another format, or one that does not fit together.
+            InputError: not a student folder, or one that is damaged, of another format, or inconsistent.
         """
         place = str(folder)
         if place.startswith("hf://"):
@@ -250,63 +266,29 @@ class Student:
         else:
             path = fetch(place)
         try:
-            with _refused():
-                return _assembled(read_folder(path))
+            with _input_errors():
+                return _from_folder(read_folder(path))
         except InputError as error:
             raise InputError(f"student {place}: {error}") from error
 
 
 @contextmanager
-def _refused() -> Iterator[None]:
-    """Turn whatever files of another kind lead to into an `InputError`."""
+def _input_errors() -> Iterator[None]:
+    """Turn the errors that files of another kind cause into an `InputError`."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
         raise InputError(f"not a student folder, or damaged ({error})") from error
 
 
-def _side_by_side(work: Any, starts: Sequence[int], workers: int) -> Iterator[int]:
-    """Do the work in threads; NumPy and the tokenizer let others run meanwhile."""
-    if workers < 2 or len(starts) < 2:
-        for start in starts:
-            work(start)
-            yield start
-        return
-    with ThreadPoolExecutor(workers) as threads:
-        for start, done in zip(starts, threads.map(work, starts), strict=True):
-            assert done is None
-            yield start
-
-
-class _progress:  # noqa: N801 (used like a function)
-    """A progress bar in texts, where one is wanted."""
-
-    def __init__(self, total: int, shown: bool) -> None:
-        self.bar: Any = None
-        if shown:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, unit="text", unit_scale=True)
-
-    def __enter__(self) -> Any:
-        return self.bar.update if self.bar is not None else lambda number: None
-
-    def __exit__(self, *_error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _unit(values: Floats) -> Floats:
-    unit: Floats = values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12)
+def _unit(values: FloatArray) -> FloatArray:
+    """Vectors of length 1 in the same directions, ``[n, d_model]``."""
+    unit: FloatArray = values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12)
     return unit
 
 
-def _assembled(found: Folder) -> Student:
-    """A student from what its folder holds, all of whose shapes fit together.
-
-    Raises:
-        InputError: they do not.
-    """
+def _from_folder(found: Folder) -> Student:
+    """Build a student from a folder's contents and validate it."""
     config, tensors = found.config, found.tensors
     if config["student"] not in FORWARD:
         raise InputError(f"a student of an unknown kind, {config['student']!r}")
@@ -317,104 +299,42 @@ def _assembled(found: Folder) -> Student:
             raise InputError(f"table {name}: shapes that do not fit together")
         return Table(values, scale)
 
-    told = config.pop("reading")
-    parts = tuple(Part(str(name), str(pool)) for name, pool in told["parts"])
-    reading = TokenFeatures(
+    stored = config.pop("reading")
+    parts = tuple(FeaturePart(str(name), str(pool)) for name, pool in stored["parts"])
+    features = TokenFeatures(
         parts,
         {part.table: table(f"tables.{part.table}") for part in parts},
         tensors["reading.offset"],
         tensors["reading.scale"],
-        int(told["longest"]),
-        bool(told["is_folded"]),
+        int(stored["longest"]),
+        bool(stored["is_folded"]),
     )
     prefix = "parameters."
-    parameters = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    names = config.pop("concepts")
-    if not all(isinstance(name, str) for name in names):
+    concepts = config.pop("concepts")
+    if not all(isinstance(concept, str) for concept in concepts):
         raise InputError("concepts that are no texts")
-    token_rows = Ragged(tensors["token_rows"], tensors["token_offsets"]) if "token_rows" in tensors else None
     how = config.pop("tokenization", None)
     student = Student(
         config,
-        parameters,
-        tensors["mean"],
-        reading,
-        tuple(names),
-        token_rows,
-        None if how is None else _tokenization(found.tokenizer, how, _token_rows(reading)),
-        table("catalogue") if "catalogue.values" in tensors else None,
-        found.card,
+        parameters={name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)},
+        mean=tensors["mean"],
+        features=features,
+        concepts=tuple(concepts),
+        token_rows=RaggedArray(tensors["token_rows"], tensors["token_offsets"]) if "token_rows" in tensors else None,
+        tokenization=None if how is None else _tokenization(found.tokenizer, how, features),
+        catalogue=table("catalogue") if "catalogue.values" in tensors else None,
+        card=found.card,
     )
-    _check(student)
+    validate(student)
     return student
 
 
-def _token_rows(reading: TokenFeatures) -> int:
-    """How many tokens have a row in all tables of tokens."""
-    found = [len(reading.tables[part.table].values) for part in reading.parts if part.pool in TOKENS]
-    return min(found, default=sys.maxsize)
-
-
-def _tokenization(tokenizer: Tokenizer | None, how: Mapping[str, Any], rows: int) -> Tokenization:
-    prompt = str(how["prompt"])
+def _tokenization(tokenizer: Tokenizer | None, stored: Mapping[str, Any], features: TokenFeatures) -> Tokenization:
+    prompt = str(stored["prompt"])
     if tokenizer is None:
         raise InputError(f"no {TOKENIZER}")
     if prompt.count("{concept}") != 1:
         raise InputError(f"the prompt {prompt[:60]!r} should have {{concept}} once")
-    return Tokenization(tokenizer, prompt, bool(how["whole"]), bool(how["by_word"]), rows)
-
-
-def _check(student: Student) -> None:
-    """Try the student: whatever does not fit together shows here and not later.
-
-    Raises:
-        InputError: shapes that do not fit together, or tokens without a row.
-    """
-    rows = [_rows_of(student, part) for part in student.reading.parts]
-    needed = _needed(student)
-    if any(own < needed for part, own in zip(student.reading.parts, rows, strict=True) if part.pool in TOKENS):
-        raise InputError(f"{needed:,} tokens, and tables of {min(rows):,}")
-    if student.catalogue is not None and (
-        student.catalogue.width != student.d_model or len(student.catalogue.values) > len(student.concepts)
-    ):
-        raise InputError("a catalogue that does not fit its concepts and vectors")
-    try:
-        read = student.reading(TokenizedTexts(["a"], Ragged.of([[0]]), np.zeros(1, np.int64)))
-        answer = FORWARD[student.config["student"]](student.parameters, read)
-        fits = answer.shape == (1, student.d_model) and student.mean.ndim == 1
-    except (ValueError, IndexError, KeyError, AssertionError, ZeroDivisionError) as error:
-        raise InputError(f"tensors that do not fit together ({error})") from error
-    if not fits or (student.reading.is_folded and first_map(student.parameters) is not None):
-        raise InputError("tensors that do not fit together")
-
-
-def _rows_of(student: Student, part: Part) -> int:
-    """Rows of a part's table, once they and its kind are known to be right."""
-    own = len(student.reading.tables[part.table].values)
-    expected = {"place": len(student.concepts), "ngrams": NGRAM_BUCKETS}
-    if part.pool not in TOKENS and expected.get(part.pool) != own:
-        raise InputError(f"a table of {own:,} rows for {part.pool!r}")
-    if part.pool == "place" and student.tokenization is not None:
-        raise InputError("tables of concepts, and a tokenizer for any text")
-    if part.pool == "sequence" and student.parameters["positions"].shape[:1] != (student.reading.longest,):
-        raise InputError("a sequence of another length than its positions")
-    return own
-
-
-def _needed(student: Student) -> int:
-    """How many tokens the student's tables must have a row for; texts with a later one that was added are refused."""
-    if student.tokenization is not None:
-        own = student.tokenization.tokenizer.get_vocab(with_added_tokens=False)
-        return max(own.values(), default=-1) + 1
-    ragged = student.token_rows
-    if ragged is None:
-        raise InputError("neither a tokenizer nor the tokens of its concepts")
-    whole = ragged.offsets.shape == (len(student.concepts) + 1,) and ragged.values.ndim == 1
-    if not whole or ragged.offsets[0] or (ragged.lengths < 1).any() or ragged.offsets[-1] != len(ragged.values):
-        raise InputError("tokens of its concepts that do not fit together")
-    if ragged.values.min() < 0:
-        raise InputError("a token below zero")
-    return int(ragged.values.max()) + 1
-
-
-TOKENS = ("mean", "last", "first", "sequence")
+    rows = [len(features.tables[part.table].values) for part in features.parts if part.pool in TOKEN_POOLS]
+    limit = min(rows, default=sys.maxsize)
+    return Tokenization(tokenizer, prompt, bool(stored["whole"]), bool(stored["by_word"]), limit)

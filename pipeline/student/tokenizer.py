@@ -1,7 +1,4 @@
-"""How texts become the teacher's tokens, as they stand in its prompt; which texts may.
-
-NumPy and a tokenizer alone: a trained student reads without torch.
-"""
+"""Texts as the teacher's tokens, as they occur in its prompt, and the check of texts. NumPy and a tokenizer alone."""
 
 from __future__ import annotations
 
@@ -19,29 +16,29 @@ from tokenizers import Tokenizer
 
 from pipeline.errors import InputError
 
-Integers = NDArray[np.int64]
+IntArray = NDArray[np.int64]
 
-LONGEST_TEXT = 10_000  # characters
-KNOWN_WORDS = 200_000  # whose tokens are remembered
-WORDS_OF_A_TEXT = 512
+MAX_TEXT_LENGTH = 10_000  # characters
+MAX_CACHED_WORDS = 200_000
+WORDS_PER_TEXT = 512  # words that are encoded together
 BLANK, LINE_BREAK = b" \n"
 LETTERS = re.compile(r"[^\W\d_]+(?: [^\W\d_]+)*")
 
 
 @dataclass(frozen=True)
-class Ragged:
-    """Lists of whole numbers of different lengths, end to end.
+class RaggedArray:
+    """Integer lists of different lengths, end to end.
 
     Attributes:
         values: ``[total]``.
         offsets: ``[n + 1]``, where each list begins.
     """
 
-    values: Integers
-    offsets: Integers
+    values: IntArray
+    offsets: IntArray
 
     @classmethod
-    def of(cls, lists: Sequence[Sequence[int] | Integers]) -> Ragged:
+    def from_lists(cls, lists: Sequence[Sequence[int] | IntArray]) -> RaggedArray:
         """Join lists."""
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
         values = np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum()))
@@ -50,34 +47,34 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, place: int) -> Integers:
+    def __getitem__(self, place: int) -> IntArray:
         return self.values[self.offsets[place] : self.offsets[place + 1]]
 
     @property
-    def lengths(self) -> Integers:
-        """Of each list, ``[n]``."""
+    def lengths(self) -> IntArray:
+        """Length of each list, ``[n]``."""
         return np.diff(self.offsets)
 
-    def take(self, places: Integers) -> Ragged:
-        """Some of the lists, in the order of their places ``[m]``."""
+    def take(self, places: IntArray) -> RaggedArray:
+        """Select the lists at places ``[m]``, in their order."""
         lengths = self.lengths[places]
         offsets = np.concatenate([[0], lengths.cumsum()])
         rows = np.repeat(self.offsets[:-1][places] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Ragged(self.values[rows], offsets)
+        return RaggedArray(self.values[rows], offsets)
 
-    def part(self, start: int, stop: int) -> Ragged:
-        """The lists from one to before another."""
+    def part(self, start: int, stop: int) -> RaggedArray:
+        """The lists from ``start`` to before ``stop``."""
         first, last = self.offsets[[start, stop]]
-        return Ragged(self.values[first:last], self.offsets[start : stop + 1] - first)
+        return RaggedArray(self.values[first:last], self.offsets[start : stop + 1] - first)
 
-    def __add__(self, other: Ragged) -> Ragged:
-        """These lists and then the others."""
+    def __add__(self, other: RaggedArray) -> RaggedArray:
+        """Append the other's lists."""
         offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
-        return Ragged(np.concatenate([self.values, other.values]), offsets)
+        return RaggedArray(np.concatenate([self.values, other.values]), offsets)
 
 
-class Numbers(dict[str, int]):
-    """Numbers of words in the order in which they were first met; the new ones stand in ``new``."""
+class _Numbering(dict[str, int]):
+    """Numbers of words in the order of first use; words without tokens yet are in ``new``."""
 
     def __init__(self) -> None:
         self.new: list[str] = []
@@ -88,23 +85,23 @@ class Numbers(dict[str, int]):
         return number
 
 
-class Words:
-    """The tokens of words, each encoded once. Many threads may ask."""
+class TokenCache:
+    """The tokens of words, each encoded once; several threads may use it at once."""
 
     def __init__(self) -> None:
-        self._numbers = Numbers()
-        self._tokens = Ragged.of([])
-        self._asked = threading.Lock()
+        self._numbers = _Numbering()
+        self._tokens = RaggedArray.from_lists([])
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __reduce__(self) -> tuple[type[Words], tuple[()]]:
-        return Words, ()  # a copy, in another process too, meets its words itself
+    def __reduce__(self) -> tuple[type[TokenCache], tuple[()]]:
+        return TokenCache, ()  # a copy, in another process too, begins empty: a lock cannot be pickled
 
-    def tokens(self, words: Sequence[str], encode: Callable[[list[str]], Ragged]) -> Ragged:
-        """Token ids of each word; ``encode`` is asked for those that were not met before."""
-        with self._asked:
+    def tokens(self, words: Sequence[str], encode: Callable[[list[str]], RaggedArray]) -> RaggedArray:
+        """Look up the token ids of each word; ``encode`` makes those of new words."""
+        with self._lock:
             numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
             new, self._numbers.new = self._numbers.new, []
             if new:
@@ -120,14 +117,14 @@ class Words:
 
 @dataclass(frozen=True)
 class Tokenization:
-    """Texts as the teacher's tokens, as they stand in its prompt.
+    """A function from texts to the teacher's tokens, as they occur in its prompt.
 
     Attributes:
         tokenizer: the teacher's.
-        prompt: what stands around ``{concept}``: the template, or as much of it as tells how a text's tokens fall.
-        whole: whether all tokens of the prompt are the text's own, but for a blank before it.
-        by_word: whether the words of a text are tokens of their own each, so that words can be remembered.
-        rows: how many tokens have a row in the teacher's tables; a tokenizer may have more.
+        prompt: the template with ``{concept}``, or as much of it as decides a text's tokens.
+        whole: whether all tokens of the prompt are the text's own, except a blank before it.
+        by_word: whether no token crosses a word's end, so that words can be cached.
+        rows: how many tokens have a row in the student's tables; a tokenizer may have more.
     """
 
     tokenizer: Tokenizer
@@ -135,19 +132,26 @@ class Tokenization:
     whole: bool
     by_word: bool
     rows: int
-    _met: list[Words] = field(default_factory=lambda: [Words()], compare=False, repr=False)
+    _cache: list[TokenCache] = field(default_factory=lambda: [TokenCache()], compare=False, repr=False)
 
-    def __call__(self, texts: Sequence[str]) -> Ragged:
-        """Token ids of each text.
+    def __call__(self, texts: Sequence[str]) -> RaggedArray:
+        """Encode texts.
+
+        Args:
+            texts: as `normalise_texts` returns them.
+
+        Returns:
+            Token ids of each text.
 
         Raises:
             InputError: a text without any token, one that the tokenizer cannot read, or one with a token without a row.
+            MemoryError: too many texts at once.
         """
         try:
-            found = self._without_blank(self._by_word(texts) if self.by_word else self._encode(texts))
+            found = self._without_blank(self._encode_words_apart(texts) if self.by_word else self._encode(texts))
         except MemoryError:
             raise
-        except Exception as error:  # as the tokenizers library raises
+        except Exception as error:  # the tokenizers library raises no narrower class
             raise InputError(f"the teacher's tokenizer cannot read a text: {str(error)[:200]}") from error
         if not found.lengths.all():
             place = int(np.flatnonzero(found.lengths == 0)[0])
@@ -161,14 +165,14 @@ class Tokenization:
 
     @cached_property
     def _blank(self) -> int | None:
-        """The token of a blank before a text that does not become one with the text's first token."""
+        """The token of a blank before a text that does not merge with the text's first token."""
         if not (self.whole and self.prompt.startswith(" ")):
             return None
         ids = self.tokenizer.encode(" ", add_special_tokens=False).ids
         return int(ids[0]) if len(ids) == 1 else None
 
-    def _without_blank(self, found: Ragged) -> Ragged:
-        """The tokens of texts without that of the blank before them."""
+    def _without_blank(self, found: RaggedArray) -> RaggedArray:
+        """Remove the token of the blank before each text."""
         if self._blank is None or not len(found.values):
             return found
         starts = np.minimum(found.offsets[:-1], len(found.values) - 1)
@@ -176,117 +180,113 @@ class Tokenization:
         if not is_blank.any():
             return found
         lengths = found.lengths - is_blank
-        return Ragged(np.delete(found.values, starts[is_blank]), np.concatenate([[0], lengths.cumsum()]))
+        return RaggedArray(np.delete(found.values, starts[is_blank]), np.concatenate([[0], lengths.cumsum()]))
 
-    def _encode(self, texts: Sequence[str]) -> Ragged:
+    def _encode(self, texts: Sequence[str]) -> RaggedArray:
         prompts = [self.prompt.replace("{concept}", text) for text in texts]
         if self.whole:
-            return Ragged.of([one.ids for one in self.tokenizer.encode_batch_fast(prompts, add_special_tokens=False)])
+            encoded = self.tokenizer.encode_batch_fast(prompts, add_special_tokens=False)
+            return RaggedArray.from_lists([one.ids for one in encoded])
         start = self.prompt.index("{concept}")
-        return Ragged.of(
-            [
-                [
-                    number
-                    for number, (left, right) in zip(one.ids, one.offsets, strict=True)
-                    if left < start + len(text) and right > start
-                ]
-                for one, text in zip(self.tokenizer.encode_batch(prompts), texts, strict=True)
-            ]
-        )
+        own = []
+        for one, text in zip(self.tokenizer.encode_batch(prompts), texts, strict=True):
+            spans = zip(one.ids, one.offsets, strict=True)
+            own.append([token for token, (left, right) in spans if left < start + len(text) and right > start])
+        return RaggedArray.from_lists(own)
 
-    def _by_word(self, texts: Sequence[str]) -> Ragged:
-        """Tokens of texts, of which words and blanks alone are put together from words met before."""
+    def _encode_words_apart(self, texts: Sequence[str]) -> RaggedArray:
+        """Encode texts; those of letters and single blanks are joined from the tokens of cached words."""
         lines = "\n".join(texts)
-        if _is_of_words(lines) and lines.count("\n") == len(texts) - 1:
-            return self._of_words(lines)
-        of_letters = np.fromiter((LETTERS.fullmatch(text) is not None for text in texts), bool, len(texts))
-        plain, other = (np.flatnonzero(kind).tolist() for kind in (of_letters, ~of_letters))
+        if _are_words(lines) and lines.count("\n") == len(texts) - 1:
+            return self._join_words(lines)
+        is_plain = np.fromiter((LETTERS.fullmatch(text) is not None for text in texts), bool, len(texts))
+        plain, other = (np.flatnonzero(chosen).tolist() for chosen in (is_plain, ~is_plain))
         found = self._encode([texts[place] for place in other])
         if len(plain):
-            found += self._of_words("\n".join([texts[place] for place in plain]))
+            found += self._join_words("\n".join([texts[place] for place in plain]))
         return found.take(np.argsort(other + plain))
 
-    def _of_words(self, lines: str) -> Ragged:
+    def _join_words(self, lines: str) -> RaggedArray:
         """Tokens of each line of words with one blank between them."""
-        if len(self._met[0]) > KNOWN_WORDS:
-            self._met[0] = Words()  # others go on with the one they have
-        found = self._met[0].tokens(lines.replace("\n", " ").split(" "), self._encode_words)
-        signs = np.frombuffer(lines.encode(), np.uint8)
-        breaks = np.flatnonzero(signs[(signs == BLANK) | (signs == LINE_BREAK)] == LINE_BREAK)  # words before, less 1
-        return Ragged(found.values, found.offsets[np.concatenate([[0], breaks + 1, [len(found)]])])
+        if len(self._cache[0]) > MAX_CACHED_WORDS:
+            self._cache[0] = TokenCache()  # other threads finish with the one they have
+        found = self._cache[0].tokens(lines.replace("\n", " ").split(" "), self._encode_words)
+        characters = np.frombuffer(lines.encode(), np.uint8)
+        gaps = characters[(characters == BLANK) | (characters == LINE_BREAK)]
+        ends = np.flatnonzero(gaps == LINE_BREAK) + 1  # words up to the end of each line but the last
+        return RaggedArray(found.values, found.offsets[np.concatenate([[0], ends, [len(found)]])])
 
-    def _encode_words(self, words: list[str]) -> Ragged:
-        """Tokens of words, many in one text where the tokenizer tells them apart: an encoding each costs more."""
+    def _encode_words(self, words: list[str]) -> RaggedArray:
+        """Encode words, many in one text where the tokenizer can separate them: one call per word costs more."""
         if self.prompt != " {concept}":
             return self._encode(words)
-        parts = [words[start : start + WORDS_OF_A_TEXT] for start in range(0, len(words), WORDS_OF_A_TEXT)]
+        parts = [words[start : start + WORDS_PER_TEXT] for start in range(0, len(words), WORDS_PER_TEXT)]
         encoded = self.tokenizer.encode_batch([" " + " ".join(part) for part in parts], add_special_tokens=False)
-        found = Ragged.of([])
+        found = RaggedArray.from_lists([])
         for part, one in zip(parts, encoded, strict=True):
-            words_of = [-1 if number is None else number for number in one.word_ids]
-            begins = np.flatnonzero(np.diff(words_of, prepend=-1))
+            word_ids = [-1 if number is None else number for number in one.word_ids]
+            begins = np.flatnonzero(np.diff(word_ids, prepend=-1))
             if len(begins) == len(part):
-                found += Ragged(np.array(one.ids, np.int64), np.append(begins, len(words_of)))
+                found += RaggedArray(np.array(one.ids, np.int64), np.append(begins, len(word_ids)))
             else:
                 found += self._encode(part)
         return found
 
 
-def _is_of_words(lines: str) -> bool:
-    """Whether lines are words of letters with one blank between them; a pattern would take five times as long."""
+def _are_words(lines: str) -> bool:
+    """Whether lines are words of letters with one blank between them; a regular expression takes five times as long."""
     gaps = ("  ", " \n", "\n ", "\n\n")
-    return (
-        lines.replace(" ", "").replace("\n", "").isalpha()
-        and lines[0] not in " \n"
-        and lines[-1] not in " \n"
-        and not any(gap in lines for gap in gaps)
-    )
+    is_trimmed = lines[:1] not in " \n" and lines[-1:] not in " \n"
+    return is_trimmed and lines.replace(" ", "").replace("\n", "").isalpha() and not any(gap in lines for gap in gaps)
 
 
 def nfc(text: str) -> str:
-    """The text in Unicode's normal form C, in which texts are compared, looked up and hashed."""
+    """The text in Unicode normalisation form C, in which texts are compared, looked up and hashed."""
     return unicodedata.normalize("NFC", text)
 
 
-def folded(text: str) -> str:
-    """What texts have in common that differ in letter case and Unicode form only."""
+def casefolded(text: str) -> str:
+    """The text in form C without letter case."""
     return nfc(text).casefold()
 
 
-def checked(texts: Iterable[object], name: Callable[[int], str] = "text {}".format) -> list[str]:
-    """Texts in normal form C without the blanks around them.
+def normalise_texts(texts: Iterable[object], name: Callable[[int], str] = "text {}".format) -> list[str]:
+    """Check texts, strip the blanks around them and bring them to form C.
 
     Args:
-        texts: whatever came.
-        name: how an error calls the text at a place, from 0.
+        texts: any values.
+        name: from a position, from 0, to the name of that text in errors.
+
+    Returns:
+        The texts.
 
     Raises:
-        InputError: something that is no text, an empty one, one with a null byte, or one too long.
+        InputError: a value that is no text, or a text that is empty, too long, or has a null byte.
     """
     texts = list(texts)
-    try:
-        bare = list(map(str.strip, texts))  # type: ignore[arg-type]
-        whole = "\n".join(bare)
-        whole.encode()
-        if "\0" not in whole and all(bare) and max(map(len, bare), default=0) <= LONGEST_TEXT:
-            return bare if unicodedata.is_normalized("NFC", whole) else list(map(nfc, bare))
+    try:  # all at once, which takes less time
+        stripped = list(map(str.strip, texts))  # type: ignore[arg-type]
+        joined = "\n".join(stripped)
+        joined.encode()
+        if "\0" not in joined and all(stripped) and max(map(len, stripped), default=0) <= MAX_TEXT_LENGTH:
+            return stripped if unicodedata.is_normalized("NFC", joined) else list(map(nfc, stripped))
     except (TypeError, UnicodeEncodeError):
         pass
-    return [_checked(text, name(place)) for place, text in enumerate(texts)]  # which it is, and what is wrong with it
+    return [_normalise_text(text, name(place)) for place, text in enumerate(texts)]  # finds the wrong one
 
 
-def _checked(text: object, name: str) -> str:
+def _normalise_text(text: object, name: str) -> str:
     if not isinstance(text, str):
         raise InputError(f"{name}: expected text, found {type(text).__name__}")
-    bare = text.strip()
-    if not bare:
+    text = text.strip()
+    if not text:
         raise InputError(f"{name}: empty")
-    if len(bare) > LONGEST_TEXT:
-        raise InputError(f"{name}: {len(bare):,} characters; expected {LONGEST_TEXT:,} at the most")
+    if len(text) > MAX_TEXT_LENGTH:
+        raise InputError(f"{name}: {len(text):,} characters; expected {MAX_TEXT_LENGTH:,} at the most")
     try:
-        bare.encode()
+        text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can carry
         raise InputError(f"{name}: half a character in it") from None
-    if "\0" in bare:
+    if "\0" in text:
         raise InputError(f"{name}: a null byte in it")
-    return nfc(bare)
+    return nfc(text)

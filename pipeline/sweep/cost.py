@@ -26,11 +26,11 @@ def training_flops(cell: Cell, data: Dataset) -> float:
     layer does without; two a weight and validation row, every epoch. What dropout spares is counted too. A closed form
     counts as its factorisation.
     """
-    features, kind, val = data.features(cell), KINDS[cell.student], len(data.rows("val", cell.split))
+    feature_count, kind, val = data.feature_count(cell), KINDS[cell.student], len(data.rows("val", cell.split))
     if kind.solve:
-        return 8.0 * cell.concepts * features * min(cell.concepts, features)
+        return 8.0 * cell.concepts * feature_count * min(cell.concepts, feature_count)
     forward = kind.flops(cell, data)
-    first = 2.0 * data.vectors.d_model * data.longest if cell.student == "transformer" else 2.0 * features
+    first = 2.0 * data.vectors.d_model * data.max_tokens if cell.student == "transformer" else 2.0 * feature_count
     return epochs(cell) * (cell.concepts * (3 * forward - first * cell.hidden_dim) + val * forward)
 
 
@@ -162,7 +162,7 @@ def plan_rows(cells: Sequence[Cell], data: Dataset, workers: int) -> tuple[list[
             stack_number += 1
             for cell in stack:
                 size, work = number_of_parameters(cell, data), training_flops(cell, data) / 1e9
-                name = data.as_named(cell).name
+                name = data.omit_default(cell).name
                 values = [name, cell.objective, cell.epochs, f"{size:,}", f"{work:,.1f}", stack_number, worker]
                 rows.append([str(value) for value in values])
     return header, rows

@@ -174,7 +174,7 @@ class Engine:
         cell, key, vectors = trained.cell, self.keys[trained.cell], self.data.vectors
         subset = self.data.subset(cell)
         row = {
-            "name": self.data.as_named(cell).name,
+            "name": self.data.omit_default(cell).name,
             **asdict(cell),
             "parameters": trained.number_of_parameters,
             "flops": flops_of_prediction(cell, self.data),

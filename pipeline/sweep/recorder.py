@@ -58,7 +58,9 @@ class Recorder:
 
     def take(self, cells: Sequence[Cell]) -> list[Cell]:
         """Claim cells; those that are ours now."""
-        runs = self.claims.claim_cells([(self.keys[cell], self.data.as_named(cell).name) for cell in cells], self.tags)
+        runs = self.claims.claim_cells(
+            [(self.keys[cell], self.data.omit_default(cell).name) for cell in cells], self.tags
+        )
         for key, run in runs.items():
             self.open[key] = Run(self.claims.tracker.client, run.info.run_id, run.info.experiment_id)
             if CURVE not in run.data.metrics:

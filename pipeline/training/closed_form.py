@@ -40,12 +40,12 @@ def residual_prior(subset: Subset) -> Tensor:
     # from least squares on standardised columns: otherwise the few very large columns would decide alone.
     x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
     d_model, weights = y.shape[1], 1 / y.std(0).clamp(min=1e-12)
-    streams = subset.reading.streams
+    residual_columns = subset.features.residual_columns
     weight = torch.zeros(x.shape[1], d_model, dtype=torch.float64)
-    if streams:
-        parts = torch.stack([(weights * x[:, part]).flatten() for part in streams], 1)  # [N d_model, streams]
+    if residual_columns:
+        parts = torch.stack([(weights * x[:, part]).flatten() for part in residual_columns], 1)  # [N d_model, streams]
         gains = torch.linalg.lstsq(parts, (weights * y).flatten()[:, None]).solution
-        for part, gain in zip(streams, gains, strict=True):
+        for part, gain in zip(residual_columns, gains, strict=True):
             weight[part] = gain * torch.eye(d_model, dtype=torch.float64)
     return weight
 

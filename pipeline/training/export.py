@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pipeline.data.concepts import balanced_order
-from pipeline.data.dataset import ONE_HOT_INPUTS, Dataset, Examples, Subset, reading_of
+from pipeline.data.dataset import ONE_HOT_INPUTS, Dataset, Examples, Subset, student_inputs
 from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Vocabulary, fastest_tokenization
 from pipeline.metrics import cosines, interval
 from pipeline.settings import Cell
-from pipeline.student.forward import first_map, of_ranks, without_first_map
-from pipeline.student.lookup import BLOCK, Floats, Table, TokenFeatures
+from pipeline.student.forward import first_map, low_rank_versions, without_first_map
+from pipeline.student.lookup import BLOCK, FloatArray, Table, TokenFeatures
 from pipeline.student.student import Student
 from pipeline.teachers.families import licence_of
 from pipeline.training.card import student_card
@@ -59,12 +59,12 @@ def checkpoint(
         "metrics": metrics,
     }
     weights = {name: value.detach().float().cpu().numpy()[0].copy() for name, value in parameters.items()}
-    return Student(config, weights, subset.mean.numpy(), subset.reading, vectors.concepts, data.types)
+    return Student(config, weights, subset.mean.numpy(), subset.features, vectors.concepts, data.vectors.token_rows)
 
 
 def needs_teacher(cell: Cell) -> bool:
     """Whether the cell's student runs blocks of the teacher, so that it cannot be exported."""
-    return any(name.startswith(BLOCK) for name in reading_of(cell).split("+"))
+    return any(name.startswith(BLOCK) for name in student_inputs(cell).split("+"))
 
 
 def export_or_fallback(trained: Student, data: Dataset, vocabulary: Vocabulary | None) -> Student:
@@ -106,7 +106,7 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
     """
     cell = Cell(**trained.config["cell"])
     subset = data.subset(cell)
-    reading, parameters = _with_vocabulary(trained, data, cell, vocabulary)
+    features, parameters = _with_vocabulary(trained, data, cell, vocabulary)
     order = balanced_order(data.vectors.concepts, data.vectors.categories)[:CATALOGUE_SIZE]
     rows = [*order, *sorted(set(range(len(data.vectors.concepts))) - set(order))]
     place = data.vectors.layer_index(cell.layer)
@@ -115,11 +115,11 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
         trained,
         config=trained.config | {"teacher_licence": licence_of(trained.config["teacher"])},
         parameters=parameters,
-        reading=reading.in_8_bits(),
+        features=features.to_int8(),
         concepts=tuple(data.vectors.concepts[row] for row in rows),
         token_rows=None,
         tokenization=fastest_tokenization(vocabulary, data.vectors),
-        catalogue=Table.in_8_bits(catalogue),
+        catalogue=Table(catalogue).to_int8(),
     )
     student = _of_lower_rank(student, data, subset.val)
     before, after = (_cosines_of(one, data, subset.test) for one in (trained, student))
@@ -132,20 +132,20 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
 
 def _with_vocabulary(
     trained: Student, data: Dataset, cell: Cell, vocabulary: Vocabulary
-) -> tuple[TokenFeatures, dict[str, Floats]]:
+) -> tuple[TokenFeatures, dict[str, FloatArray]]:
     """Token features of all tokens and the parameters; the first map is folded into tables that stay small."""
     weight = first_map(trained.parameters)
-    inputs = reading_of(cell).split("+")
+    inputs = student_inputs(cell).split("+")
     if "bag" in inputs and weight is None:
         raise InputError("a kernel of learned embeddings has no table of all tokens")
-    reading = data.reading_with(cell, vocabulary.tables)
-    plain = sum(table.width for table in reading.tables.values())
+    features = data.vocabulary_features(cell, vocabulary.tables)
+    plain = sum(table.width for table in features.tables.values())
     has_one_hot = any(name in ONE_HOT_INPUTS for name in inputs)
-    if weight is None or (weight.shape[1] * len(reading.parts) > MAX_FOLDED_SIZE * plain and not has_one_hot):
-        return reading, trained.parameters
-    folded = reading.folded(weight)
+    if weight is None or (weight.shape[1] * len(features.parts) > MAX_FOLDED_SIZE * plain and not has_one_hot):
+        return features, trained.parameters
+    folded = features.folded(weight)
     tables = dict(folded.tables)
-    for before, after in zip(reading.parts, folded.parts, strict=True):
+    for before, after in zip(features.parts, folded.parts, strict=True):
         if before.table == "bag":  # tokens of no concept have zeros
             everything = np.zeros((len(vocabulary.tables["token_embeddings"]), weight.shape[1]), np.float32)
             everything[data.vectors.token_vocab] = tables[after.table].values
@@ -159,7 +159,7 @@ def _of_lower_rank(student: Student, data: Dataset, val: Examples) -> Student:
     if student.config["student"] != "mlp":
         return student
     full, width = _cosines_of(student, data, val).mean(), student.config["cell"]["hidden_dim"]
-    for parameters in of_ranks(student.parameters, range(RANK_STEP, width // 2, RANK_STEP)):
+    for parameters in low_rank_versions(student.parameters, range(RANK_STEP, width // 2, RANK_STEP)):
         thin = replace(student, parameters=parameters)
         if full - _cosines_of(thin, data, val).mean() <= MAX_RANK_LOSS:
             return thin

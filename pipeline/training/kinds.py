@@ -48,18 +48,18 @@ class StudentKind:
 
 
 def _linear_weights(cell: Cell, data: Dataset) -> int:
-    return data.features(cell) * data.vectors.d_model
+    return data.feature_count(cell) * data.vectors.d_model
 
 
 def _kernel_weights(cell: Cell, data: Dataset) -> int:
-    features, d_model = data.features(cell), data.vectors.d_model
-    return cell.concepts * (features + d_model) + features * d_model + 1
+    feature_count, d_model = data.feature_count(cell), data.vectors.d_model
+    return cell.concepts * (feature_count + d_model) + feature_count * d_model + 1
 
 
 def _mlp_weights(cell: Cell, data: Dataset) -> int:
-    features, d_model, hidden = data.features(cell), data.vectors.d_model, cell.hidden_dim
-    skip = features * d_model if cell.skip else 0
-    return (features + 1) * hidden + cell.layers * (hidden + 1) * hidden + (hidden + 1) * d_model + skip
+    feature_count, d_model, hidden = data.feature_count(cell), data.vectors.d_model, cell.hidden_dim
+    skip = feature_count * d_model if cell.skip else 0
+    return (feature_count + 1) * hidden + cell.layers * (hidden + 1) * hidden + (hidden + 1) * d_model + skip
 
 
 def _mlp_flops(cell: Cell, data: Dataset) -> float:
@@ -70,19 +70,19 @@ def _mlp_flops(cell: Cell, data: Dataset) -> float:
 def _transformer_weights(cell: Cell, data: Dataset) -> int:
     d_model, hidden = data.vectors.d_model, cell.hidden_dim
     block = 8 * hidden**2 + 2 * hidden
-    return (d_model + data.longest) * hidden + cell.layers * block + (hidden + 1) * d_model
+    return (d_model + data.max_tokens) * hidden + cell.layers * block + (hidden + 1) * d_model
 
 
 def _transformer_flops(cell: Cell, data: Dataset) -> float:
     d_model, hidden = data.vectors.d_model, cell.hidden_dim
     token = d_model * hidden + cell.layers * 8 * hidden**2
-    attention = cell.layers * 2 * data.longest**2 * hidden
-    return 2.0 * (data.longest * token + attention + hidden * d_model)
+    attention = cell.layers * 2 * data.max_tokens**2 * hidden
+    return 2.0 * (data.max_tokens * token + attention + hidden * d_model)
 
 
 def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parameters:
-    features, d_model = subset.train.inputs.shape[-1], subset.train.targets.shape[-1]
-    parameters = mlp.init(features, d_model, cell.hidden_dim, cell.layers, generator)
+    feature_count, d_model = subset.train.inputs.shape[-1], subset.train.targets.shape[-1]
+    parameters = mlp.init(feature_count, d_model, cell.hidden_dim, cell.layers, generator)
     if cell.skip:
         parameters["skip.weight"] = closed_form.fit_ridge(subset).parameters["weight"].clone()
         parameters["out.weight"].zero_()
@@ -90,7 +90,7 @@ def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parame
 
 
 def _start_transformer(cell: Cell, subset: Subset, generator: torch.Generator) -> Parameters:
-    tokens, d_model = subset.reading.longest, subset.train.targets.shape[-1]
+    tokens, d_model = subset.features.max_tokens, subset.train.targets.shape[-1]
     width = subset.train.inputs.shape[-1] // tokens
     return transformer.init(tokens, width, d_model, cell.hidden_dim, cell.layers, generator)
 

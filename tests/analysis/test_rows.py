@@ -168,7 +168,7 @@ def test_the_name_of_a_cell_of_defaults_is_short():
 def test_the_middle_block_is_the_default_and_one_cell_whether_named_or_not(data):
     cells = prepare([Cell(), Cell(layer=15), Cell(layer=6)], data)
     assert [cell.layer for cell in cells] == [15, 6]
-    assert [data.as_named(cell).name for cell in cells] == ["c700-h256-l2-s0", "c700-h256-l2-layer6-s0"]
+    assert [data.omit_default(cell).name for cell in cells] == ["c700-h256-l2-s0", "c700-h256-l2-layer6-s0"]
 
 
 def test_a_whole_number_and_the_same_float_are_one_cell():

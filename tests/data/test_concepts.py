@@ -13,16 +13,14 @@ from safetensors import safe_open
 from pipeline.data.concepts import (
     Catalogue,
     balanced_order,
-    by_categories,
+    compute_split,
     counts,
-    divide,
     read_catalogue,
     split,
-    stem_groups,
-    stems,
-    words,
+    split_by_category,
 )
 from pipeline.data.dataset import Dataset
+from pipeline.data.stems import stem_groups, stems, words
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError
 
@@ -130,7 +128,7 @@ DESCRIPTIONS = Catalogue(
 
 
 def test_descriptions_are_grouped_by_what_they_describe():
-    found = divide(DESCRIPTIONS)
+    found = compute_split(DESCRIPTIONS)
     assert counts(found.sides) == {"train": 120, "val": 15, "test": 15}
     sides = {}
     for place, side in enumerate(found.sides):
@@ -140,13 +138,13 @@ def test_descriptions_are_grouped_by_what_they_describe():
     assert line.startswith("common words (10: related, terms, ")
     assert line.endswith("on one side of the split; else 0 of 15 could be held out for validation or for test")
     apart = Catalogue(DESCRIPTIONS.concepts, tuple(topic for topic in TOPICS for _ in FORMS))
-    assert counts(by_categories(apart.concepts, apart.categories)) == {"train": 90, "val": 30, "test": 30}
+    assert counts(split_by_category(apart.concepts, apart.categories)) == {"train": 90, "val": 30, "test": 30}
 
 
 @pytest.mark.parametrize("name", ["{}.n.01", "{}%1:05:00::", "the word {}", "{} (a noun)"])
 def test_what_all_names_share_groups_nothing(catalogue, name):
     named = Catalogue(tuple(name.format(concept) for concept in catalogue.concepts), catalogue.categories)
-    found = divide(named)
+    found = compute_split(named)
     assert counts(found.sides)["val"] == counts(found.sides)["test"] == 200
     side_of = {}
     for concept, side in zip(catalogue.concepts, found.sides, strict=True):
@@ -160,12 +158,12 @@ FAMILIES = [f"{kind} {family}" for family in ("ice", "wine", "oak", "tax") for k
 
 
 def test_what_cannot_be_held_out_is_said_with_numbers():
-    found = divide(Catalogue(tuple(FAMILIES), ("a",) * 16))
+    found = compute_split(Catalogue(tuple(FAMILIES), ("a",) * 16))
     assert found.warnings == [
         "0 of 1 concepts are held out for validation and 0 of 1 for test: concepts that share a word, directly or "
         "through others, stay on one side, and the largest such group has 16 of 16"
     ]
-    assert divide(Catalogue(("ice", "ice cream"), ("a", "a"))).warnings == []  # of so few none is asked for
+    assert compute_split(Catalogue(("ice", "ice cream"), ("a", "a"))).warnings == []  # of so few none is asked for
 
 
 @pytest.mark.parametrize(
@@ -290,7 +288,7 @@ def test_stems_are_those_of_the_language_that_is_named(workplace, run, tiny_fold
     assert german.extraction_key != english.extraction_key
     assert leaks(english.concepts, english.splits)
     assert not leaks(german.concepts, german.splits)
-    held = by_categories(german.concepts, german.categories, "de")
+    held = split_by_category(german.concepts, german.categories, "de")
     assert not leaks(german.concepts, held)
     assert Dataset(german)._categories_apart == held
 

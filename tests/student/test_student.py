@@ -24,7 +24,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from pipeline import Student
-from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction.vocabulary import fastest_tokenization, find
@@ -143,11 +142,10 @@ def test_students_of_any_teacher_and_template(workplace, run, tiny_folder, templ
     )
     assert code == 0, err
     student, vectors = Student.load("mine"), read_vectors(workplace / "tiny.safetensors")
-    data = Dataset(vectors)
     student.encode(["a phrase never heard"])
     # Its own tokens are those of the file, in whatever way it finds them.
     found = student.tokenization(vectors.concepts)
-    np.testing.assert_array_equal(found.values, vectors.token_vocab[data.types.values])
+    np.testing.assert_array_equal(found.values, vectors.token_vocab[vectors.token_rows.values])
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +212,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("options", [{}, {"student": "ridge"}, {"hidden_dim": 192}, {"hidden_dim": 800}], ids=str)
 def test_very_many_texts_get_the_vectors_of_few(data, vocabulary, options):
     alone = export(trained(replace(SHORT, epochs=1, **options), data)[1], data, vocabulary)
-    assert alone.reading.is_folded == (options.get("hidden_dim") != 800)
+    assert alone.features.is_folded == (options.get("hidden_dim") != 800)
     assert ("block0.left" in alone.parameters) == ("hidden_dim" in options)  # a low rank does for the wide ones
     few = [f"{first} {second}" for first in data.vectors.concepts[:60] for second in ("river", "x²", "two\nlines")]
     assert len(few * 120) > BULK
