@@ -13,15 +13,15 @@ from pipeline.settings import Cell
 from pipeline.training.kinds import KINDS
 
 Row = dict[str, Any]
-FIELDS = tuple(Cell.__dataclass_fields__)
-SECTION = ("layer", "split")  # cells that differ in these have other true vectors or other test concepts
-SHARED = ("concepts", "layer", "inputs", "targets", "split")  # what a cell has in common with its baselines
-TITLES = {"ridge": "ridge regression", "nearest": "the nearest training concept", "mean": "the constant mean"}
+CELL_FIELDS = tuple(Cell.__dataclass_fields__)
+SECTION_FIELDS = ("layer", "split")  # cells that differ in these have other true vectors or other test concepts
+BASELINE_FIELDS = ("concepts", "layer", "inputs", "targets", "split")  # what a cell has in common with its baselines
+BASELINE_NAMES = {"ridge": "ridge regression", "nearest": "the nearest training concept", "mean": "the constant mean"}
 
 
 def cell_of(row: Mapping[str, Any]) -> Cell:
     """The cell of a row."""
-    return Cell(**{name: row[name] for name in FIELDS})
+    return Cell(**{name: row[name] for name in CELL_FIELDS})
 
 
 def configuration(cell: Cell) -> Cell:
@@ -37,23 +37,23 @@ def by_configuration(rows: Iterable[Row]) -> dict[Cell, list[Row]]:
     return groups
 
 
-def baseline_of(cell: Cell) -> Cell:
+def ridge_baseline(cell: Cell) -> Cell:
     """The ridge regression on the same concepts, block, inputs, targets and split: what the cell should beat.
 
     Of a truncated student the inputs without the teacher's blocks: ridge regression on these is that student itself.
     """
     read = cell.inputs if "inputs" in KINDS[cell.student].reads else Cell().inputs
-    return Cell(student="ridge", **{name: getattr(cell, name) for name in SHARED} | {"inputs": read})
+    return Cell(student="ridge", **{name: getattr(cell, name) for name in BASELINE_FIELDS} | {"inputs": read})
 
 
 def baseline_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What names the baselines of a cell's row: `SHARED` as the baselines have it."""
-    return tuple(getattr(baseline_of(cell_of(row)), name) for name in SHARED)
+    """What names the baselines of a cell's row: `BASELINE_FIELDS` as the baselines have it."""
+    return tuple(getattr(ridge_baseline(cell_of(row)), name) for name in BASELINE_FIELDS)
 
 
 def section_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a row must have in common with others to be compared with them: `SECTION`."""
-    return tuple(row[name] for name in SECTION)
+    """What a row must have in common with others to be compared with them: `SECTION_FIELDS`."""
+    return tuple(row[name] for name in SECTION_FIELDS)
 
 
 def section_names(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], tuple[str, str]]:
@@ -62,7 +62,7 @@ def section_names(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], tu
     Both are empty where there is one section only.
     """
     found = sorted({section_of(row) for row in rows})
-    shown = [place for place in range(len(SECTION)) if len({key[place] for key in found}) > 1]
+    shown = [place for place in range(len(SECTION_FIELDS)) if len({key[place] for key in found}) > 1]
     named = {}
     for key in found:
         words = (f"block {key[0]}", f"held-out {key[1]}")
@@ -82,7 +82,7 @@ def varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         told = {row[name] for row in own if applies(row, name)}
         return len(told) > 1 or len({(row["student"], row[name]) for row in own}) > len({row["student"] for row in own})
 
-    return [name for name in FIELDS if differ(name)]
+    return [name for name in CELL_FIELDS if differ(name)]
 
 
 def applies(row: Mapping[str, Any], option: str) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.analysis.rows import FIELDS, Row, cell_of
+from pipeline.analysis.rows import CELL_FIELDS, Row, cell_of
 from pipeline.errors import InputError
 from pipeline.settings import Cell
 
@@ -274,7 +274,7 @@ def largest_family(rows: Sequence[Row]) -> list[Row]:
 
 def shared_by(cell: Row) -> Cell:
     """What a cell shares with its family: the cell with all of `VARY` at the defaults."""
-    return Cell(**{name: cell[name] for name in FIELDS if name not in VARY})
+    return Cell(**{name: cell[name] for name in CELL_FIELDS if name not in VARY})
 
 
 def law_of(cells: Sequence[Row]) -> Law:
@@ -293,7 +293,7 @@ def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str,
     """
     law = law_of([cell for cell in cells if cell["concepts"] <= most])
     expected = [
-        {name: cell[name] for name in ("name", "parameters", *FIELDS)}
+        {name: cell[name] for name in ("name", "parameters", *CELL_FIELDS)}
         | {
             "cosine": law.cosine(cell["concepts"], cell["parameters"]),
             "interval": list(law.interval(cell["concepts"], cell["parameters"])),
@@ -307,7 +307,7 @@ def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str,
 def check(receipt: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | None:
     """How a receipt's intervals fared: coverage, and the largest and the mean error; None before there is any cell."""
     measured = {cell_of(cell): cell["test_cosine"] for cell in cells}
-    known = [cell for cell in receipt["cells"] if set(cell) >= set(FIELDS)]  # older receipts have names only
+    known = [cell for cell in receipt["cells"] if set(cell) >= set(CELL_FIELDS)]  # older receipts have names only
     pairs = [(cell, measured[cell_of(cell)]) for cell in known if cell_of(cell) in measured]
     if not pairs:
         return None

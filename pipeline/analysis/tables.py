@@ -8,10 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.analysis.rows import SHARED, Row, applies, baseline_key, by_configuration, cell_of, configuration, varying
+from pipeline.analysis.rows import (
+    BASELINE_FIELDS,
+    Row,
+    applies,
+    baseline_key,
+    by_configuration,
+    cell_of,
+    configuration,
+    varying,
+)
 from pipeline.metrics import interval
 
-NOTE = "Students in parentheses are the baselines. Intervals: bootstrap over test concepts and seeds."
+TABLE_NOTE = "Students in parentheses are the baselines. Intervals: bootstrap over test concepts and seeds."
 FORMATS = {
     "parameters": "{:,}",
     "val_cosine": "{:.3f}",
@@ -28,7 +37,7 @@ GAP = 2  # characters between two columns
 SHORT_TITLES = {"hidden_dim": "hidden", "parameters": "params", "learning_rate": "lr"}
 
 
-def table_rows(
+def cell_table(
     results: dict[str, Any], metrics: Sequence[str] = tuple(FORMATS), named: bool = False
 ) -> tuple[list[str], list[list[str]]]:
     """The table as text: the student, the options in which rows differ, and numbers.
@@ -49,15 +58,15 @@ def table_rows(
     return [*head, *metrics], [[*first, *rest] for first, rest in zip(told, numbers, strict=True)]
 
 
-def brief_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def terminal_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table as it fits a terminal: with fewer numbers, and names of cells where too many options differ."""
     for metrics in (SHORT, SHORT[:-1]):
-        head, rows = table_rows(results, metrics)
+        head, rows = cell_table(results, metrics)
         words = [max(map(len, title(name).split("\n"))) for name in head]
         widths = [max(column) for column in zip(words, *([len(text) for text in row] for row in rows), strict=True)]
         if sum(widths) + GAP * (len(widths) - 1) <= WIDTH:
             return head, rows
-    return table_rows(results, SHORT, named=True)
+    return cell_table(results, SHORT, named=True)
 
 
 def title(column: str) -> str:
@@ -67,7 +76,7 @@ def title(column: str) -> str:
 
 def _name(row: Row) -> str:
     """A cell's name; of a baseline its kind and what it has in common with cells."""
-    own = [f"{row[name]} concepts" if name == "concepts" else str(row[name]) for name in SHARED if name in row]
+    own = [f"{row[name]} concepts" if name == "concepts" else str(row[name]) for name in BASELINE_FIELDS if name in row]
     return str(row.get("name") or ", ".join([_student(row), *own]))
 
 
@@ -93,7 +102,7 @@ def verdict(results: dict[str, Any]) -> str:
     """How the best cell (chosen on validation) stands to the baselines, and to ridge at every number of concepts."""
     best = results["best"]
     floor = {
-        (row["student"], *(row[name] for name in SHARED)): row
+        (row["student"], *(row[name] for name in BASELINE_FIELDS)): row
         for row in results["baselines"]
         if row["student"] != "mean"
     }
@@ -133,7 +142,7 @@ def configurations(results: dict[str, Any]) -> list[list[Row]]:
     return sorted(groups, key=lambda group: -mean_of(group, "test_cosine"))
 
 
-def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def configuration_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Seeds of one configuration together: means, and a bootstrap interval over test concepts and seeds."""
     groups = configurations(results)
     options = [name for name in _options([row for group in groups for row in group]) if name != "seed"]

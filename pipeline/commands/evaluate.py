@@ -19,7 +19,7 @@ from wordfreq import zipf_frequency
 
 from pipeline.analysis.baselines import BASELINES
 from pipeline.analysis.intervention import NextTokenDistributions, kl_recovered, recovered_interval
-from pipeline.analysis.rows import baseline_of, configuration, section_names, section_of
+from pipeline.analysis.rows import configuration, ridge_baseline, section_names, section_of
 from pipeline.analysis.tables import markdown_table
 from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
@@ -80,7 +80,7 @@ def evaluate(
             said = distributions[place[1:]]
             continued[place] = said, said.kl(mean.expand(len(concepts), -1))
         groups = _groups(data, subset.test.rows)
-        rival, section = baseline_of(cell), apart[section_of(vars(cell))][0]
+        rival, section = ridge_baseline(cell), apart[section_of(vars(cell))][0]
         for baseline, answer in BASELINES.items():
             known = [rival.inputs, *([] if rival.targets == "first" else [f"targets {rival.targets}"])]
             told = [f"{cell.concepts} concepts", *(known if baseline == "nearest" else []), section]

@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from pipeline.analysis import plots, scaling, transitions
 from pipeline.analysis.rows import Row, baseline_labeller, cell_of, labeller
 from pipeline.analysis.tables import (
-    NOTE,
+    TABLE_NOTE,
+    cell_table,
+    configuration_table,
     configurations,
     markdown_table,
     mean_of,
-    summary,
-    table_rows,
     test_cosines,
     verdict,
 )
@@ -39,7 +39,7 @@ from pipeline.sweep.results import Section, sections
 from pipeline.sweep.run import prepare
 
 SHOWN = 8  # best and worst concepts
-TITLES = {
+FIGURE_TITLES = {
     "transition": "Long training",
     "ranking": "Students",
     "scaling": "Fidelity and training concepts",
@@ -64,8 +64,8 @@ def markdown(results: dict[str, Any], parts: Sequence[tuple[Section, Sequence[st
         if section.title:
             lines += [f"## {_heading(section)}", ""]
         lines += [verdict(section.results), "", *(line for finding in findings for line in (finding, ""))]
-        lines += [f"{NOTE} Cosines are centred on the mean training vector, except `_raw`.", ""]
-        lines += [markdown_table(*summary(section.results)), markdown_table(*table_rows(section.results))]
+        lines += [f"{TABLE_NOTE} Cosines are centred on the mean training vector, except `_raw`.", ""]
+        lines += [markdown_table(*configuration_table(section.results)), markdown_table(*cell_table(section.results))]
     return "\n".join(lines)
 
 
@@ -229,7 +229,7 @@ def write_report(
             write_atomically(path, lambda part, figure=figure: figure.savefig(part, dpi=130, format="png"))  # type: ignore[misc]
             plt.close(figure)
             written.append(path)
-            pictures.append({"title": TITLES[name], "data": base64.b64encode(path.read_bytes()).decode()})
+            pictures.append({"title": FIGURE_TITLES[name], "data": base64.b64encode(path.read_bytes()).decode()})
         parts.append((section, findings))
         shown.append(_shown(section, findings, pictures, _neighbours(student, data, section.results["layer"])))
     table = output / f"{stem}_table.md"
@@ -264,14 +264,14 @@ def _shown(
         return {"title": title, "head": head, "rows": rows, "note": note}
 
     tables = [
-        table("Configurations", *summary(results), NOTE),
+        table("Configurations", *configuration_table(results), TABLE_NOTE),
         table(
             "Best and worst test concepts",
             ["concept", "category", "cosine", "true vectors nearest to the answer"],
             neighbours,
             f"As {results['best']['name']} answers them.",
         ),
-        table("Cells", *table_rows(results), "Cosines are centred on the mean training vector, except raw ones."),
+        table("Cells", *cell_table(results), "Cosines are centred on the mean training vector, except raw ones."),
     ]
     return {
         "title": _heading(section),

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import SHIPPED
 
-from pipeline.analysis.tables import summary, verdict
-from pipeline.commands.report import TITLES
+from pipeline.analysis.tables import configuration_table, verdict
+from pipeline.commands.report import FIGURE_TITLES
 from pipeline.settings import Cell
 
 
@@ -59,7 +59,7 @@ def test_larger_cells_are_predicted_before_they_are_trained_and_the_report_says_
     errors = [abs(cell["cosine"] - cells[cell["name"]]) for cell in receipt["cells"]]
     assert float(found[1]) == pytest.approx(np.mean(errors), abs=6e-4)
     page = Page(max(Path("results").glob("*_report.html")).read_text())
-    assert set(page.pictures) == set(TITLES.values()) - {"Long training", "Students"}
+    assert set(page.pictures) == set(FIGURE_TITLES.values()) - {"Long training", "Students"}
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert {"Configurations", "Best and worst test concepts", "Cells"} <= set(page.titles)
 
@@ -97,7 +97,7 @@ def test_results_of_an_older_version_are_said_to_be_so(workplace, run):
 
 
 def test_intervals_are_over_concepts_and_seeds():
-    head, table = summary(results(0.0))
+    head, table = configuration_table(results(0.0))
     [line] = [row for row in table if row[0] == "mlp"]
     low, high = (float(part) for part in line[head.index("95 % interval")].split(" to "))
     assert high - low == pytest.approx(2 * 1.96 * 0.2 / np.sqrt(200), rel=0.2)
