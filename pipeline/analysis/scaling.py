@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from pipeline.analysis.rows import CELL_FIELDS, Row, cell_of
 from pipeline.errors import InputError
@@ -184,21 +185,11 @@ def _starts(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
     """The best of a grid of exponents, each with its constants by least squares on relative errors, ``[STARTS, 5]``."""
     grid = np.array(list(itertools.product(EXPONENTS, EXPONENTS)))  # [grid, 2]
     terms = np.exp([np.zeros((len(grid), len(errors))), *(-grid.T[..., None] * logs[:, None])]) / np.exp(errors)
-    least, constants = np.full(len(grid), np.inf), np.full((3, len(grid)), LEAST)
-    # No constant may be negative; where only some of them are positive, these are the best without the others.
-    possible = 2 + free[3]  # E and A always, B where it is fitted
-    for number in range(1, possible + 1):
-        for chosen in itertools.combinations(range(possible), number):
-            part = terms[list(chosen)]  # [chosen, grid, cells]
-            squares = np.einsum("agn,bgn->gab", part, part) + 1e-12 * np.eye(number)
-            found = np.linalg.solve(squares, part.sum(-1).T[..., None])[..., 0].T  # [chosen, grid]
-            loss = np.square(np.einsum("ag,agn->gn", found, part) - 1).sum(-1)
-            better = (found > 0).all(0) & (loss < least)
-            least[better] = loss[better]
-            constants[:, better] = LEAST
-            constants[np.ix_(chosen, better)] = np.maximum(found[:, better], LEAST)
-    e, a, b = np.log(constants)
-    return np.stack([e, a, grid[:, 0], b, grid[:, 1]], 1)[np.argsort(least, kind="stable")[:STARTS]]
+    terms[2] *= free[3]
+    solved = [nnls(part, np.ones(len(errors))) for part in terms.transpose(1, 2, 0)]  # no constant is negative
+    e, a, b = np.log(np.maximum([constants for constants, _ in solved], LEAST)).T
+    best = np.argsort([distance for _, distance in solved], kind="stable")[:STARTS]
+    return np.stack([e, a, grid[:, 0], b, grid[:, 1]], 1)[best]
 
 
 def _descend(
@@ -284,12 +275,12 @@ def law_of(cells: Sequence[Row]) -> Law:
 
 
 def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str, Any]:
-    """A receipt: what a law that saw only cells of at most ``most`` concepts expects of larger ones.
+    """Predict larger cells from a law that is fitted on cells of at most ``most`` concepts.
 
     Args:
         cells: finished cells of one family.
         larger: cells of the same family with ``name`` and ``parameters``, trained or not.
-        most: the limit; no cell beyond it is looked at.
+        most: the limit; the results of cells beyond it are not used.
     """
     law = law_of([cell for cell in cells if cell["concepts"] <= most])
     expected = [
@@ -304,10 +295,10 @@ def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str,
     return {"most": most, "level": LEVEL, "law": law.values, "bend": law.bend, "cells": expected}
 
 
-def check(receipt: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | None:
-    """How a receipt's intervals fared: coverage, and the largest and the mean error; None before there is any cell."""
+def check(predictions: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | None:
+    """Coverage of the intervals of `predict`, with the largest and the mean error; None where no cell is trained."""
     measured = {cell_of(cell): cell["test_cosine"] for cell in cells}
-    known = [cell for cell in receipt["cells"] if set(cell) >= set(CELL_FIELDS)]  # older receipts have names only
+    known = [cell for cell in predictions["cells"] if set(cell) >= set(CELL_FIELDS)]  # older files have names only
     pairs = [(cell, measured[cell_of(cell)]) for cell in known if cell_of(cell) in measured]
     if not pairs:
         return None
@@ -319,3 +310,25 @@ def check(receipt: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | Non
         "mean": float(np.mean(errors)),
         "most": max(errors),
     }
+
+
+def describe(law: Law) -> str:
+    """The constants of a law with their intervals, as a sentence."""
+    constants = [
+        f"{name} = {value['value']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
+        for name, value in law.values.items()
+        if value is not None
+    ]
+    return f"Scaling law 1 - cosine = E + A N^-alpha + B P^-beta: {', '.join(constants)} (90 % bootstrap intervals)."
+
+
+def describe_check(file: str, predictions: dict[str, Any], results: dict[str, Any]) -> str | None:
+    """The result of `check` as a sentence; None for predictions of other vectors or of cells that are not trained."""
+    checked = check(predictions, results["cells"])
+    if checked is None or predictions["vectors_sha256"] != results["vectors_sha256"]:
+        return None
+    return (
+        f"Predicted from cells of at most {predictions['most']} concepts ({file}): {checked['cells']} larger "
+        f"cells, mean error {checked['mean']:.3f}, largest {checked['most']:.3f}; the {predictions['level']:.0%} "
+        f"intervals cover {checked['coverage']:.0%}."
+    )

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.analysis.evaluation import evaluate, evaluation_table
 from pipeline.analysis.intervention import NextTokenDistributions, kl_recovered, recovered_interval
-from pipeline.commands.evaluate import evaluate, evaluation_table
 from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.settings import Cell

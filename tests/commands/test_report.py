@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import SHIPPED
 
+from pipeline.analysis.page import FIGURE_TITLES
 from pipeline.analysis.tables import configuration_table, verdict
-from pipeline.commands.report import FIGURE_TITLES
 from pipeline.settings import Cell
 
 
