@@ -101,11 +101,7 @@ def evaluate(
 
 
 def cell_of_student(student: Student, data: Dataset) -> Cell:
-    """The cell that a student was trained as.
-
-    Raises:
-        InputError: it was trained on other vectors.
-    """
+    """The cell that a student was trained as; an error where it was trained on other vectors."""
     if student.config["vectors_sha256"] != data.vectors.sha256:
         raise InputError("the student was trained on another vectors file; name that with --vectors")
     return Cell(**student.config["cell"])

@@ -156,11 +156,7 @@ class NextTokenDistributions:
         return torch.stack(rows)
 
     def kl(self, vectors: Tensor) -> NDArray[np.float64]:
-        """Kullback-Leibler divergence from the teacher's own next-token distributions, in nats, ``[concepts]``.
-
-        Args:
-            vectors: ``[concepts, d_model]``, not centred.
-        """
+        """Divergence in nats, ``[concepts]``, that vectors ``[concepts, d_model]``, not centred, cause."""
         changed = self._log_probabilities(vectors)
         divergence = (self.true.exp() * (self.true - changed)).sum(-1)
         return divergence.double().numpy()

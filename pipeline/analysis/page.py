@@ -83,7 +83,7 @@ def page_section(
     teacher: tuple[int, float, float],
     predictions: dict[str, dict[str, Any]],
 ) -> PageSection:
-    """Draw the pictures and fill the tables of a section.
+    """The pictures, tables and sentences of a section.
 
     Args:
         title: of the section.
@@ -92,6 +92,9 @@ def page_section(
         data: the vectors that it was trained on.
         teacher: as in `plots.pareto`.
         predictions: earlier results of `scaling.predict` for this grid, by the names of their files.
+
+    Returns:
+        What `html_page` and `markdown_page` show.
     """
     best, cells, vectors = results["best"], results["cells"], data.vectors
     test = data.rows("test", student.config["cell"]["split"])

@@ -1,4 +1,4 @@
-"""Figures of sweeps and vectors files: pure functions from results to matplotlib figures."""
+"""Figures of sweeps: pure functions from results to matplotlib figures."""
 
 from __future__ import annotations
 
@@ -54,12 +54,7 @@ def _legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) 
 
 
 def ranking(rows: list[tuple[str, float, float, float]], concepts: int) -> Figure:
-    """Test cosine of every configuration with its interval, the best at the top; baselines in grey.
-
-    Args:
-        rows: name, test cosine, and the interval's ends; names of baselines are in parentheses.
-        concepts: training concepts of all of them.
-    """
+    """Test cosines from (name, value, low, high), the best at the top; baselines, in parentheses, are grey."""
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.27 * len(rows)), layout="constrained")
     for place, (name, value, low, high) in enumerate(reversed(rows)):
         colour = "grey" if name.startswith("(") else "C0"
@@ -138,10 +133,7 @@ def heat_map(cells: list[Row]) -> Figure:
 
 
 def curves(cells: list[Row]) -> Figure:
-    """Training loss and validation cosine by epoch, one column of panels per number of training concepts.
-
-    At most `COLUMNS` numbers are drawn, the smallest and the largest among them.
-    """
+    """Training loss and validation cosine by epoch, at most `COLUMNS` panels, one per number of training concepts."""
     cells = [row for row in cells if len(row["curves"].get("val_cosine", [])) > 1]
     numbers = sorted({row["concepts"] for row in cells})
     drawn = {numbers[int(place)] for place in np.linspace(0, len(numbers) - 1, COLUMNS)} if numbers else set()
@@ -171,16 +163,7 @@ def curves(cells: list[Row]) -> Figure:
 
 
 def alignment(truth: Floats, predicted: Floats, categories: Sequence[str], title: str) -> Figure:
-    """True and predicted vectors of the held-out concepts side by side, by category, in PCA and in t-SNE.
-
-    The principal axes are those of the true vectors; t-SNE places both sets in one map.
-
-    Args:
-        truth: centred vectors, ``[N, d_model]``.
-        predicted: the student's centred vectors, ``[N, d_model]``.
-        categories: of each concept.
-        title: of the figure.
-    """
+    """True and predicted centred vectors ``[N, d_model]`` by category, in PCA (axes of the true ones) and t-SNE."""
     from sklearn.decomposition import PCA  # here, since it takes as long to load as the rest of this module
     from sklearn.manifold import TSNE
 
@@ -213,31 +196,6 @@ def alignment(truth: Floats, predicted: Floats, categories: Sequence[str], title
     return figure
 
 
-def norms(values: Floats, layers: Sequence[int]) -> Figure:
-    """Distribution of vector norms ``[concepts, templates, layers]`` at each block, outliers as points."""
-    figure, axes = plt.subplots(figsize=(max(4.5, min(16, 0.5 * len(layers) + 3)), 4.5), layout="constrained")
-    by_layer = values.reshape(-1, len(layers))
-    axes.boxplot(by_layer, tick_labels=[str(layer) for layer in layers], whis=(1, 99), flierprops={"markersize": 2})
-    axes.set(yscale="log", xlabel="block", ylabel="norm of the activation vector")
-    axes.set_title("Norms (box: quartiles; 1 to 99 %)")
-    return figure
-
-
-def structure(values: Floats, layers: Sequence[int], categories: Sequence[str]) -> Figure:
-    """Mean centred cosine ``[layers, categories, categories]`` between concepts, for at most three blocks."""
-    shown = sorted({0, len(layers) // 2, len(layers) - 1})
-    size = max(3.5, 0.26 * len(categories) + 1.5)
-    whole = (size * len(shown) + 1, size)
-    figure, grid = plt.subplots(1, len(shown), figsize=whole, layout="constrained", sharey=True, squeeze=False)
-    limit = float(np.abs(values[shown]).max()) or 1.0
-    for axes, place in zip(grid[0], shown, strict=True):
-        image = axes.imshow(values[place], cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axes.set(title=f"block {layers[place]}", yticks=range(len(categories)), yticklabels=categories)
-        axes.set_xticks(range(len(categories)), categories, rotation=90)
-    figure.colorbar(image, ax=grid, label="mean cosine between two concepts (centred)", shrink=0.7)
-    return figure
-
-
 def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
     """Test cosine against parameters and against operations of a prediction, for the largest training set.
 
@@ -247,6 +205,9 @@ def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
     Args:
         cells: rows with ``flops``; seeds are drawn as their mean.
         teacher: blocks, parameters and operations up to the block to be reproduced; drawn at cosine 1.
+
+    Returns:
+        The figure.
     """
     blocks, weights, operations = teacher
     most = max(row["concepts"] for row in cells)
@@ -315,10 +276,7 @@ def categories(values: dict[str, dict[str, float]]) -> Figure:
 
 
 def transitions(cells: list[Row]) -> Figure:
-    """Training loss and validation cosine over log epochs, one panel per number of training concepts.
-
-    A tick on the loss marks where a run has memorised its concepts, a star where a late transition ends.
-    """
+    """Training loss and validation cosine over log epochs, with transitions; one panel per number of concepts."""
     columns, label = grouped(cells, lambda row: row["concepts"]), labeller(cells)
     colours = _shades(dict.fromkeys(map(label, cells)))
     figure, panels = plt.subplots(

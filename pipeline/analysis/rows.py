@@ -45,10 +45,8 @@ def by_configuration(rows: Iterable[Row]) -> dict[Cell, list[Row]]:
 
 
 def ridge_baseline(cell: Cell) -> Cell:
-    """The ridge regression on the same concepts, block, inputs, targets and split, which the cell should beat.
-
-    For a truncated student the inputs leave out the teacher's blocks: with them the ridge regression is that student.
-    """
+    """The ridge regression on the same concepts, block, inputs, targets and split, which the cell should beat."""
+    # Without the blocks that a truncated student reads: ridge regression on these is that student itself.
     read = cell.inputs if "inputs" in KINDS[cell.student].reads else Cell().inputs
     return Cell(student="ridge", **{name: getattr(cell, name) for name in BASELINE_FIELDS} | {"inputs": read})
 
@@ -77,10 +75,7 @@ def section_names(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], tu
 
 
 def varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fields of a cell in which rows differ, in their order; baselines lack some fields.
-
-    Kinds of students do not differ in an option that one of them does not read, and where it has its default.
-    """
+    """The fields of a cell in which rows differ, in their order; what a student does not read does not count."""
 
     def differ(name: str) -> bool:
         own = [row for row in rows if name in row]
@@ -100,10 +95,8 @@ def applies(row: Mapping[str, Any], option: str) -> bool:
 
 
 def labeller(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """A function that labels rows in figures with the student and every option in which the rows differ.
-
-    It leaves out concepts and seeds, for which figures have axes, panels and bands.
-    """
+    """A function that labels rows in figures with the student and every option in which the rows differ."""
+    # Figures have axes, panels and bands for concepts and seeds.
     shown = [name for name in varying(rows) if name not in ("student", "concepts", "seed")]
 
     def label(row: Row) -> str:

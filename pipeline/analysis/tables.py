@@ -45,6 +45,9 @@ def cell_table(results: dict[str, Any], metrics: Sequence[str] = tuple(FORMATS),
         results: of one section.
         metrics: the columns of numbers.
         named: name the cells in one column instead of several for the student and the options in which rows differ.
+
+    Returns:
+        Header and rows.
     """
     rows = sorted(results["cells"] + results["baselines"], key=lambda row: (row["concepts"], row["test_cosine"]))
     options = _options(rows)

@@ -35,13 +35,7 @@ class Transition:
 
 
 def detect(epochs: Sequence[int], train_loss: Sequence[float], val_cosine: Sequence[float]) -> Transition:
-    """Find the steepest rise of validation after the training concepts are memorised.
-
-    Args:
-        epochs: of each evaluation, ascending.
-        train_loss: training loss at each evaluation.
-        val_cosine: validation cosine at each evaluation.
-    """
+    """Find the steepest rise of validation after a run memorises its training concepts; one value per evaluation."""
     when, loss, score = np.array(epochs), np.array(train_loss), np.array(val_cosine)
     low = np.flatnonzero(loss <= MEMORISED * loss[0])
     if not len(low):

@@ -13,12 +13,11 @@ from pathlib import Path
 from accelerate import Accelerator
 from matplotlib import pyplot as plt
 
-from pipeline.analysis import plots
 from pipeline.data.concepts import counts, divide, read_catalogue
 from pipeline.data.vectors import read_header
 from pipeline.devices import hint
 from pipeline.errors import InputError, choices
-from pipeline.extraction import vocabulary
+from pipeline.extraction import audit_plots, vocabulary
 from pipeline.extraction.audit import Audit, audit
 from pipeline.extraction.check import Comparison, compare, reference
 from pipeline.extraction.parts import PartPlan, merge
@@ -246,9 +245,9 @@ def _log(
 
 
 def _log_pictures(run: Run, found: Audit) -> None:
-    figures = {"norms": plots.norms(found.norms, found.layers)}
+    figures = {"norms": audit_plots.norms(found.norms, found.layers)}
     if len(found.categories) > 1:
-        figures["structure"] = plots.structure(found.structure, found.layers, found.categories)
+        figures["structure"] = audit_plots.structure(found.structure, found.layers, found.categories)
     with tempfile.TemporaryDirectory() as folder:
         for name, figure in figures.items():
             path = Path(folder) / f"{name}.png"
