@@ -22,23 +22,16 @@ from pipeline.metrics import interval
 
 Table = tuple[list[str], list[list[str]]]  # header and rows, as text
 TABLE_NOTE = "Students in parentheses are the baselines. Intervals: bootstrap over test concepts and seeds."
-FORMATS = {
-    "parameters": "{:,}",
-    "val_cosine": "{:.3f}",
-    "test_cosine": "{:.3f}",
-    "test_cosine_raw": "{:.3f}",
-    "test_r2": "{:.3f}",
-    "test_retrieval_at_1": "{:.3f}",
-    "test_retrieval_at_5": "{:.3f}",
-    "train_seconds": "{:.1f}",
-}
+TEST_METRICS = ("test_cosine", "test_cosine_raw", "test_r2", "test_retrieval_at_1", "test_retrieval_at_5")
+METRICS = ("parameters", "val_cosine", *TEST_METRICS, "train_seconds")
+FORMATS = {"parameters": "{:,}", "train_seconds": "{:.1f}"}  # of the others: {:.3f}
 TERMINAL_METRICS = ("parameters", "val_cosine", "test_cosine", "test_r2")
 WIDTH = 100  # characters of a line in a terminal
 GAP = 2  # characters between two columns
 SHORT_TITLES = {"hidden_dim": "hidden", "parameters": "params", "learning_rate": "lr"}
 
 
-def cell_table(results: dict[str, Any], metrics: Sequence[str] = tuple(FORMATS), named: bool = False) -> Table:
+def cell_table(results: dict[str, Any], metrics: Sequence[str] = METRICS, named: bool = False) -> Table:
     """The cells and the baselines (in parentheses) by concepts and test cosine.
 
     Args:
@@ -53,7 +46,9 @@ def cell_table(results: dict[str, Any], metrics: Sequence[str] = tuple(FORMATS),
     options = _options(rows)
     head = ["cell"] if named else ["student", *options]
     names = [[_name(row)] if named else [_student(row), *(_option(row, name) for name in options)] for row in rows]
-    numbers = [[FORMATS[name].format(row[name]) if name in row else "" for name in metrics] for row in rows]
+    numbers = [
+        [FORMATS.get(name, "{:.3f}").format(row[name]) if name in row else "" for name in metrics] for row in rows
+    ]
     return [*head, *metrics], [[*first, *rest] for first, rest in zip(names, numbers, strict=True)]
 
 
