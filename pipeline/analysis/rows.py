@@ -74,19 +74,19 @@ def section_names(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], tu
     }
 
 
-def varying(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def varying_fields(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The fields of a cell in which rows differ, in their order; what a student does not read does not count."""
 
     def differ(name: str) -> bool:
         own = [row for row in rows if name in row]
-        values = {row[name] for row in own if applies(row, name)}
+        values = {row[name] for row in own if is_relevant(row, name)}
         kinds = grouped(own, lambda row: row["student"]).values()
         return len(values) > 1 or any(len({row[name] for row in rows}) > 1 for rows in kinds)
 
     return [name for name in CELL_FIELDS if differ(name)]
 
 
-def applies(row: Mapping[str, Any], option: str) -> bool:
+def is_relevant(row: Mapping[str, Any], option: str) -> bool:
     """Whether an option matters for a row: its student reads it, or it has another value than the default."""
     if option not in row:
         return False
@@ -97,12 +97,12 @@ def applies(row: Mapping[str, Any], option: str) -> bool:
 def labeller(rows: Sequence[Row]) -> Callable[[Row], str]:
     """A function that labels rows in figures with the student and every option in which the rows differ."""
     # Figures have axes, panels and bands for concepts and seeds.
-    shown = [name for name in varying(rows) if name not in ("student", "concepts", "seed")]
+    shown = [name for name in varying_fields(rows) if name not in ("student", "concepts", "seed")]
 
     def label(row: Row) -> str:
         sized = "hidden_dim" in KINDS[row["student"]].reads
         size = f" {row['hidden_dim']} wide, {row['layers']} deep" if sized else ""
-        own = [name for name in shown if applies(row, name) and not (sized and name in ("hidden_dim", "layers"))]
+        own = [name for name in shown if is_relevant(row, name) and not (sized and name in ("hidden_dim", "layers"))]
         options = [text for name in own if (text := _option_in_words(name, row[name]))]
         return f"{row['student']}{size}" + (f" ({', '.join(options)})" if options else "")
 
@@ -117,7 +117,7 @@ def _option_in_words(option: str, value: object) -> str:
 
 def baseline_labeller(rows: Sequence[Row]) -> Callable[[Row], str]:
     """A function that labels baselines with their kind and all fields but concepts in which they differ."""
-    shown = [name for name in varying(rows) if name not in ("student", "concepts")]
+    shown = [name for name in varying_fields(rows) if name not in ("student", "concepts")]
 
     def label(row: Row) -> str:
         fields = [name for name in shown if name in row]

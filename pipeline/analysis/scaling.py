@@ -27,15 +27,17 @@ from pipeline.settings import Cell
 HUBER = 0.01  # log residuals beyond this (1 % of the error) count linearly
 BOOTSTRAPS = 100
 LEVEL = 0.9  # of every interval
-NORMAL = np.array([NormalDist().inv_cdf((step + 0.5) / 40) for step in range(40)])  # quantiles, equally likely
-NAMES = ("E", "A", "alpha", "B", "beta")
+NORMAL_QUANTILES = np.array(
+    [NormalDist().inv_cdf((step + 0.5) / 40) for step in range(40)]
+)  # quantiles, equally likely
+CONSTANT_NAMES = ("E", "A", "alpha", "B", "beta")
 EXPONENTS = np.linspace(0.05, 1.5, 16)
 STARTS = 3  # of the grid's best
-LEAST = 1e-6  # start of a constant that least squares sets to 0
+SMALLEST_CONSTANT = 1e-6  # start of a constant that least squares sets to 0
 ABSENT = -30.0  # the logarithm of a term that is left out
-VARY = ("concepts", "hidden_dim", "layers", "seed")  # within a family of cells
+FAMILY_FIELDS = ("concepts", "hidden_dim", "layers", "seed")  # within a family of cells
 BOUNDS = np.array([(-20, 1), (-20, 30), (0, 3), (-20, 60), (0, 3)], float).T  # of the parameters, ``[2, 5]``
-MOST_STEPS = 400
+MAX_STEPS = 400
 TOLERANCE = 1e-9  # a step that lowers the loss by a smaller share is idle
 IDLE_STEPS = 12  # in a row end the descent
 Array = NDArray[np.float64]
@@ -72,7 +74,7 @@ class Law:
         best = natural(self.parameters)
         return {
             name: {"value": float(best[i]), "low": float(low[i]), "high": float(high[i])} if self.free[i] else None
-            for i, name in enumerate(NAMES)
+            for i, name in enumerate(CONSTANT_NAMES)
         }
 
     def cosine(self, concepts: float, size: float) -> float:
@@ -84,12 +86,10 @@ class Law:
         logs = _logs([concepts], [size])
         expected = np.array([_log_error(sample, logs)[0] for sample in self.samples])
         # Beyond the largest cell a normal error for the missing curvature is added, which grows with the distance.
-        lacking = (
-            (self.curvature_error or 0.0) * _off_line(*self.span, logs[0, 0]) if logs[0, 0] > self.span[1] else 0.0
-        )
+        lacking = (self.curvature_error or 0.0) * _off_line(*self.span, logs[0, 0]) * (logs[0, 0] > self.span[1])
         cells = len(self.residuals)
         noise = self.residuals * math.sqrt(cells / max(1, cells - sum(self.free)))  # for the fit's degrees of freedom
-        spread = (expected[:, None, None] + noise[:, None] + lacking * NORMAL).ravel()
+        spread = (expected[:, None, None] + noise[:, None] + lacking * NORMAL_QUANTILES).ravel()
         high, low = 1 - np.exp(np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         return float(low), float(high)
 
@@ -183,9 +183,9 @@ def _starts(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
     """The best of a grid of exponents, each with its constants by least squares on relative errors, ``[STARTS, 5]``."""
     grid = np.array(list(itertools.product(EXPONENTS, EXPONENTS)))  # [grid, 2]
     terms = np.exp([np.zeros((len(grid), len(errors))), *(-grid.T[..., None] * logs[:, None])]) / np.exp(errors)
-    terms[2] *= free[3]
+    terms[2] *= free[3]  # without B where there is one number of parameters
     solved = [nnls(part, np.ones(len(errors))) for part in terms.transpose(1, 2, 0)]  # no constant is negative
-    e, a, b = np.log(np.maximum([constants for constants, _ in solved], LEAST)).T
+    e, a, b = np.log(np.maximum([constants for constants, _ in solved], SMALLEST_CONSTANT)).T
     best = np.argsort([distance for _, distance in solved], kind="stable")[:STARTS]
     return np.stack([e, a, grid[:, 0], b, grid[:, 1]], 1)[best]
 
@@ -218,7 +218,7 @@ def _descend(
     values = np.clip(starts, low, high)
     reached, damping = losses(values), np.full(len(values), 1e-3)
     idle = np.zeros(len(values), int)
-    for _ in range(MOST_STEPS):
+    for _ in range(MAX_STEPS):
         terms = _terms(values, logs)
         total = np.logaddexp.reduce(terms)
         share, residuals = np.exp(terms - total), total - errors  # [3, problems, cells], [problems, cells]
@@ -254,8 +254,8 @@ def largest_family(rows: Sequence[Row]) -> list[Row]:
 
 
 def shared_by(cell: Row) -> Cell:
-    """A cell with the fields in `VARY` at their defaults: the same for a whole family."""
-    return Cell(**{name: cell[name] for name in CELL_FIELDS if name not in VARY})
+    """A cell with the fields in `FAMILY_FIELDS` at their defaults: the same for a whole family."""
+    return Cell(**{name: cell[name] for name in CELL_FIELDS if name not in FAMILY_FIELDS})
 
 
 def law_of(cells: Sequence[Row]) -> Law:

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from pipeline.analysis.rows import (
     BASELINE_FIELDS,
     Row,
-    applies,
     baseline_key,
     by_configuration,
     cell_of,
     configuration,
-    varying,
+    is_relevant,
+    varying_fields,
 )
 from pipeline.metrics import interval
 
@@ -76,8 +76,8 @@ def _name(row: Row) -> str:
 
 def _options(rows: Sequence[Row]) -> list[str]:
     """The options in which rows differ, the seed last; the student always has a column."""
-    found = [name for name in varying(rows) if name not in ("student", "seed")]
-    return [*found, "seed"] if "seed" in varying(rows) else found
+    found = [name for name in varying_fields(rows) if name not in ("student", "seed")]
+    return [*found, "seed"] if "seed" in varying_fields(rows) else found
 
 
 def _student(row: Row) -> str:
@@ -86,7 +86,7 @@ def _student(row: Row) -> str:
 
 def _option(row: Row, option: str) -> str:
     """An option's value as text; empty where it does not matter for the row."""
-    if not applies(row, option) or row[option] is None:
+    if not is_relevant(row, option) or row[option] is None:
         return ""
     value = row[option]
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
