@@ -268,14 +268,14 @@ def _sweep(
 
 def _show(results: dict[str, Any]) -> None:
     """Print the table and the verdict of each section."""
-    from pipeline.analysis.tables import brief_rows, verdict
+    from pipeline.analysis.tables import terminal_table, verdict
     from pipeline.commands import display
     from pipeline.sweep.results import sections
 
     for section in sections(results):
         if section.title:
             click.echo(f"\n{section.title}:")
-        display.table(*brief_rows(section.results))
+        display.table(*terminal_table(section.results))
         click.echo(f"{verdict(section.results)}\n")
 
 

@@ -1,6 +1,6 @@
-"""Do predicted vectors still work? The teacher goes on from them, and what it says next is compared.
+"""Interventions: predicted vectors replace activations in the teacher, whose next-token distributions are compared.
 
-A vector takes the place of the true activation at its block and position, and the rest of the teacher runs as usual.
+A vector replaces the true activation at its block and position, and the rest of the teacher runs as usual.
 `kl_recovered` compares next-token distributions: 1 for the true vector, 0 for the mean vector. It is the "loss
 recovered" of sparse autoencoders with the mean in place of an ablation (Bricken et al., 2023, "Towards
 monosemanticity").
@@ -64,7 +64,7 @@ def replaced(teacher: Teacher, layer: int, vectors: Tensor) -> Iterator[None]:
 
 @contextmanager
 def skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Let blocks hand on what they are given; for passes in which what they leave is replaced anyhow."""
+    """Make blocks return their input, in passes where their output is replaced."""
 
     def hand_on(hidden_states: Tensor, *_args: Any, **_options: Any) -> Tensor:
         return hidden_states
@@ -79,23 +79,23 @@ def skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class NextTokenDistributions:
-    """A teacher's next-token distributions after prompts, from its own activations or from others in their place.
+    """A teacher's next-token distributions after prompts, from its own activations or from vectors in their place.
 
-    The activations of all but the last position do not depend on the last one's: their keys and values are computed
-    once, and each question costs one position of a prompt in the blocks behind ``layer``. Models that cannot go on so
-    run whole prompts.
+    The activations of all but the last position do not depend on the last one: their keys and values are computed
+    once, and each call costs one position per prompt in the blocks behind ``layer``. Models that cannot continue from
+    a cache run whole prompts.
 
     Args:
         teacher: the model.
-        concepts: what to put into the template.
-        template: one that ends with ``{concept}`` or not; the last token's activation is replaced.
-        layer: the block after which it is.
+        concepts: texts for the template.
+        template: a prompt with ``{concept}``; the last token's activation is replaced.
+        layer: the block after which it is replaced; 0 is the embedding output.
     """
 
     def __init__(self, teacher: Teacher, concepts: Sequence[str], template: str, layer: int) -> None:
         self.teacher, self.layer = teacher, layer
         head: Any = teacher.causal.get_output_embeddings()  # type: ignore[no-untyped-call]
-        head.to(teacher.device)  # an extraction leaves it where it was loaded
+        head.to(teacher.device)  # an extraction does not move it
         self.prompts = [prompt.token_ids for prompt in tokenize(teacher, concepts, template)]
         lengths = np.array([len(ids) for ids in self.prompts])
         self.batches = []  # of prompts of one length, so that none is padded
@@ -103,7 +103,7 @@ class NextTokenDistributions:
             rows = np.flatnonzero(lengths == length)
             self.batches += np.array_split(rows, -(-len(rows) * int(length) // BATCH_TOKENS))
         self._caches: list[Cache | None] = [self._cache(batch) for batch in self.batches]
-        if not self._goes_on_from_cache():
+        if not self._can_continue_from_cache():
             self._caches = [None] * len(self.batches)
         self.true = self._log_probabilities(None)
 
@@ -120,8 +120,8 @@ class NextTokenDistributions:
         return found if isinstance(found, Cache) else None
 
     @torch.inference_mode()
-    def _goes_on_from_cache(self) -> bool:
-        """Whether for the first batch that has a cache the short pass gives what whole prompts give."""
+    def _can_continue_from_cache(self) -> bool:
+        """Whether, for the first batch with a cache, a pass from the cache agrees with a pass over whole prompts."""
         for batch, cache in zip(self.batches, self._caches, strict=True):
             if cache is None:
                 continue
@@ -140,7 +140,7 @@ class NextTokenDistributions:
             if vectors is not None:
                 stack.enter_context(replaced(self.teacher, self.layer, vectors))
             if cache is not None:
-                ids, cache = ids[:, -1:], copy.deepcopy(cache)  # which the model would lengthen
+                ids, cache = ids[:, -1:], copy.deepcopy(cache)  # the model appends to it
                 if vectors is not None:
                     stack.enter_context(skipped(self.teacher.blocks[: self.layer]))
             return self.teacher.logits(ids, cache=cache)[:, -1].log_softmax(-1)
@@ -156,18 +156,14 @@ class NextTokenDistributions:
         return torch.stack(rows)
 
     def kl(self, vectors: Tensor) -> NDArray[np.float64]:
-        """Kullback-Leibler divergence from the teacher's own next-token distribution, in nats, one a concept.
-
-        Args:
-            vectors: ``[concepts, d_model]``, not centred.
-        """
+        """Divergence in nats, ``[concepts]``, that vectors ``[concepts, d_model]``, not centred, cause."""
         changed = self._log_probabilities(vectors)
         divergence = (self.true.exp() * (self.true - changed)).sum(-1)
         return divergence.double().numpy()
 
 
 def kl_recovered(kl: NDArray[np.float64], of_mean: NDArray[np.float64]) -> float:
-    """Share of the mean vector's divergence that is gone: ``1 - KL(student) / KL(mean)``, over all concepts."""
+    """Share of the mean vector's divergence that the student removes, ``1 - KL(student) / KL(mean)``."""
     return float(1 - kl.mean() / of_mean.mean())
 
 

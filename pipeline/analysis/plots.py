@@ -1,8 +1,9 @@
-"""Pictures of a sweep: pure functions from results to matplotlib figures."""
+"""Figures of sweeps: pure functions from results to matplotlib figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import matplotlib
@@ -17,36 +18,34 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from pipeline.analysis.rows import Row, baseline_labeller, labeller
+from pipeline.analysis.rows import Row, baseline_labeller, grouped, labeller
 from pipeline.analysis.scaling import Law
 from pipeline.analysis.transitions import detect
 
 COLOURS = plt.get_cmap("viridis")
 COLUMNS = 4  # of panels beside each other
+Floats = NDArray[np.floating[Any]]
 BASELINE_STYLES = {"ridge": ("black", "--"), "nearest": ("dimgrey", ":"), "mean": ("darkgrey", "-.")}
 
 
-def _groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
-
-
 def _colours(cells: list[Row], label: Callable[[Row], str]) -> dict[str, Any]:
-    """A colour for each kind of student, the same for those that differ in depth only; shades where width is all."""
-    kinds = _groups(cells, lambda row: label({**row, "layers": 0}))
-    of_one = len({label({**row, "layers": 0, "hidden_dim": 0}) for row in cells}) == 1
+    """A colour for each label, the same for all depths; shades of one scale where labels differ in size only."""
+    kinds = grouped(cells, lambda row: label({**row, "layers": 0}))
     palette = plt.get_cmap("tab10" if len(kinds) <= 10 else "tab20")
-    return {
-        label(row): COLOURS(0.9 * place / max(1, len(kinds) - 1)) if of_one else palette(place % palette.N)
-        for place, rows in enumerate(kinds.values())
-        for row in rows
-    }
+    if len({label({**row, "layers": 0, "hidden_dim": 0}) for row in cells}) == 1:
+        colours = _shades(kinds)
+    else:
+        colours = {kind: palette(place % palette.N) for place, kind in enumerate(kinds)}
+    return {label(row): colours[kind] for kind, rows in kinds.items() for row in rows}
+
+
+def _shades(names: Collection[Any]) -> dict[Any, Any]:
+    """A colour for each name, from one scale."""
+    return {name: COLOURS(0.9 * place / max(1, len(names) - 1)) for place, name in enumerate(names)}
 
 
 def _legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """A legend under the panels with as many columns as there is room for; the figure grows by more than two rows."""
+    """Draw a legend under the panels in as many columns as fit; beyond two rows the figure grows."""
     column = 0.6 + 0.058 * max(map(len, names))  # inches
     columns = max(1, int(figure.get_figwidth() / column))
     rows = -(-len(names) // columns)
@@ -55,12 +54,7 @@ def _legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) 
 
 
 def ranking(rows: list[tuple[str, float, float, float]], concepts: int) -> Figure:
-    """Test cosine of every configuration with its interval, the best at the top; baselines in grey.
-
-    Args:
-        rows: name, test cosine, and the interval's ends; names of baselines are in parentheses.
-        concepts: training concepts of all of them.
-    """
+    """Test cosines from (name, value, low, high), the best at the top; baselines, in parentheses, are grey."""
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.27 * len(rows)), layout="constrained")
     for place, (name, value, low, high) in enumerate(reversed(rows)):
         colour = "grey" if name.startswith("(") else "C0"
@@ -75,54 +69,54 @@ def ranking(rows: list[tuple[str, float, float, float]], concepts: int) -> Figur
 
 
 def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
-    """Test cosine against the number of training concepts, a line a kind of student; seeds as a band."""
+    """Test cosine against the number of training concepts, one line per kind of student; seeds as a band."""
     figure, axes = plt.subplots(figsize=(8, 5.2), layout="constrained")
     label = labeller(cells)
-    kinds = _groups(cells, label)
     colours = _colours(cells, label)
-    for name, rows in kinds.items():
-        points = {n: [row["test_cosine"] for row in same] for n, same in _groups(rows, lambda r: r["concepts"]).items()}
+    for name, rows in grouped(cells, label).items():
+        points = {n: [row["test_cosine"] for row in same] for n, same in grouped(rows, lambda r: r["concepts"]).items()}
         numbers = sorted(points)
         means = [float(np.mean(points[n])) for n in numbers]
         axes.plot(numbers, means, label=name, color=colours[name], **_style(rows[0], cells))
         low, high = ([float(edge(points[n])) for n in numbers] for edge in (np.min, np.max))
         axes.fill_between(numbers, low, high, color=colours[name], alpha=0.2, linewidth=0)
-    of_kind: dict[str, int] = {}
-    for name, rows in _groups(baselines, baseline_labeller(baselines)).items():
+    drawn: Counter[str] = Counter()
+    for name, rows in grouped(baselines, baseline_labeller(baselines)).items():
         rows = sorted(rows, key=lambda row: row["concepts"])
         kind = rows[0]["student"]
         colour, style = BASELINE_STYLES[kind]
-        marker = "sov^Dp*X"[of_kind.setdefault(kind, 0) % 8]
-        of_kind[kind] += 1
+        marker = "sov^Dp*X"[drawn[kind] % 8]
+        drawn[kind] += 1
         x, y = [row["concepts"] for row in rows], [row["test_cosine"] for row in rows]
         axes.plot(x, y, style, marker=marker, markersize=4, color=colour, label=f"{name} (baseline)")
-    axes.set_xscale("log")
-    numbers = sorted({row["concepts"] for row in cells})
-    axes.set_xticks(numbers, [str(n) for n in numbers])
-    axes.minorticks_off()
-    axes.set(xlabel="training concepts (log scale)", ylabel="test cosine (centred)")
-    axes.set_title("Fidelity on held-out concepts" + (" (bands: all seeds)" if _many_seeds(cells) else ""))
-    axes.grid(alpha=0.3)
+    _concepts_axis(axes, cells)
+    bands = " (bands: all seeds)" if len({row["seed"] for row in cells}) > 1 else ""
+    axes.set(ylabel="test cosine (centred)", title=f"Fidelity on held-out concepts{bands}")
     _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
+def _concepts_axis(axes: Axes, cells: list[Row]) -> None:
+    """Make the x axis one of training concepts, logarithmic, with a tick at each number of them."""
+    numbers = sorted({row["concepts"] for row in cells})
+    axes.set(xscale="log", xlabel="training concepts (log scale)")
+    axes.set_xticks(numbers, [str(n) for n in numbers])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+
+
 def _style(row: Row, cells: list[Row]) -> dict[str, Any]:
-    """Line and marker by depth, so that lines which nearly coincide can be told apart."""
+    """Line and marker by depth, which distinguish lines that nearly coincide."""
     place = sorted({cell["layers"] for cell in cells}).index(row["layers"])
     return {"linestyle": ("-", "--", ":", "-.")[place % 4], "marker": "osd^"[place % 4], "markersize": 5}
-
-
-def _many_seeds(cells: list[Row]) -> bool:
-    return len({row["seed"] for row in cells}) > 1
 
 
 def heat_map(cells: list[Row]) -> Figure:
     """Mean test cosine of every kind of student (rows) and number of training concepts (columns)."""
     label = labeller(cells)
-    kinds, numbers = list(_groups(cells, label)), sorted({row["concepts"] for row in cells})
+    kinds, numbers = list(grouped(cells, label)), sorted({row["concepts"] for row in cells})
     grid = np.full((len(kinds), len(numbers)), np.nan)
-    for (kind, n), rows in _groups(cells, lambda row: (label(row), row["concepts"])).items():
+    for (kind, n), rows in grouped(cells, lambda row: (label(row), row["concepts"])).items():
         grid[kinds.index(kind), numbers.index(n)] = np.mean([row["test_cosine"] for row in rows])
     width = 2.4 + 0.09 * max(map(len, kinds)) + 0.9 * len(numbers)
     figure, axes = plt.subplots(figsize=(width, 1.4 + 0.36 * len(kinds)), layout="constrained")
@@ -139,14 +133,11 @@ def heat_map(cells: list[Row]) -> Figure:
 
 
 def curves(cells: list[Row]) -> Figure:
-    """Training loss and validation cosine by epoch, a column of panels for each number of training concepts.
-
-    Of more than `COLUMNS` numbers that many are drawn, the smallest and the largest among them.
-    """
+    """Training loss and validation cosine by epoch, at most `COLUMNS` panels, one per number of training concepts."""
     cells = [row for row in cells if len(row["curves"].get("val_cosine", [])) > 1]
     numbers = sorted({row["concepts"] for row in cells})
     drawn = {numbers[int(place)] for place in np.linspace(0, len(numbers) - 1, COLUMNS)} if numbers else set()
-    columns = _groups([row for row in cells if row["concepts"] in drawn], lambda row: row["concepts"])
+    columns = grouped([row for row in cells if row["concepts"] in drawn], lambda row: row["concepts"])
     label = labeller(cells)
     colours = _colours(cells, label)
     figure, panels = plt.subplots(
@@ -154,46 +145,26 @@ def curves(cells: list[Row]) -> Figure:
         squeeze=False, layout="constrained",
     )  # fmt: skip
     for place, number in enumerate(sorted(columns)):
-        named: set[str] = set()
-        for row in columns[number]:
-            name = label(row)
-            shown = None if name in named else name
-            named.add(name)
+        for name, rows in grouped(columns[number], label).items():
+            style = {"color": colours[name], "linewidth": 1.2, "linestyle": _style(rows[0], cells)["linestyle"]}
             for panel, curve in zip(panels[:, place], ("val_cosine", "train_loss"), strict=True):
-                values = row["curves"][curve]
-                panel.plot(
-                    row["curves"]["epoch"],
-                    values,
-                    color=colours[name],
-                    label=shown,
-                    linewidth=1.2,
-                    linestyle=_style(row, cells)["linestyle"],
-                )
+                for row in rows:
+                    x, y = row["curves"]["epoch"], row["curves"][curve]
+                    panel.plot(x, y, label=name if row is rows[0] else None, **style)
         panels[0, place].set_title(f"{number} training concepts")
         panels[1, place].set_xlabel("epoch")
-    panels[0, 0].set_ylabel("validation cosine (centred)")
-    panels[1, 0].set_ylabel("training loss")
     for panel in panels.flat:
         panel.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("validation cosine (centred)")
+    panels[1, 0].set_ylabel("training loss")
     if cells:
         _legend_below(figure, *panels[0, 0].get_legend_handles_labels())
     return figure
 
 
-def alignment(
-    truth: NDArray[np.floating[Any]], predicted: NDArray[np.floating[Any]], categories: Sequence[str], title: str
-) -> Figure:
-    """True and predicted vectors of the held-out concepts side by side, by category, in PCA and in t-SNE.
-
-    The principal axes are those of the true vectors; t-SNE places both sets in one map.
-
-    Args:
-        truth: centred vectors, ``[N, d_model]``.
-        predicted: the student's, likewise.
-        categories: one a row.
-        title: what is shown, for the figure's head.
-    """
-    from sklearn.decomposition import PCA  # only here: it takes as long to load as all else that draws
+def alignment(truth: Floats, predicted: Floats, categories: Sequence[str], title: str) -> Figure:
+    """True and predicted centred vectors ``[N, d_model]`` by category, in PCA (axes of the true ones) and t-SNE."""
+    from sklearn.decomposition import PCA  # here, since it takes as long to load as the rest of this module
     from sklearn.manifold import TSNE
 
     pca = PCA(2, random_state=0).fit(truth)
@@ -210,50 +181,18 @@ def alignment(
         ("t-SNE, predicted vectors", maps[len(truth) :]),
     ]
     figure, axes = plt.subplots(2, 2, figsize=(12, 9.5), sharex="row", sharey="row", layout="constrained")
-    names = sorted(set(categories))
     palette = plt.get_cmap("tab20")
     for panel, (name, points) in zip(axes.flat, panels, strict=True):
-        _scatter(panel, points, categories, {c: palette(place % 20) for place, c in enumerate(names)})
-        panel.set_title(name)
-        x, y = (f"component {i + 1} ({share[i]:.0f} % of variance)" for i in (0, 1)) if "PCA" in name else ("", "")
-        panel.set(xlabel=x or "t-SNE 1", ylabel=y or "t-SNE 2")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=9)
+        for place, category in enumerate(sorted(set(categories))):
+            own = points[[c == category for c in categories]]
+            style = {"color": palette(place % 20), "marker": "os^"[place % 3]}
+            panel.scatter(own[:, 0], own[:, 1], s=28, label=category, alpha=0.85, **style)
+        panel.grid(alpha=0.2)
+        is_pca = name.startswith("PCA")
+        x, y = (f"component {i + 1} ({share[i]:.0f} % of variance)" if is_pca else f"t-SNE {i + 1}" for i in (0, 1))
+        panel.set(title=name, xlabel=x, ylabel=y)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
     figure.suptitle(title)
-    return figure
-
-
-def _scatter(axes: Axes, points: NDArray[np.floating[Any]], categories: Sequence[str], colours: dict[str, Any]) -> None:
-    for place, (category, colour) in enumerate(colours.items()):
-        own = points[[c == category for c in categories]]
-        axes.scatter(own[:, 0], own[:, 1], s=28, color=colour, marker="os^"[place % 3], label=category, alpha=0.85)
-    axes.grid(alpha=0.2)
-
-
-def norms(values: NDArray[np.floating[Any]], layers: Sequence[int]) -> Figure:
-    """Distribution of vector norms ``[concepts, templates, layers]`` at each block, outliers as points."""
-    figure, axes = plt.subplots(figsize=(max(4.5, min(16, 0.5 * len(layers) + 3)), 4.5), layout="constrained")
-    by_layer = [values[..., place].ravel() for place in range(len(layers))]
-    axes.boxplot(by_layer, tick_labels=[str(layer) for layer in layers], whis=(1, 99), flierprops={"markersize": 2})
-    axes.set(
-        yscale="log", xlabel="block", ylabel="norm of the activation vector", title="Norms (box: quartiles; 1 to 99 %)"
-    )
-    return figure
-
-
-def structure(values: NDArray[np.floating[Any]], layers: Sequence[int], categories: Sequence[str]) -> Figure:
-    """Mean centred cosine ``[layers, categories, categories]`` between concepts, for at most three blocks."""
-    shown = sorted({0, len(layers) // 2, len(layers) - 1})
-    size = max(3.5, 0.26 * len(categories) + 1.5)
-    figure, grid = plt.subplots(
-        1, len(shown), figsize=(size * len(shown) + 1, size), layout="constrained", sharey=True, squeeze=False
-    )
-    limit = float(np.abs(values[shown]).max()) or 1.0
-    for axes, place in zip(grid[0], shown, strict=True):
-        image = axes.imshow(values[place], cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axes.set(title=f"block {layers[place]}", yticks=range(len(categories)), yticklabels=categories)
-        axes.set_xticks(range(len(categories)), categories, rotation=90)
-    figure.colorbar(image, ax=grid, label="mean cosine between two concepts (centred)", shrink=0.7)
     return figure
 
 
@@ -264,31 +203,31 @@ def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
     other beats at less cost.
 
     Args:
-        cells: rows with ``flops``; of equal students the mean over seeds is drawn.
-        teacher: blocks, parameters and operations up to the block to be reproduced: the reference, its cosine 1.
+        cells: rows with ``flops``; seeds are drawn as their mean.
+        teacher: blocks, parameters and operations up to the block to be reproduced; drawn at cosine 1.
+
+    Returns:
+        The figure.
     """
     blocks, weights, operations = teacher
-
-    def parameters(row: Row) -> float:
-        early = row["blocks"] if row["student"] == "truncated" else 0
-        return float(row["parameters"] + early * weights / max(1, blocks))
-
     most = max(row["concepts"] for row in cells)
-    kinds = _groups([row for row in cells if row["concepts"] == most], labeller(cells))
+    kinds = grouped([row for row in cells if row["concepts"] == most], labeller(cells))
     figure, panels = plt.subplots(1, 2, figsize=(12, 6.5), sharey=True, layout="constrained")
     cosine = {name: float(np.mean([row["test_cosine"] for row in rows])) for name, rows in kinds.items()}
     ranked = sorted(kinds, key=lambda name: -cosine[name])
+    early = {name: rows[0]["blocks"] * (rows[0]["student"] == "truncated") for name, rows in kinds.items()}
+    sizes = {name: rows[0]["parameters"] + early[name] * weights / max(1, blocks) for name, rows in kinds.items()}
     for panel, cost, of_teacher, what in (
-        (panels[0], parameters, weights, "parameters"),
-        (panels[1], lambda row: float(row["flops"]), operations, "operations of a prediction"),
+        (panels[0], sizes, weights, "parameters"),
+        (panels[1], {name: rows[0]["flops"] for name, rows in kinds.items()}, operations, "operations of a prediction"),
     ):
-        points = sorted(((cost(kinds[name][0]), cosine[name]) for name in ranked), key=lambda p: (p[0], -p[1]))
+        points = sorted(((cost[name], cosine[name]) for name in ranked), key=lambda p: (p[0], -p[1]))
         best = -np.inf
         front = [(x, best := y) for x, y in points if y > best]
         panel.plot(*zip(*front, strict=True), color="lightgrey", zorder=0)
         for place, name in enumerate(ranked):
             marker, colour = "osD^v"[place // 10 % 5], plt.get_cmap("tab10")(place % 10)
-            panel.scatter(cost(kinds[name][0]), cosine[name], color=colour, marker=marker, s=44, label=name)
+            panel.scatter(cost[name], cosine[name], color=colour, marker=marker, s=44, label=name)
         panel.scatter(of_teacher, 1.0, marker="*", s=120, color="black", label="teacher, up to the block")
         panel.set(xscale="log", xlabel=f"{what}, early blocks of the teacher included")
         panel.grid(alpha=0.3)
@@ -300,11 +239,8 @@ def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
 def fitted(cells: list[Row], law: Law) -> Figure:
     """The scaling law with its cells, and the residuals."""
     figure, (main, rest) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    counts = sorted({row["concepts"] for row in cells})
-    numbers = np.geomspace(counts[0], counts[-1], 50)
-    sizes = sorted({row["parameters"] for row in cells})
-    for place, size in enumerate(sizes):
-        colour = COLOURS(0.9 * place / max(1, len(sizes) - 1))
+    numbers = np.exp(np.linspace(*law.span, 50))
+    for size, colour in _shades(sorted({row["parameters"] for row in cells})).items():
         own = [(row, residual) for row, residual in zip(cells, law.residuals, strict=True) if row["parameters"] == size]
         main.plot(numbers, [1 - law.cosine(n, size) for n in numbers], color=colour, label=f"{size:,} parameters")
         x = [row["concepts"] for row, _ in own]
@@ -318,15 +254,12 @@ def fitted(cells: list[Row], law: Law) -> Figure:
     rest.axhline(0, color="grey", linewidth=1)
     rest.set(ylabel="residual of the error (%)", title="Residuals")
     for panel in (main, rest):
-        panel.set(xscale="log", xlabel="training concepts (log scale)")
-        panel.set_xticks(counts, [str(n) for n in counts])
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.grid(alpha=0.3)
+        _concepts_axis(panel, cells)
     return figure
 
 
 def categories(values: dict[str, dict[str, float]]) -> Figure:
-    """Test cosine by category, a bar a student, in the order of the first."""
+    """Test cosine by category, one bar per student, in the order of the first student's values."""
     names = sorted(next(iter(values.values())), key=lambda name: next(iter(values.values()))[name])
     figure, axes = plt.subplots(figsize=(9, 1.5 + (0.16 + 0.06 * len(values)) * len(names)), layout="constrained")
     height = 0.8 / len(values)
@@ -343,13 +276,9 @@ def categories(values: dict[str, dict[str, float]]) -> Figure:
 
 
 def transitions(cells: list[Row]) -> Figure:
-    """Training loss and validation cosine over log epochs, a panel for each number of training concepts.
-
-    A tick on the loss marks where a run has memorised its concepts, a star where a late transition ends.
-    """
-    columns, label = _groups(cells, lambda row: row["concepts"]), labeller(cells)
-    kinds = list(dict.fromkeys(map(label, cells)))
-    colours = {name: COLOURS(0.9 * place / max(1, len(kinds) - 1)) for place, name in enumerate(kinds)}
+    """Training loss and validation cosine over log epochs, with transitions; one panel per number of concepts."""
+    columns, label = grouped(cells, lambda row: row["concepts"]), labeller(cells)
+    colours = _shades(dict.fromkeys(map(label, cells)))
     figure, panels = plt.subplots(
         1, len(columns), figsize=(max(6.0, 4.2 * len(columns)), 5.0), sharey=True, squeeze=False, layout="constrained"
     )
@@ -367,15 +296,13 @@ def transitions(cells: list[Row]) -> Figure:
         panel.set(xscale="log", xlabel="epoch", title=f"{number} training concepts")
         panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("validation cosine, training loss")
+    styles: dict[str, dict[str, Any]] = {
+        "validation cosine": {},
+        "training loss": {"linestyle": ":"},
+        "concepts memorised": {"linestyle": "", "marker": "|", "markersize": 12},
+        "late transition": {"linestyle": "", "marker": "*", "markersize": 12},
+    }
     handles = [Line2D([], [], color=colour) for colour in colours.values()]
-    names = list(colours)
-    for style, name in (
-        ({}, "validation cosine"),
-        ({"linestyle": ":"}, "training loss"),
-        ({"linestyle": "", "marker": "|", "markersize": 12}, "concepts memorised"),
-        ({"linestyle": "", "marker": "*", "markersize": 12}, "late transition"),
-    ):
-        handles.append(Line2D([], [], color="grey", **style))
-        names.append(name)
-    _legend_below(figure, handles, names)
+    handles += [Line2D([], [], color="grey", **style) for style in styles.values()]
+    _legend_below(figure, handles, [*colours, *styles])
     return figure

@@ -1,9 +1,9 @@
-"""Scaling laws: how far a student stays from the teacher against training concepts and parameters.
+"""Scaling laws: a student's distance from the teacher as a function of training concepts and parameters.
 
 ``1 - cosine = E + A N^-alpha + B P^-beta`` for N concepts and P parameters: the form of Hoffmann et al. (2022),
 "Training compute-optimal large language models", equation 2, fitted as there with a Huber loss on the logarithms, from
-the best of a grid of starts. Intervals come from a bootstrap over the cells; those of predictions also know how far
-such laws went astray when they were asked for cells beyond the ones that they were fitted on.
+the best of a grid of starts. Intervals come from a bootstrap over the cells; those of predictions also include the
+error of such laws on cells beyond those that they were fitted on.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
-from pipeline.analysis.rows import FIELDS, Row, cell_of
+from pipeline.analysis.rows import CELL_FIELDS, Row, cell_of, grouped
 from pipeline.errors import InputError
 from pipeline.settings import Cell
 
 HUBER = 0.01  # log residuals beyond this (1 % of the error) count linearly
 BOOTSTRAPS = 100
 LEVEL = 0.9  # of every interval
-NORMAL = np.array([NormalDist().inv_cdf((step + 0.5) / 40) for step in range(40)])  # as evenly likely points
-NAMES = ("E", "A", "alpha", "B", "beta")
+# Equally likely values of a normal variable.
+NORMAL_QUANTILES = np.array([NormalDist().inv_cdf((step + 0.5) / 40) for step in range(40)])
+CONSTANT_NAMES = ("E", "A", "alpha", "B", "beta")
 EXPONENTS = np.linspace(0.05, 1.5, 16)
 STARTS = 3  # of the grid's best
-LEAST = 1e-6  # a constant that least squares leaves out starts here
+SMALLEST_CONSTANT = 1e-6  # start of a constant that least squares sets to 0
 ABSENT = -30.0  # the logarithm of a term that is left out
-VARY = ("concepts", "hidden_dim", "layers", "seed")  # within a family of cells
+FAMILY_FIELDS = ("concepts", "hidden_dim", "layers", "seed")  # within a family of cells
 BOUNDS = np.array([(-20, 1), (-20, 30), (0, 3), (-20, 60), (0, 3)], float).T  # of the parameters, ``[2, 5]``
-MOST_STEPS = 400
+MAX_STEPS = 400
 TOLERANCE = 1e-9  # a step that lowers the loss by a smaller share is idle
-IDLE_STEPS = 12  # so many one after another end the descent
+IDLE_STEPS = 12  # in a row end the descent
 Array = NDArray[np.float64]
 
 
@@ -49,7 +51,7 @@ class Law:
         samples: the same of each bootstrap, ``[bootstraps, 5]``.
         residuals: log error minus its fit, of each cell.
         span: log concepts of the smallest and of the largest cell.
-        bend: the curvature that the law lacks, see `curvature_error`; None where that is not known.
+        curvature_error: the curvature that the law lacks, see `curvature_error`; None where it is not known.
         free: which of the parameters were fitted; a term whose variable does not vary is left out.
     """
 
@@ -57,7 +59,7 @@ class Law:
     samples: Array
     residuals: Array
     span: tuple[float, float]
-    bend: float | None
+    curvature_error: float | None
     free: tuple[bool, ...] = field(default=(True,) * 5)
 
     @property
@@ -71,30 +73,24 @@ class Law:
         best = natural(self.parameters)
         return {
             name: {"value": float(best[i]), "low": float(low[i]), "high": float(high[i])} if self.free[i] else None
-            for i, name in enumerate(NAMES)
+            for i, name in enumerate(CONSTANT_NAMES)
         }
 
     def cosine(self, concepts: float, size: float) -> float:
-        """The cosine that the law expects for so many concepts and parameters."""
+        """The cosine that the law predicts for numbers of concepts and parameters."""
         return 1 - float(np.exp(_log_error(self.parameters, _logs([concepts], [size]))[0]))
 
     def interval(self, concepts: float, size: float) -> tuple[float, float]:
-        """Where a new cell's cosine should lie: the bootstrap's laws, each with every residual of the fit.
-
-        Beyond the largest number of concepts there is a normal error for what the law lacks, the farther the larger.
-        """
+        """An interval for a new cell's cosine, at `LEVEL`, from the bootstrap's laws, each with every residual."""
         logs = _logs([concepts], [size])
         expected = np.array([_log_error(sample, logs)[0] for sample in self.samples])
-        lacking = (self.bend or 0.0) * _off_line(*self.span, logs[0, 0]) if logs[0, 0] > self.span[1] else 0.0
-        spread = (expected[:, None, None] + (self.residuals * _inflation(self))[:, None] + lacking * NORMAL).ravel()
+        # Beyond the largest cell a normal error for the missing curvature is added, which grows with the distance.
+        lacking = (self.curvature_error or 0.0) * _off_line(*self.span, logs[0, 0]) * (logs[0, 0] > self.span[1])
+        cells = len(self.residuals)
+        noise = self.residuals * math.sqrt(cells / max(1, cells - sum(self.free)))  # for the fit's degrees of freedom
+        spread = (expected[:, None, None] + noise[:, None] + lacking * NORMAL_QUANTILES).ravel()
         high, low = 1 - np.exp(np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
         return float(low), float(high)
-
-
-def _inflation(law: Law) -> float:
-    """Residuals of a fit are smaller than the noise by the freedom that the fit used up."""
-    cells = len(law.residuals)
-    return math.sqrt(cells / max(1, cells - sum(law.free)))
 
 
 def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[float], seed: int = 0) -> Law:
@@ -105,6 +101,9 @@ def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[flo
         sizes: P of each cell.
         cosines: centred cosine of each cell, below 1.
         seed: of the bootstrap.
+
+    Returns:
+        The law with bootstrap samples of its constants.
 
     Raises:
         InputError: fewer cells than the law has constants, or only one number of concepts.
@@ -125,7 +124,7 @@ def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[flo
     return Law(best, samples, residuals, span, curvature_error(logs, errors, free), free)
 
 
-_fitted = functools.lru_cache(maxsize=4)(fit)  # the results file and the report ask for the same one
+_cached_fit = functools.lru_cache(maxsize=4)(fit)  # the results file and the report need the same one
 
 
 def _fit(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
@@ -135,12 +134,11 @@ def _fit(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
 
 
 def curvature_error(logs: Array, errors: Array, free: tuple[bool, ...]) -> float | None:
-    """How much curvature the law lacks: the coefficient of the square of log concepts in the log error.
+    """The curvature that the law lacks: the coefficient of the square of log concepts in the log error.
 
-    No law of this form is true, and residuals within the fit do not tell. So the law is asked for what is known: fitted
-    on the cells of the fewest concepts, three numbers of them at the least, it predicts the rest, for every such cut
-    (rolling origin: Tashman, 2000, "Out-of-sample tests of forecasting accuracy"). Its errors are compared with those
-    of a straight line where the truth is a parabola; both as root mean squares.
+    Residuals within the fit do not show it. So laws are fitted on the cells with the fewest concepts, at least three
+    numbers of them, and predict the rest, for every such cut (rolling origin: Tashman, 2000, "Out-of-sample tests of
+    forecasting accuracy"). Their errors are divided by those of a straight line for a parabola, as root mean squares.
 
     Args:
         logs: log concepts and log parameters, ``[2, cells]``.
@@ -148,7 +146,7 @@ def curvature_error(logs: Array, errors: Array, free: tuple[bool, ...]) -> float
         free: as in `Law`.
 
     Returns:
-        None where there are too few numbers of concepts to cut.
+        The coefficient; None where there are too few numbers of concepts to cut.
     """
     wrong, unit = [], []
     for most in np.unique(logs[0])[2:-1]:
@@ -161,7 +159,7 @@ def curvature_error(logs: Array, errors: Array, free: tuple[bool, ...]) -> float
 
 
 def _off_line(first: float, last: float, places: Any) -> Any:
-    """How far a square is at places beyond ``last`` from the line that fits it best between ``first`` and ``last``."""
+    """Error at places beyond ``last`` of the line that fits a square best between ``first`` and ``last``."""
     span, beyond = last - first, places - last
     return beyond**2 + beyond * span + span**2 / 6
 
@@ -184,70 +182,54 @@ def _starts(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
     """The best of a grid of exponents, each with its constants by least squares on relative errors, ``[STARTS, 5]``."""
     grid = np.array(list(itertools.product(EXPONENTS, EXPONENTS)))  # [grid, 2]
     terms = np.exp([np.zeros((len(grid), len(errors))), *(-grid.T[..., None] * logs[:, None])]) / np.exp(errors)
-    least, constants = np.full(len(grid), np.inf), np.full((3, len(grid)), LEAST)
-    # No constant may be negative; where only some of them are positive, these are the best without the others.
-    possible = 2 + free[3]  # E and A always, B where it is fitted
-    for number in range(1, possible + 1):
-        for chosen in itertools.combinations(range(possible), number):
-            part = terms[list(chosen)]  # [chosen, grid, cells]
-            squares = np.einsum("agn,bgn->gab", part, part) + 1e-12 * np.eye(number)
-            found = np.linalg.solve(squares, part.sum(-1).T[..., None])[..., 0].T  # [chosen, grid]
-            loss = np.square(np.einsum("ag,agn->gn", found, part) - 1).sum(-1)
-            better = (found > 0).all(0) & (loss < least)
-            least[better] = loss[better]
-            constants[:, better] = LEAST
-            constants[np.ix_(chosen, better)] = np.maximum(found[:, better], LEAST)
-    e, a, b = np.log(constants)
-    return np.stack([e, a, grid[:, 0], b, grid[:, 1]], 1)[np.argsort(least, kind="stable")[:STARTS]]
+    terms[2] *= free[3]  # without B where there is one number of parameters
+    solved = [nnls(part, np.ones(len(errors))) for part in terms.transpose(1, 2, 0)]  # no constant is negative
+    e, a, b = np.log(np.maximum([constants for constants, _ in solved], SMALLEST_CONSTANT)).T
+    best = np.argsort([distance for _, distance in solved], kind="stable")[:STARTS]
+    return np.stack([e, a, grid[:, 0], b, grid[:, 1]], 1)[best]
 
 
 def _descend(
     starts: Array, logs: Array, errors: Array, free: tuple[bool, ...], counts: Array | float = 1.0
 ) -> tuple[Array, Array]:
-    """Least squares with a Huber loss, all problems at once: Levenberg and Marquardt's method within `BOUNDS`.
+    """Minimise the Huber loss of many problems at once: Levenberg and Marquardt's method within `BOUNDS`.
 
-    The Huber loss is met by weights that follow from the residuals (Holland and Welsch, 1977, "Robust regression using
-    iteratively reweighted least-squares"); no step is taken that does not lower the loss.
+    Weights that follow from the residuals turn squares into the Huber loss (Holland and Welsch, 1977, "Robust
+    regression using iteratively reweighted least-squares"); only steps that lower the loss are taken.
 
     Args:
         starts: parameters to begin with, ``[problems, 5]``.
         logs: log concepts and log parameters, ``[2, cells]``.
         errors: log (1 - cosine), ``[cells]``.
         free: as in `Law`.
-        counts: how often each cell counts, ``[problems, cells]``.
+        counts: weight of each cell, ``[problems, cells]``.
 
     Returns:
         The loss that each problem reached, ``[problems]``, and its parameters, ``[problems, 5]``.
     """
-    mask = np.array(free)
-    low, high = BOUNDS[:, mask]
-    whole = np.where(mask, starts, [ABSENT, ABSENT, 0.0, ABSENT, 0.0])
-
-    def put(values: Array) -> Array:
-        whole[:, mask] = values
-        return whole
+    low, high = np.where(free, BOUNDS, [ABSENT, ABSENT, 0.0, ABSENT, 0.0])
 
     def losses(values: Array) -> Array:
-        sizes = np.abs(_log_error(put(values), logs) - errors) / HUBER
+        sizes = np.abs(_log_error(values, logs) - errors) / HUBER
         lost: Array = (counts * np.where(sizes <= 1, np.square(sizes), 2 * sizes - 1)).sum(-1)
         return lost
 
-    values = np.clip(whole[:, mask], low, high)
+    values = np.clip(starts, low, high)
     reached, damping = losses(values), np.full(len(values), 1e-3)
     idle = np.zeros(len(values), int)
-    for _ in range(MOST_STEPS):
-        terms = _terms(put(values), logs)
+    for _ in range(MAX_STEPS):
+        terms = _terms(values, logs)
         total = np.logaddexp.reduce(terms)
         share, residuals = np.exp(terms - total), total - errors  # [3, problems, cells], [problems, cells]
         columns = [share[0], share[1], -share[1] * logs[0], share[2], -share[2] * logs[1]]
-        jacobian = np.stack(columns, -1)[..., mask]  # [problems, cells, parameters]
+        jacobian = np.stack(columns, -1)  # [problems, cells, 5]
         weighted = jacobian * (counts / np.maximum(1, np.abs(residuals) / HUBER))[..., None]
         slope = np.einsum("dnp,dn->dp", weighted, residuals)
         squares = np.einsum("dnp,dnq->dpq", weighted, jacobian)
-        moves = ~((values <= low) & (slope > 0) | (values >= high) & (slope < 0))  # others stay at their bound
+        moves = ~((values <= low) & (slope > 0) | (values >= high) & (slope < 0))  # others stay at a bound
         squares *= moves[:, :, None] * moves[:, None, :]
         diagonal = np.maximum(np.einsum("dpp->dp", squares), 1e-12) * damping[:, None]
-        step = np.linalg.solve(squares + diagonal[:, :, None] * np.eye(mask.sum()), -(slope * moves)[..., None])[..., 0]
+        step = np.linalg.solve(squares + diagonal[:, :, None] * np.eye(len(low)), -(slope * moves)[..., None])[..., 0]
         tried = np.clip(values + step, low, high)
         lost = losses(tried)
         better = lost < reached
@@ -256,44 +238,45 @@ def _descend(
         damping = np.clip(np.where(better, damping / 4, damping * 3), 1e-9, 1e9)
         if (idle >= IDLE_STEPS).all():
             break
-    return reached, put(values).copy()
+    return reached, values
 
 
 def families(cells: Sequence[Row]) -> dict[Cell, list[Row]]:
-    """Cells that differ in concepts, size and seed only, where they are enough for a law; by what they share."""
-    found: dict[Cell, list[Row]] = {}
-    for cell in cells:
-        found.setdefault(shared_by(cell), []).append(cell)
+    """Cells that differ in concepts, size and seed only, by `shared_by`; only groups large enough for a law."""
+    found = grouped(cells, shared_by)
     return {shared: own for shared, own in found.items() if len({c["concepts"] for c in own}) >= 3 and len(own) > 5}
 
 
 def largest_family(rows: Sequence[Row]) -> list[Row]:
-    """The most cells for one law among those that descend; none where they are too few."""
+    """The largest family among cells trained by gradient descent; empty where there is none."""
     return max(families([row for row in rows if len(row["curves"]["epoch"]) > 1]).values(), key=len, default=[])
 
 
 def shared_by(cell: Row) -> Cell:
-    """What a cell shares with its family: the cell with all of `VARY` at the defaults."""
-    return Cell(**{name: cell[name] for name in FIELDS if name not in VARY})
+    """A cell with the fields in `FAMILY_FIELDS` at their defaults: the same for a whole family."""
+    return Cell(**{name: cell[name] for name in CELL_FIELDS if name not in FAMILY_FIELDS})
 
 
 def law_of(cells: Sequence[Row]) -> Law:
     """The law of one family of cells, in test cosine."""
     names = ("concepts", "parameters", "test_cosine")
-    return _fitted(*(tuple(cell[name] for cell in cells) for name in names))
+    return _cached_fit(*(tuple(cell[name] for cell in cells) for name in names))
 
 
 def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str, Any]:
-    """A receipt: what a law that saw only cells of at most ``most`` concepts expects of larger ones.
+    """Predict larger cells from a law that is fitted on cells of at most ``most`` concepts.
 
     Args:
         cells: finished cells of one family.
         larger: cells of the same family with ``name`` and ``parameters``, trained or not.
-        most: the limit; no cell beyond it is looked at.
+        most: the limit; the results of cells beyond it are not used.
+
+    Returns:
+        The law, and for each cell beyond the limit its fields, the expected cosine and its interval.
     """
     law = law_of([cell for cell in cells if cell["concepts"] <= most])
     expected = [
-        {name: cell[name] for name in ("name", "parameters", *FIELDS)}
+        {name: cell[name] for name in ("name", "parameters", *CELL_FIELDS)}
         | {
             "cosine": law.cosine(cell["concepts"], cell["parameters"]),
             "interval": list(law.interval(cell["concepts"], cell["parameters"])),
@@ -301,13 +284,13 @@ def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str,
         for cell in larger
         if cell["concepts"] > most
     ]
-    return {"most": most, "level": LEVEL, "law": law.values, "bend": law.bend, "cells": expected}
+    return {"most": most, "level": LEVEL, "law": law.values, "bend": law.curvature_error, "cells": expected}
 
 
-def check(receipt: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | None:
-    """How a receipt's intervals fared: coverage, and the largest and the mean error; None before there is any cell."""
+def check(predictions: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | None:
+    """Coverage of the intervals of `predict`, with the largest and the mean error; None where no cell is trained."""
     measured = {cell_of(cell): cell["test_cosine"] for cell in cells}
-    known = [cell for cell in receipt["cells"] if set(cell) >= set(FIELDS)]  # older receipts have names only
+    known = [cell for cell in predictions["cells"] if set(cell) >= set(CELL_FIELDS)]  # older files have names only
     pairs = [(cell, measured[cell_of(cell)]) for cell in known if cell_of(cell) in measured]
     if not pairs:
         return None
@@ -319,3 +302,25 @@ def check(receipt: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | Non
         "mean": float(np.mean(errors)),
         "most": max(errors),
     }
+
+
+def describe(law: Law) -> str:
+    """The constants of a law with their intervals, as a sentence."""
+    constants = [
+        f"{name} = {value['value']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
+        for name, value in law.values.items()
+        if value is not None
+    ]
+    return f"Scaling law 1 - cosine = E + A N^-alpha + B P^-beta: {', '.join(constants)} (90 % bootstrap intervals)."
+
+
+def describe_check(file: str, predictions: dict[str, Any], results: dict[str, Any]) -> str | None:
+    """The result of `check` as a sentence; None for predictions of other vectors or of cells that are not trained."""
+    checked = check(predictions, results["cells"])
+    if checked is None or predictions["vectors_sha256"] != results["vectors_sha256"]:
+        return None
+    return (
+        f"Predicted from cells of at most {predictions['most']} concepts ({file}): {checked['cells']} larger "
+        f"cells, mean error {checked['mean']:.3f}, largest {checked['most']:.3f}; the {predictions['level']:.0%} "
+        f"intervals cover {checked['coverage']:.0%}."
+    )

@@ -8,73 +8,76 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.analysis.rows import SHARED, Row, applies, baseline_key, by_configuration, cell_of, configuration, varying
+from pipeline.analysis.rows import (
+    BASELINE_FIELDS,
+    Row,
+    baseline_key,
+    by_configuration,
+    cell_of,
+    configuration,
+    is_relevant,
+    varying_fields,
+)
 from pipeline.metrics import interval
 
-NOTE = "Students in parentheses are the baselines. Intervals: bootstrap over test concepts and seeds."
-FORMATS = {
-    "parameters": "{:,}",
-    "val_cosine": "{:.3f}",
-    "test_cosine": "{:.3f}",
-    "test_cosine_raw": "{:.3f}",
-    "test_r2": "{:.3f}",
-    "test_retrieval_at_1": "{:.3f}",
-    "test_retrieval_at_5": "{:.3f}",
-    "train_seconds": "{:.1f}",
-}
-SHORT = ("parameters", "val_cosine", "test_cosine", "test_r2")
+Table = tuple[list[str], list[list[str]]]  # header and rows, as text
+TABLE_NOTE = "Students in parentheses are the baselines. Intervals: bootstrap over test concepts and seeds."
+TEST_METRICS = ("test_cosine", "test_cosine_raw", "test_r2", "test_retrieval_at_1", "test_retrieval_at_5")
+METRICS = ("parameters", "val_cosine", *TEST_METRICS, "train_seconds")
+FORMATS = {"parameters": "{:,}", "train_seconds": "{:.1f}"}  # of the others: {:.3f}
+TERMINAL_METRICS = ("parameters", "val_cosine", "test_cosine", "test_r2")
 WIDTH = 100  # characters of a line in a terminal
 GAP = 2  # characters between two columns
 SHORT_TITLES = {"hidden_dim": "hidden", "parameters": "params", "learning_rate": "lr"}
 
 
-def table_rows(
-    results: dict[str, Any], metrics: Sequence[str] = tuple(FORMATS), named: bool = False
-) -> tuple[list[str], list[list[str]]]:
-    """The table as text: the student, the options in which rows differ, and numbers.
+def cell_table(results: dict[str, Any], metrics: Sequence[str] = METRICS, named: bool = False) -> Table:
+    """The cells and the baselines (in parentheses) by concepts and test cosine.
 
     Args:
         results: of one section.
-        metrics: the numbers.
-        named: name the cells in one column instead of several for the student and its options.
+        metrics: the columns of numbers.
+        named: name the cells in one column instead of several for the student and the options in which rows differ.
 
     Returns:
-        The head, then the baselines (in parentheses) and the cells by concepts and test cosine.
+        Header and rows.
     """
     rows = sorted(results["cells"] + results["baselines"], key=lambda row: (row["concepts"], row["test_cosine"]))
     options = _options(rows)
     head = ["cell"] if named else ["student", *options]
-    told = [[_name(row)] if named else [_student(row), *(_option(row, name) for name in options)] for row in rows]
-    numbers = [[FORMATS[name].format(row[name]) if name in row else "" for name in metrics] for row in rows]
-    return [*head, *metrics], [[*first, *rest] for first, rest in zip(told, numbers, strict=True)]
+    names = [[_name(row)] if named else [_student(row), *(_option(row, name) for name in options)] for row in rows]
+    numbers = [
+        [FORMATS.get(name, "{:.3f}").format(row[name]) if name in row else "" for name in metrics] for row in rows
+    ]
+    return [*head, *metrics], [[*first, *rest] for first, rest in zip(names, numbers, strict=True)]
 
 
-def brief_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table as it fits a terminal: with fewer numbers, and names of cells where too many options differ."""
-    for metrics in (SHORT, SHORT[:-1]):
-        head, rows = table_rows(results, metrics)
+def terminal_table(results: dict[str, Any]) -> Table:
+    """`cell_table` as it fits a terminal: with fewer numbers, and names of cells where too many options differ."""
+    for metrics in (TERMINAL_METRICS, TERMINAL_METRICS[:-1]):
+        head, rows = cell_table(results, metrics)
         words = [max(map(len, title(name).split("\n"))) for name in head]
         widths = [max(column) for column in zip(words, *([len(text) for text in row] for row in rows), strict=True)]
         if sum(widths) + GAP * (len(widths) - 1) <= WIDTH:
             return head, rows
-    return table_rows(results, SHORT, named=True)
+    return cell_table(results, TERMINAL_METRICS, named=True)
 
 
 def title(column: str) -> str:
-    """A column's title in a terminal, a word a line."""
+    """A column's title in a terminal, one word per line."""
     return SHORT_TITLES.get(column, column).replace("_", "\n")
 
 
 def _name(row: Row) -> str:
-    """A cell's name; of a baseline its kind and what it has in common with cells."""
-    own = [f"{row[name]} concepts" if name == "concepts" else str(row[name]) for name in SHARED if name in row]
+    """A cell's name, or a baseline's kind and fields."""
+    own = [f"{row[name]} concepts" if name == "concepts" else str(row[name]) for name in BASELINE_FIELDS if name in row]
     return str(row.get("name") or ", ".join([_student(row), *own]))
 
 
 def _options(rows: Sequence[Row]) -> list[str]:
     """The options in which rows differ, the seed last; the student always has a column."""
-    found = [name for name in varying(rows) if name not in ("student", "seed")]
-    return [*found, "seed"] if "seed" in varying(rows) else found
+    found = [name for name in varying_fields(rows) if name not in ("student", "seed")]
+    return [*found, "seed"] if "seed" in varying_fields(rows) else found
 
 
 def _student(row: Row) -> str:
@@ -82,59 +85,58 @@ def _student(row: Row) -> str:
 
 
 def _option(row: Row, option: str) -> str:
-    """An option's value as text; empty where it says nothing of the row."""
-    if option not in row or not applies(row, option) or row[option] is None:
+    """An option's value as text; empty where it does not matter for the row."""
+    if not is_relevant(row, option) or row[option] is None:
         return ""
     value = row[option]
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """How the best cell (chosen on validation) stands to the baselines, and to ridge at every number of concepts."""
+    """A comparison of the best cell by validation with its baselines, and with ridge at every number of concepts."""
     best = results["best"]
-    floor = {
-        (row["student"], *(row[name] for name in SHARED)): row
+    baselines = {
+        (row["student"], *(row[name] for name in BASELINE_FIELDS)): row
         for row in results["baselines"]
         if row["student"] != "mean"
     }
-    same = baseline_key(best)
-    ridge, nearest = floor["ridge", *same], floor["nearest", *same]
+    ridge, nearest = (baselines[kind, *baseline_key(best)] for kind in ("ridge", "nearest"))
     own = by_configuration(results["cells"])[configuration(cell_of(best))]
     seeds = [row["test_cosine"] for row in own]
     mean = float(np.mean(seeds))
-    known = f"mean of {len(seeds)} seeds, {min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else "one seed"
-    # Of the same concepts, so that what is hard for both does not blur the difference.
+    averaged = f"mean of {len(seeds)} seeds, {min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else "one seed"
+    # Differences on the same concepts: concepts that are hard for both do not widen the interval.
     low, high = (round(end, 3) for end in interval(test_cosines(own) - np.array(ridge["test_cosines"])))
-    told = "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told apart from"
+    relation = "beats" if low > 0 else "does not beat" if high < 0 else "cannot be told apart from"
     lines = [
-        f"Best cell by validation: {best['name']}, test cosine {mean:.3f} ({known}). It {told} ridge regression on the "
-        f"same {best['concepts']} concepts ({ridge['test_cosine']:.3f}; difference {mean - ridge['test_cosine']:+.3f}, "
-        f"95 % interval {low:+.3f} to {high:+.3f}); nearest training concept {nearest['test_cosine']:.3f}, constant "
-        "mean 0 by definition."
+        f"Best cell by validation: {best['name']}, test cosine {mean:.3f} ({averaged}). It {relation} ridge regression "
+        f"on the same {best['concepts']} concepts ({ridge['test_cosine']:.3f}; difference "
+        f"{mean - ridge['test_cosine']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}); nearest training concept "
+        f"{nearest['test_cosine']:.3f}, constant mean 0 by definition."
     ]
     margins = []
     for concepts in sorted({row["concepts"] for row in results["cells"]}):
-        rival = max((c for c in results["cells"] if c["concepts"] == concepts), key=lambda c: c["val_cosine"])
-        own_ridge = floor["ridge", *baseline_key(rival)]
-        margins.append(f"{rival['test_cosine'] - own_ridge['test_cosine']:+.3f} at {concepts}")
+        cell = max((c for c in results["cells"] if c["concepts"] == concepts), key=lambda c: c["val_cosine"])
+        margin = cell["test_cosine"] - baselines["ridge", *baseline_key(cell)]["test_cosine"]
+        margins.append(f"{margin:+.3f} at {concepts}")
     if len(margins) > 1:
         lines.append(f"Against ridge, the best by validation at each number of concepts: {', '.join(margins)}.")
     return " ".join(lines)
 
 
 def test_cosines(rows: Sequence[Row]) -> NDArray[np.float64]:
-    """The cosine of each test concept, a row a seed, ``[seeds, N]``."""
+    """The cosine of each test concept, one row per seed, ``[seeds, N]``."""
     return np.array([row["test_cosines"] for row in rows], np.float64)
 
 
 def configurations(results: dict[str, Any]) -> list[list[Row]]:
-    """The seeds of each configuration, and each baseline by itself, the best on test first."""
+    """The rows of each configuration, one per seed, and each baseline alone; the best on test first."""
     groups = [*by_configuration(results["cells"]).values(), *([row] for row in results["baselines"])]
     return sorted(groups, key=lambda group: -mean_of(group, "test_cosine"))
 
 
-def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Seeds of one configuration together: means, and a bootstrap interval over test concepts and seeds."""
+def configuration_table(results: dict[str, Any]) -> Table:
+    """Each configuration's means over seeds, with a bootstrap interval over test concepts and seeds."""
     groups = configurations(results)
     options = [name for name in _options([row for group in groups for row in group]) if name != "seed"]
     rows = []
@@ -143,8 +145,8 @@ def summary(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         size = f"{own[0]['parameters']:,}" if "parameters" in own[0] else ""
         seeds = str(len(own)) if "name" in own[0] else ""
         values = [f"{mean_of(own, key):.3f}" for key in ("val_cosine", "test_cosine")]
-        told = [_student(own[0]), *(_option(own[0], name) for name in options)]
-        rows.append([*told, size, seeds, *values, f"{low:.3f} to {high:.3f}"])
+        names = [_student(own[0]), *(_option(own[0], name) for name in options)]
+        rows.append([*names, size, seeds, *values, f"{low:.3f} to {high:.3f}"])
     return ["student", *options, "parameters", "seeds", "val cosine", "test cosine", "95 % interval"], rows
 
 

@@ -19,13 +19,13 @@ LEAST_RISE = 0.05  # of validation cosine; less is drift
 
 @dataclass(frozen=True)
 class Transition:
-    """What two curves say.
+    """When a run memorises its training concepts, and how steeply validation rises afterwards.
 
     Attributes:
-        memorised: the epoch at which the training loss is at `MEMORISED` of its first value; None if it never is.
-        steepest: the epoch at the end of the doubling in which validation rises most after that.
-        rise: how much validation rises in that doubling.
-        late: whether that is a transition: after memorising, steep, and a large part of all that is gained.
+        memorised: the first epoch with a training loss of at most `MEMORISED` of its first value; None without one.
+        steepest: the epoch at the end of the doubling of epochs in which validation rises most after that.
+        rise: the rise of the validation cosine in that doubling.
+        late: whether this is a transition: a rise of at least `LEAST_RISE` and of `HALF_RISE` of the whole rise.
     """
 
     memorised: int | None
@@ -35,7 +35,7 @@ class Transition:
 
 
 def detect(epochs: Sequence[int], train_loss: Sequence[float], val_cosine: Sequence[float]) -> Transition:
-    """Date a transition, or say that there is none."""
+    """Find the steepest rise of validation after a run memorises its training concepts; one value per evaluation."""
     when, loss, score = np.array(epochs), np.array(train_loss), np.array(val_cosine)
     low = np.flatnonzero(loss <= MEMORISED * loss[0])
     if not len(low):
@@ -54,16 +54,14 @@ def detect(epochs: Sequence[int], train_loss: Sequence[float], val_cosine: Seque
 
 
 def describe(cells: Sequence[dict[str, Any]]) -> str:
-    """One sentence on a grid's long runs."""
-    found = [
-        (row["name"], detect(*(row["curves"][key] for key in ("epoch", "train_loss", "val_cosine")))) for row in cells
-    ]
-    late = [(name, one) for name, one in found if one.late]
-    memorised = sum(one.memorised is not None for _, one in found)
-    if late:
-        listed = ", ".join(f"{name} at epoch {one.steepest} (+{one.rise:.3f})" for name, one in late)
+    """One sentence about the transitions of long runs."""
+    curves = ("epoch", "train_loss", "val_cosine")
+    found = {row["name"]: detect(*(row["curves"][key] for key in curves)) for row in cells}
+    if late := {name: one for name, one in found.items() if one.late}:
+        listed = ", ".join(f"{name} at epoch {one.steepest} (+{one.rise:.3f})" for name, one in late.items())
         return f"Phase transition in {len(late)} of {len(found)} runs: {listed}."
-    steepest = max(found, key=lambda item: item[1].rise)
+    memorised = sum(one.memorised is not None for one in found.values())
+    steepest = max(found.items(), key=lambda item: item[1].rise)
     return (
         f"No phase transition in {len(found)} runs: {memorised} memorise their training concepts, and none generalises "
         f"late. The steepest rise of validation within a doubling of the epochs after that is "

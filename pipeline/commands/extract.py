@@ -13,12 +13,11 @@ from pathlib import Path
 from accelerate import Accelerator
 from matplotlib import pyplot as plt
 
-from pipeline.analysis import plots
 from pipeline.data.concepts import compute_split, counts, read_catalogue
 from pipeline.data.vectors import read_header
 from pipeline.devices import bfloat16_hint
 from pipeline.errors import InputError, WorkError, choices
-from pipeline.extraction import vocabulary
+from pipeline.extraction import audit_plots, vocabulary
 from pipeline.extraction.audit import audit
 from pipeline.extraction.check import Comparison, load_checked
 from pipeline.extraction.parts import PartPlan, merge, read_parts
@@ -196,9 +195,9 @@ def _log(run: Run, job: _Job, in_sink: list[str], comparison: Comparison | None)
     manifest |= {"number_of_concepts": len(request.concepts)} | found.manifest()
     run.log_json("manifest.json", manifest | ({"check": comparison.manifest()} if comparison else {}))
     run.log_metrics(found.metrics())
-    figures = {"norms": plots.norms(found.norms, found.layers)}
+    figures = {"norms": audit_plots.norms(found.norms, found.layers)}
     if len(found.categories) > 1:
-        figures["structure"] = plots.structure(found.structure, found.layers, found.categories)
+        figures["structure"] = audit_plots.structure(found.structure, found.layers, found.categories)
     with tempfile.TemporaryDirectory() as folder:
         for name, figure in figures.items():
             path = Path(folder) / f"{name}.png"

@@ -1,4 +1,4 @@
-"""The predict command: texts from anywhere through a student to vectors, in memory that does not grow with them."""
+"""The predict command: stream texts through a student to vectors, in memory that does not grow with their number."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Bar = Callable[[int | None], AbstractContextManager[Callable[[float], None]]]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some texts with all that is known of them.
+    """Some texts with what was computed for them.
 
     Attributes:
         texts: ``n`` texts.
         vectors: ``[n, d_model]``, not centred.
-        nearest: of each the nearest concepts with their centred cosine; None where it was not asked for.
-        cosines: of each the centred cosine with the true vector, ``[n]``; None where it was not asked for.
+        nearest: the nearest concepts of each text with their centred cosines; None without ``--nearest``.
+        cosines: the centred cosine with the true vector of each text, ``[n]``; None without ``--compare``.
     """
 
     texts: list[str]
@@ -47,15 +47,15 @@ class Chunk:
 
 
 def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tuple[list[str], list[list[str]]] | None:
-    """Predict as the options say.
+    """Predict vectors of texts, and print them or write them to a file.
 
     Args:
         options: what the user asked for.
         texts: the arguments of the command.
-        bar: a progress bar over texts.
+        bar: makes a progress bar over so many texts.
 
     Returns:
-        A table to show, where nearest concepts or cosines are asked for and no file that could hold them.
+        A table to print, where nearest concepts or cosines are asked for and the output cannot hold them.
 
     Raises:
         InputError: no texts or an empty one, an unknown kind of file, or no such student.
@@ -74,12 +74,8 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
     def chunks(source: Iterable[list[str]], advance: Callable[[float], None]) -> Iterator[Chunk]:
         for some in source:
             vectors = student.encode(some)
-            chunk = Chunk(
-                some,
-                vectors,
-                student.nearest(vectors, options.nearest) if options.nearest else None,
-                compare(some, vectors) if compare is not None else None,
-            )
+            nearest = student.nearest(vectors, options.nearest) if options.nearest else None
+            chunk = Chunk(some, vectors, nearest, compare(some, vectors) if compare is not None else None)
             if not holds:
                 shown.extend(_rows(chunk))
             yield chunk
@@ -89,22 +85,23 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
         quiet = output is None or total == 0
         with nullcontext(lambda number: None) if quiet else bar(total) as advance:
             made = chunks(source, advance)
-            if output is None:
+            if output is not None:
+                write_atomically(output.path, lambda part: WRITERS[kind](part, made, total, student))
+            else:
                 for chunk in made:
                     if holds:
-                        write_to_stdout(_lines(chunk, sys.stdout.encoding))
-            else:
-                write_atomically(output.path, lambda part: WRITERS[kind](part, made, total, student))
+                        write_to_stdout(_json_lines(chunk, sys.stdout.encoding))
     if output is not None:
         output.publish()
         output.remove_local_copy()
-    return (_head(options), shown) if shown else None
+    asked = [("nearest concepts (cosine)", options.nearest), ("cosine with the true vector", options.compare)]
+    return (["text", *(title for title, is_asked in asked if is_asked)], shown) if shown else None
 
 
 def _student_at(place: str) -> Student:
     if not place.startswith(("runs:", "models:")):
         return Student.load(place)
-    from pipeline.tracking import load_student  # only here: MLflow takes seconds to load
+    from pipeline.tracking import load_student  # here, since MLflow takes seconds to load
 
     return load_student(place)
 
@@ -123,8 +120,11 @@ def _newest_student() -> str:
 
 
 def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str], FloatArray], FloatArray]:
-    """What gives the centred cosines with the teacher's own vectors; the teacher is loaded here."""
+    """Load the teacher; the function returned computes centred cosines with its own vectors."""
+    import torch  # here, like what follows: predictions alone need neither torch nor the teacher
+
     from pipeline.extraction.reader import read_texts
+    from pipeline.metrics import cosines
     from pipeline.processes import start
     from pipeline.teachers.find import find_teacher, warn_if_different
     from pipeline.teachers.load import load_teacher
@@ -138,10 +138,8 @@ def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str
     def compare(texts: list[str], vectors: FloatArray) -> FloatArray:
         place = student.config
         true = read_texts(teacher, texts, place["template"], place["layer"], place["pool"]) - student.mean
-        answer = vectors - student.mean
-        lengths = np.linalg.norm(answer, axis=1) * np.linalg.norm(true, axis=1)
-        cosines: FloatArray = (answer * true).sum(1) / lengths.clip(1e-12)
-        return cosines
+        cosine: FloatArray = cosines(*map(torch.from_numpy, (vectors - student.mean, true))).numpy()
+        return cosine
 
     return compare
 
@@ -150,29 +148,28 @@ def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str
 def _texts(
     options: PredictOptions, texts: Sequence[str], counted: bool
 ) -> Iterator[tuple[Iterable[list[str]], int | None]]:
-    """The texts, checked, some at a time, and how many there are where that is known or must be."""
+    """Yield the texts, checked, in chunks, and their number where it is known; ``counted``: where it must be."""
     if options.file is None:
         yield _checked_chunks(enumerate(texts, 1), "text"), len(texts)
         return
     name = f"--file {options.file}" if options.file != "-" else "standard input"
     path = fetch(options.file) if options.file != "-" else None
     with nullcontext(lists.standard_input()) if path is None else lists.opened(path, name) as file:
-        if path is None or not path.is_file():  # what comes through a pipe can be read once
-            if not counted:
-                yield _read(file, name, options), None
-                return
+        if path is not None and path.is_file():
+            yield from _read_twice(file, name, options)
+        elif not counted:
+            yield _read(file, name, options), None
+        else:  # a pipe can be read once only
             with tempfile.TemporaryFile() as copy:
                 try:
                     copy.writelines(iter(lambda: lists.read_block(file, name), b""))
                 except OSError as error:
                     raise WorkError(f"cannot keep a copy of {name}: {error.strerror or error}") from error
                 yield from _read_twice(copy, name, options)
-            return
-        yield from _read_twice(file, name, options)
 
 
 def _read_twice(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[tuple[Iterable[list[str]], int | None]]:
-    """First to count, by when all that is wrong with the texts is known."""
+    """Read once to count and to find every error in the texts, then again for the texts."""
     file.seek(0)
     total = sum(map(len, _read(file, name, options)))
     file.seek(0)
@@ -187,7 +184,7 @@ def _read(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[list[s
 
 
 def _checked_chunks(numbered: Iterable[tuple[int, str]], name: str) -> Iterator[list[str]]:
-    """Texts, checked, `CHUNK` at a time; errors name the number of the text."""
+    """Check texts and yield them in chunks of `CHUNK`; errors name the number of the text."""
     rest = iter(numbered)
     while some := list(islice(rest, CHUNK)):
         yield normalise_texts((text for _, text in some), lambda place: f"{name} {some[place][0]}")
@@ -197,8 +194,8 @@ def _numbers(vectors: FloatArray) -> list[list[float]]:
     return vectors.astype(np.float64).round(DECIMALS).tolist()  # type: ignore[no-any-return]
 
 
-def _lines(chunk: Chunk, encoding: str = "utf-8") -> Iterator[str]:
-    """JSON, a line a text, in letters that an encoding has."""
+def _json_lines(chunk: Chunk, encoding: str = "utf-8") -> Iterator[str]:
+    """One line of JSON per text; characters beyond ASCII are escaped unless the encoding has them all."""
     escape = not encoding.lower().startswith("utf")
     for place, (text, vector) in enumerate(zip(chunk.texts, _numbers(chunk.vectors), strict=True)):
         line: dict[str, Any] = {"text": text}
@@ -207,11 +204,6 @@ def _lines(chunk: Chunk, encoding: str = "utf-8") -> Iterator[str]:
         if chunk.cosines is not None:
             line["cosine"] = round(float(chunk.cosines[place]), 4)
         yield json.dumps(line | {"vector": vector}, ensure_ascii=escape) + "\n"
-
-
-def _head(options: PredictOptions) -> list[str]:
-    wanted = [("nearest concepts (cosine)", options.nearest), ("cosine with the true vector", options.compare)]
-    return ["text", *(title for title, asked in wanted if asked)]
 
 
 def _rows(chunk: Chunk) -> list[list[str]]:
@@ -227,22 +219,21 @@ def _rows(chunk: Chunk) -> list[list[str]]:
 def _write_lines(path: Path, chunks: Iterable[Chunk], _total: int | None, _student: Student) -> None:
     with path.open("w", encoding="utf-8") as file:
         for chunk in chunks:
-            file.writelines(_lines(chunk))
+            file.writelines(_json_lines(chunk))
 
 
 def _write_csv(path: Path, chunks: Iterable[Chunk], _total: int | None, student: Student) -> None:
+    columns = [f"v{column}" for column in range(student.d_model)]
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         for number, chunk in enumerate(chunks):
-            extra = [
-                name for name in ("nearest", "cosine") if getattr(chunk, name.replace("cosine", "cosines")) is not None
-            ]
             if number == 0:
-                table.writerow(["text", *extra, *(f"v{column}" for column in range(student.d_model))])
+                asked = {"nearest": chunk.nearest, "cosine": chunk.cosines}
+                table.writerow(["text", *(name for name, values in asked.items() if values is not None), *columns])
             for row, vector in zip(_rows(chunk), _numbers(chunk.vectors), strict=True):
                 table.writerow([*row, *vector])
-        if file.tell() == 0:  # of no texts
-            table.writerow(["text", *(f"v{column}" for column in range(student.d_model))])
+        if file.tell() == 0:  # there were no texts
+            table.writerow(["text", *columns])
 
 
 def _write_npy(path: Path, chunks: Iterable[Chunk], total: int | None, student: Student) -> None:
@@ -258,9 +249,9 @@ def _write_npy(path: Path, chunks: Iterable[Chunk], total: int | None, student: 
 def _write_safetensors(path: Path, chunks: Iterable[Chunk], total: int | None, student: Student) -> None:
     """One tensor, ``vectors`` ``[texts, d_model]`` float32, in the order of the texts."""
     assert total is not None
-    told = {name: str(student.config[name]) for name in ("teacher", "revision", "layer", "template")}
-    described = {"dtype": "F32", "shape": [total, student.d_model], "data_offsets": [0, 4 * total * student.d_model]}
-    text = json.dumps({"__metadata__": told, "vectors": described}).encode()
+    source = {name: str(student.config[name]) for name in ("teacher", "revision", "layer", "template")}
+    summary = {"dtype": "F32", "shape": [total, student.d_model], "data_offsets": [0, 4 * total * student.d_model]}
+    text = json.dumps({"__metadata__": source, "vectors": summary}).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -18,16 +18,19 @@ from pipeline.training.card import vectors_card
 
 
 def push(source: Path, repo: str, licence: str | None = None, private: bool = False) -> str:
-    """Publish a student folder, or a vectors file, with its card; its address.
+    """Publish a student folder or a vectors file with its card.
 
     Args:
         source: a student folder, or a vectors file.
         repo: ``owner/name``.
-        licence: the teacher's, where the student or the program does not know it.
+        licence: of the teacher, where neither the student nor the program knows it.
         private: make a new repository private.
 
+    Returns:
+        The address, such as ``hf://owner/name``.
+
     Raises:
-        InputError: no student and no vectors file, no card, or a teacher whose licence is not stated.
+        InputError: neither a student nor a vectors file, no card, or a teacher whose licence is not stated.
         WorkError: the hub does not answer.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
@@ -54,7 +57,7 @@ def _stage_student(source: Path, home: Path, licence: str | None) -> str:
     for name in FILES:
         shutil.copy(source / name, home / name)
     stated = student.config.get("teacher_licence", UNSTATED)
-    _must_be_stated(source, licence or stated)
+    _require_licence(source, licence or stated)
     if licence:
         card = student.card.replace(f"license: {stated}", f"license: {licence}", 1)
         (home / CARD).write_text(card.replace(f"`{stated}`", f"`{licence}`"), encoding="utf-8")
@@ -66,14 +69,14 @@ def _stage_vectors(source: Path, home: Path, licence: str | None) -> str:
         raise InputError(f"{source}: neither a student folder nor a vectors file")
     header = read_header(source)
     licence = licence or licence_of(header["teacher"])
-    _must_be_stated(source, licence)
+    _require_licence(source, licence)
     shutil.copy(source, home / source.name)
     card = vectors_card(header, licence, len(json.loads(header["concepts"])))
     (home / "README.md").write_text(card, encoding="utf-8")
     return "dataset"
 
 
-def _must_be_stated(source: Path, licence: str) -> None:
+def _require_licence(source: Path, licence: str) -> None:
     if licence == UNSTATED:
         raise InputError(
             f"{source}: the licence of its teacher is not known; state it with --licence, such as apache-2.0"

@@ -12,7 +12,17 @@ import torch
 
 from pipeline.analysis import scaling
 from pipeline.analysis.baselines import BASELINES
-from pipeline.analysis.rows import FIELDS, SECTION, SHARED, TITLES, Row, baseline_of, cell_of, section_names, section_of
+from pipeline.analysis.rows import (
+    BASELINE_FIELDS,
+    BASELINE_NAMES,
+    CELL_FIELDS,
+    SECTION_FIELDS,
+    Row,
+    cell_of,
+    ridge_baseline,
+    section_names,
+    section_of,
+)
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import Vectors, read_vectors
 from pipeline.errors import InputError
@@ -26,9 +36,9 @@ from pipeline.training.export import checkpoint, needs_teacher
 from pipeline.training.kinds import KINDS
 from pipeline.training.trainer import TrainedStudent, train_stack
 
-NEEDED = {*FIELDS, "name", "test_cosines", "curves"}  # of each cell, to tell about a sweep
+NEEDED = {*CELL_FIELDS, "name", "test_cosines", "curves"}  # of each cell, to tell about a sweep
 NEEDED_OF_BASELINES = {"student", "concepts", "layer", "split", "test_cosines"}
-OF_SECTION = (*SECTION, "best", "fit")  # what the file says of each section
+OF_SECTION = (*SECTION_FIELDS, "best", "fit")  # what the file says of each section
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def results_of(name: str, data: Dataset, rows: list[Row], identity: str) -> dict
     The best cell of a section has the highest validation cosine. Where there are several sections, each has its own
     best and fit in ``sections``, and ``best`` and ``fit`` of the whole are None: other blocks or splits are not ranked.
     """
-    rivals = dict.fromkeys(baseline_of(cell_of(row)) for row in rows)
+    rivals = dict.fromkeys(ridge_baseline(cell_of(row)) for row in rows)
     floor = [row for cell in rivals for row in baseline_rows(cell, data)]
     results = {
         "grid": name,
@@ -74,7 +84,7 @@ def results_of(name: str, data: Dataset, rows: list[Row], identity: str) -> dict
         "vectors_sha256": data.vectors.sha256,
         "cells": rows,
         # One row of the constant mean for all that differ in inputs or targets only: it knows neither.
-        "baselines": list({(row["student"], *map(row.get, SHARED)): row for row in floor}.values()),
+        "baselines": list({(row["student"], *map(row.get, BASELINE_FIELDS)): row for row in floor}.values()),
     }
     parts = [section.results for section in sections(results)]
     layers, only = {part["layer"] for part in parts}, parts[0] if len(parts) == 1 else {}
@@ -90,7 +100,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
     """The content of a results file, one section for each block and split, in their order."""
     made = []
     for key, (title, suffix) in section_names(results["cells"]).items():
-        told = dict(zip(SECTION, key, strict=True))
+        told = dict(zip(SECTION_FIELDS, key, strict=True))
         cells, baselines = ([row for row in results[rows] if section_of(row) == key] for rows in ("cells", "baselines"))
         own = told | {"cells": cells, "baselines": baselines, "best": best_of(cells), "fit": scaling_fit(cells)}
         made.append(Section(title, suffix, results | own))
@@ -126,7 +136,7 @@ def best_exportable(results: dict[str, Any], baselines: bool = True) -> Choice:
 
 
 def _described(row: Row) -> str:
-    kind = TITLES.get(row["student"], row["student"])
+    kind = BASELINE_NAMES.get(row["student"], row["student"])
     return f"{kind} {row['name']}" if "name" in row else f"{kind} on {row['concepts']} concepts"
 
 
@@ -138,7 +148,7 @@ def scaling_fit(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 def baseline_cell(row: Row) -> Cell:
     """The cell of a baseline that is a student."""
-    return Cell(student=row["student"], **{name: row[name] for name in SHARED})
+    return Cell(student=row["student"], **{name: row[name] for name in BASELINE_FIELDS})
 
 
 def baseline_rows(cell: Cell, data: Dataset) -> list[Row]:
@@ -151,7 +161,7 @@ def baseline_rows(cell: Cell, data: Dataset) -> list[Row]:
     subset, fitted = data.subset(cell), _fitted(cell, data)
     rows: list[Row] = []
     for student in (*BASELINES, "ridge"):
-        known = SHARED if student != "mean" else ("concepts", *SECTION)  # all that the mean depends on
+        known = BASELINE_FIELDS if student != "mean" else ("concepts", *SECTION_FIELDS)  # all that the mean depends on
         row: Row = {"student": student, **{name: getattr(cell, name) for name in known}}
         if student == "ridge":
             own = {"parameters": fitted.number_of_parameters, "test_cosines": rounded(fitted.test_cosines)}

@@ -16,16 +16,16 @@ from mlflow import MlflowClient
 
 from pipeline import Student
 from pipeline.analysis.rows import (
-    FIELDS,
-    SHARED,
+    BASELINE_FIELDS,
+    CELL_FIELDS,
     baseline_key,
     baseline_labeller,
-    baseline_of,
     by_configuration,
     cell_of,
     labeller,
+    ridge_baseline,
 )
-from pipeline.analysis.tables import brief_rows, summary, table_rows
+from pipeline.analysis.tables import cell_table, configuration_table, terminal_table
 from pipeline.settings import Cell
 from pipeline.sweep.results import best_exportable, load_sweep, sections
 from pipeline.sweep.run import cell_key, prepare
@@ -78,19 +78,19 @@ def results_of(cells, values=None, floor=0.1):
     """A results file's content for cells that were never trained, their baselines below them."""
     rows = [row_of(cell, value) for cell, value in zip(cells, values or [0.5] * len(cells), strict=True)]
     baselines = []
-    for ridge in dict.fromkeys(map(baseline_of, cells)):
+    for ridge in dict.fromkeys(map(ridge_baseline, cells)):
         for student, value in (("nearest", floor - 0.1), ("ridge", floor)):
-            own = {name: getattr(ridge, name) for name in SHARED} | {"student": student}
+            own = {name: getattr(ridge, name) for name in BASELINE_FIELDS} | {"student": student}
             known = {name: row_of(ridge, value)[name] for name in row_of(ridge) if name.startswith(("val_", "test_"))}
             baselines.append(own | known)
     return {"grid": "g", "teacher": "t", "cells": rows, "baselines": baselines}
 
 
 def test_the_values_cover_every_field():
-    assert set(VALUES) == set(FIELDS)
+    assert set(VALUES) == set(CELL_FIELDS)
 
 
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("field", CELL_FIELDS)
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_two_values_of_a_field_are_two_of_everything(field, data):
@@ -111,12 +111,12 @@ def test_two_values_of_a_field_are_two_of_everything(field, data):
             assert {baseline[field] for baseline in part.results["baselines"]} == {row[field]}
         return
     [part] = parts
-    for head, table in (table_rows(part.results), brief_rows(part.results)):
+    for head, table in (cell_table(part.results), terminal_table(part.results)):
         told = head.index("parameters")
         own = [tuple(row[:told]) for row in table if not row[0].startswith("(")]
         assert len(set(own)) == 2
         assert head[0] != "student" or field == "student" or field in head
-    head, table = summary(part.results)
+    head, table = configuration_table(part.results)
     own = [tuple(row[: head.index("parameters")]) for row in table if not row[0].startswith("(")]
     assert len(set(own)) == len(own) == (1 if field == "seed" else 2)
     labels = {labeller(content["cells"])(row) for row in content["cells"]}
@@ -126,7 +126,7 @@ def test_two_values_of_a_field_are_two_of_everything(field, data):
     if field == "student":
         assert len(keys) in (1, 2)  # a transformer reads no inputs
     else:
-        assert len(keys) == (2 if field in SHARED and (field != "inputs" or reads) else 1)
+        assert len(keys) == (2 if field in BASELINE_FIELDS and (field != "inputs" or reads) else 1)
 
 
 @settings(deadline=None, max_examples=300)
@@ -148,10 +148,10 @@ def test_groups_are_those_of_a_plain_recomputation(bases, seed):
                                                                                     part.results["split"])]  # fmt: skip
         expected = []
         for row in rows:
-            same = [o for o in rows if all(o[name] == row[name] for name in FIELDS if name != "seed")]
+            same = [o for o in rows if all(o[name] == row[name] for name in CELL_FIELDS if name != "seed")]
             if row is same[0]:
                 expected.append((len(same), f"{np.mean([o['test_cosine'] for o in same]):.3f}"))
-        head, table = summary(part.results)
+        head, table = configuration_table(part.results)
         places = [head.index("seeds"), head.index("test cosine")]
         found = [tuple(row[place] for place in places) for row in table if not row[0].startswith("(")]
         assert sorted(found) == sorted((str(seeds), value) for seeds, value in expected)
@@ -177,10 +177,10 @@ def test_a_whole_number_and_the_same_float_are_one_cell():
 
 
 def test_a_baseline_reads_what_its_cell_reads():
-    assert baseline_of(Cell(inputs="embeddings", targets="mean", seed=3)) == Cell(
+    assert ridge_baseline(Cell(inputs="embeddings", targets="mean", seed=3)) == Cell(
         student="ridge", inputs="embeddings", targets="mean"
     )
-    assert baseline_of(Cell(student="truncated", inputs="embeddings", blocks=4)).inputs == "embeddings"
+    assert ridge_baseline(Cell(student="truncated", inputs="embeddings", blocks=4)).inputs == "embeddings"
     rows = results_of([Cell(inputs=inputs) for inputs in ("embeddings", "activations")])["baselines"]
     assert len(set(map(baseline_labeller(rows), rows))) == len(rows)
 
@@ -363,7 +363,7 @@ def test_the_baseline_grid_on_another_teacher_tells_every_row_apart(workplace, r
     content = json.loads(path.read_text())
     groups = {}
     for row in content["cells"]:
-        groups.setdefault(json.dumps({name: row[name] for name in FIELDS if name != "seed"}), []).append(row)
+        groups.setdefault(json.dumps({name: row[name] for name in CELL_FIELDS if name != "seed"}), []).append(row)
     assert len(groups) == len(by_configuration(content["cells"])) == 11
     ((summed_head, *summed), (head, *rows)) = markdown_tables(Path("results", f"{path.stem}_table.md").read_text())
     told_apart(summed_head, summed, "parameters")
@@ -378,7 +378,7 @@ def test_the_baseline_grid_on_another_teacher_tells_every_row_apart(workplace, r
     for title in ("Configurations", "Cells"):
         [(head, *rows)] = [found for key, found in page.items() if key[1] == title]
         told_apart(head, rows, "parameters")
-    head, rows = brief_rows(content)
+    head, rows = terminal_table(content)
     told_apart(head, rows, "parameters")
     [shown] = terminal_tables(out)
     assert [[value for value in row if value] for row in rows] == shown

@@ -119,16 +119,16 @@ def test_intervals_of_predictions_hold_what_they_promise_though_the_law_bends():
 def test_a_law_that_holds_lacks_nothing_and_one_that_bends_lacks_its_bend():
     numbers, sizes = (100, 141, 200, 283, 400), (4e4, 2e5, 9e5)
     true, wrong = (scaling.fit(*cells_of(truth, numbers, sizes)) for truth in (cosine, bent(np.random.default_rng(1))))
-    assert true.bend < 1e-4
+    assert true.curvature_error < 1e-4
     low, high = true.interval(3200, 2e5)
     assert high - low < 2e-3
-    assert 0.005 < wrong.bend < 0.04
+    assert 0.005 < wrong.curvature_error < 0.04
     inner, outer = wrong.interval(400, 2e5), wrong.interval(3200, 2e5)
     assert outer[1] - outer[0] > inner[1] - inner[0] + 0.01  # the farther, the less is known
 
 
 def test_where_nothing_can_be_cut_off_the_bend_is_not_known():
-    assert scaling.fit(*cells_of(cosine, (100, 200, 400), (4e4, 2e5, 9e5))).bend is None
+    assert scaling.fit(*cells_of(cosine, (100, 200, 400), (4e4, 2e5, 9e5))).curvature_error is None
 
 
 def test_a_family_shares_all_but_size_and_seed():

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.analysis import plots
 from pipeline.data.vectors import Vectors, write_vectors
+from pipeline.extraction import audit_plots
 from pipeline.extraction.audit import audit
 from pipeline.extraction.request import Request
 
@@ -69,7 +69,7 @@ def test_what_may_spoil_training_is_said_with_names(written):
 def test_the_pictures_show_every_block_and_category(written):
     path, request, _ = written
     found = audit(path, request, [])
-    norms = plots.norms(found.norms, found.layers)
+    norms = audit_plots.norms(found.norms, found.layers)
     assert [label.get_text() for label in norms.axes[0].get_xticklabels()] == ["4", "7"]
-    structure = plots.structure(found.structure, found.layers, found.categories)
+    structure = audit_plots.structure(found.structure, found.layers, found.categories)
     assert {axes.get_title() for axes in structure.axes} >= {"block 4", "block 7"}
