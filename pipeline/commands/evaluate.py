@@ -19,6 +19,7 @@ from wordfreq import zipf_frequency
 
 from pipeline.analysis.baselines import BASELINES
 from pipeline.analysis.intervention import NextTokenDistributions, kl_recovered, recovered_interval
+from pipeline.analysis.results import read_results
 from pipeline.analysis.rows import baseline_of, configuration, section_names, section_of
 from pipeline.analysis.tables import markdown_table
 from pipeline.data.dataset import Dataset
@@ -28,7 +29,7 @@ from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_e
 from pipeline.settings import Cell, EvaluateOptions
 from pipeline.storage import file_name, is_remote, own_name, writable, write_atomically
 from pipeline.student.student import Student
-from pipeline.sweep.results import newest_results, read_results, vectors_for
+from pipeline.sweep.find import newest_results, vectors_for
 from pipeline.teachers.find import Teacher, find_teacher, warn_of_another
 from pipeline.teachers.load import load_teacher
 from pipeline.tracking import Run, Tracker, closing, connect, retry_tracking

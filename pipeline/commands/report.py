@@ -16,6 +16,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from pipeline.analysis import plots, scaling, transitions
+from pipeline.analysis.results import Section, sections
 from pipeline.analysis.rows import Row, baseline_labeller, cell_of, labeller
 from pipeline.analysis.tables import (
     NOTE,
@@ -27,16 +28,18 @@ from pipeline.analysis.tables import (
     test_cosines,
     verdict,
 )
+from pipeline.commands import display
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import Vectors
 from pipeline.errors import InputError
 from pipeline.metrics import interval
-from pipeline.storage import write_atomically
+from pipeline.settings import ReportOptions
+from pipeline.storage import output_folder, write_atomically
 from pipeline.student.student import Student
+from pipeline.sweep.cells import prepare
 from pipeline.sweep.cost import number_of_parameters, teacher_flops, teacher_parameters
+from pipeline.sweep.find import load_sweep, vectors_for
 from pipeline.sweep.grid import read_grid
-from pipeline.sweep.results import Section, sections
-from pipeline.sweep.run import prepare
 
 SHOWN = 8  # best and worst concepts
 TITLES = {
@@ -177,7 +180,7 @@ def write_predictions(section: Section, most: int, data: Dataset, output: Path) 
     known = {cell_of(row): row for row in results["cells"]}
     with contextlib.suppress(InputError):  # a grid that is not ours by name; then only what was trained is known
         seeds = len({row["seed"] for row in cells})
-        for cell in prepare(read_grid(results["grid"], cells[0]["epochs"], seeds)[1], data):
+        for cell in prepare(read_grid(results["grid"], cells[0]["epochs"], seeds).cells, data):
             row = vars(cell) | {"name": data.as_named(cell).name, "parameters": number_of_parameters(cell, data)}
             known.setdefault(cell, row)
     receipt = scaling.predict(cells, [row for row in known.values() if scaling.shared_by(row) == shared], most)
@@ -323,3 +326,16 @@ def _figures(results: dict[str, Any], student: Student, data: Dataset) -> dict[s
         "pareto": plots.pareto(cells, teacher),
         "categories": plots.categories({row["name"]: row["test_cosine_by_category"] for row in _best_of_kinds(cells)}),
     }
+
+
+def run_report(options: ReportOptions) -> None:
+    """Draw the tables and plots of a sweep, or write down what its scaling law predicts, and print where they are."""
+    stem, results, students = load_sweep(options.results, options.sweep_id)
+    vectors = vectors_for(results["grid"], options.vectors, results.get("vectors"))
+    with output_folder(options.output) as output:
+        if options.predict is not None:
+            display.lines(*predict_sections(results, options.predict, Dataset(vectors), output))
+            return
+        written = write_report(results, stem, output, students, vectors)
+    display.results(results)
+    display.lines(*map(str, written))

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from pipeline import Student
+from pipeline.analysis.export_choice import best_exportable
+from pipeline.analysis.results import sections
 from pipeline.analysis.rows import (
     FIELDS,
     SHARED,
@@ -27,8 +29,8 @@ from pipeline.analysis.rows import (
 )
 from pipeline.analysis.tables import brief_rows, summary, table_rows
 from pipeline.settings import Cell
-from pipeline.sweep.results import best_exportable, load_sweep, sections
-from pipeline.sweep.run import cell_key, prepare
+from pipeline.sweep.cells import cell_key, prepare
+from pipeline.sweep.find import load_sweep
 from pipeline.training.kinds import KINDS
 
 SHARES = st.sampled_from([0.0, 0.1, 0.25, 0.5])

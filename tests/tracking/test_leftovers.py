@@ -213,10 +213,10 @@ def test_what_is_deleted_while_it_is_worked_at_is_no_traceback(workplace, data):
     claims = Claims(tracker, "sweep", "1")
     with claims.join(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, Spool(workplace / ".spool"), {cell: "key"}, {})
-        assert recorder.take([cell]) == [cell]
-        tracker.client.delete_run(recorder.open["key"].id)
-        assert recorder.finish("key", {}) is None
-        assert recorder.take([cell]) == [cell]  # in a run of its own
+        assert recorder.claim([cell]) == [cell]
+        tracker.client.delete_run(recorder.open_runs["key"].id)
+        assert recorder.upload("key", {}) is None
+        assert recorder.claim([cell]) == [cell]  # in a run of its own
         tracker.client.delete_experiment(tracker.experiment_id)
         with pytest.raises(WorkError, match="deleted from MLflow meanwhile"):
             retry_tracking(lambda: claims.parent_run.set_tags({"a": "b"}))

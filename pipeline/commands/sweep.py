@@ -1,0 +1,222 @@
+"""The sweep and train commands: train cells, then write the results file, the report and the best students."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.analysis.export_choice import baseline_student, best_exportable
+from pipeline.analysis.results import Section, results_of, sections
+from pipeline.commands import display
+from pipeline.data.dataset import Dataset
+from pipeline.data.vectors import read_vectors
+from pipeline.errors import InputError
+from pipeline.extraction.vocabulary import Vocabulary, find
+from pipeline.processes import Worker, parse_shard, start
+from pipeline.settings import Cell, SweepOptions, TrainOptions
+from pipeline.storage import output_folder, writable, write_atomically
+from pipeline.student.student import Student
+from pipeline.sweep.cells import prepare
+from pipeline.sweep.cost import expected_seconds, plan_table
+from pipeline.sweep.grid import canonical, read_grid
+from pipeline.sweep.run import Complete, Incomplete, SweepContext, run_sweep
+from pipeline.tracking import Run, Tracker, connect, fetch, retry_tracking
+from pipeline.training.export import export_or_fallback, needs_teacher
+
+ALIAS = "best"  # of the newest registered version of a student
+
+
+@dataclass(frozen=True)
+class SavedStudent:
+    """The student that a section leaves: the best on validation that needs no teacher.
+
+    Attributes:
+        section: the section.
+        folder: where it is saved.
+        student: the same, in this process.
+        reason: what it is and which students it was preferred to, in words.
+        is_new: whether no cell's run has it in this form.
+    """
+
+    section: Section
+    folder: Path
+    student: Student
+    reason: str
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """A concluded sweep.
+
+    Attributes:
+        results: the content of the results file.
+        files: the results file, and what the report wrote.
+        saved: the student of each section.
+        parent: the parent run.
+    """
+
+    results: dict[str, Any]
+    files: list[Path]
+    saved: list[SavedStudent]
+    parent: Run
+
+    @property
+    def described(self) -> list[str]:
+        """Lines that say where everything is."""
+        titles = ["results", "report"] + [""] * len(self.files)
+        lines = [f"{title:10}{path}" for title, path in zip(titles, self.files, strict=False)]
+        for one in self.saved:
+            lines += [f"student   {one.folder} ({one.student.described})", f"          {one.reason}"]
+        return [*lines, f"MLflow    {self.parent.address}"]
+
+
+def train(options: TrainOptions) -> None:
+    """Train one student, which is a sweep of one cell."""
+    cell = canonical(Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)}))
+    with output_folder(options.output or "student") as folder:
+        data = Dataset(read_vectors(fetch(options.vectors)))
+        cells, output = prepare([cell], data), folder.parent / "results"
+        _run("train", cells, data, options, output, student_folder=folder if options.output else None)
+
+
+def sweep(options: SweepOptions) -> None:
+    """Train every cell of a grid, or show how they would be trained.
+
+    Raises:
+        InputError: no cell has so few concepts, or a shard without ``--resume``.
+    """
+    grid = read_grid(options.grid, options.epochs, options.seeds)
+    options = replace(options, vectors=options.vectors or grid.vectors)
+    most = options.max_concepts
+    cells = [cell for cell in grid.cells if most is None or cell.concepts <= most]
+    if not cells:
+        raise InputError(f"grid {grid.name}: no cells with at most {most} concepts")
+    if options.shard != "0/1" and not (options.resume or options.dry_run):
+        raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
+    shard = parse_shard(options.shard)
+    data = Dataset(read_vectors(fetch(str(options.vectors))))
+    cells = prepare(cells, data, grid.file)
+    if options.dry_run:
+        _show_plan(grid.name, cells, data, shard)
+        return
+    with output_folder(options.output) as output:
+        _run(grid.name, cells, data, options, output, options.sweep_id, shard)
+
+
+def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> None:
+    accelerator = start()
+    if accelerator.is_main_process:
+        workers = shard.count * accelerator.num_processes
+        display.table(*plan_table(cells, data, workers))
+        seconds = expected_seconds(cells, data, accelerator.device) / workers
+        display.lines(f"{name}: {len(cells)} cells, about {seconds:,.0f} s here; nothing was trained")
+
+
+def _run(
+    name: str,
+    cells: list[Cell],
+    data: Dataset,
+    options: TrainOptions | SweepOptions,
+    output: Path,
+    sweep_id: str | None = None,
+    shard: Worker | None = None,
+    student_folder: Path | None = None,
+) -> None:
+    """Train the cells, conclude the sweep where this worker completes it, and print what became of it."""
+    for path in (*([student_folder / "config.json"] if student_folder else []), output / "results.json"):
+        writable(path)
+    tracker, accelerator, shard = connect("sweep"), start(), shard or Worker()
+    with display.sweep(data) as listener:
+        context = SweepContext(
+            name, data, str(options.vectors), tracker, accelerator, output, asdict(options), sweep_id, options.resume,
+            shard, listener,
+        )  # fmt: skip
+        with run_sweep(cells, context) as outcome:
+            done = _conclude(outcome, context, options, student_folder) if isinstance(outcome, Complete) else None
+    if done is not None:
+        display.results(done.results)
+        display.lines(*done.described)
+    elif isinstance(outcome, Incomplete):
+        is_finished = outcome.finished == outcome.cells
+        display.lines(
+            f"sweep {outcome.sweep_id}: shard {shard.index}/{shard.count} is done, {outcome.finished} of "
+            f"{outcome.cells} cells are finished; "
+            + (
+                f"the report stands in MLflow, and `report --sweep-id {outcome.sweep_id}` draws it again"
+                if is_finished
+                else "the shard that completes the sweep writes the report"
+            )
+        )
+
+
+def _conclude(
+    sweep: Complete, context: SweepContext, options: TrainOptions | SweepOptions, student_folder: Path | None
+) -> Conclusion:
+    """Write the results file, the report and the students, here and in MLflow.
+
+    All names follow from the rows, so workers that end together write the same files.
+    """
+    data = context.data
+    results = results_of(context.name, data, sweep.rows, sweep.sweep_id) | {"vectors": context.vectors_uri}
+    path = context.output / f"{context.name}_results_{max(row['finished'] for row in sweep.rows)}.json"
+    write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
+    parts, files = sections(results), [path]
+    if options.report:
+        from pipeline.commands.report import write_report  # only here, because the plots take seconds to load
+
+        students = [context.tracker.student_of(part.results["best"]["run_id"]) for part in parts]
+        files += write_report(results, path.stem, context.output, students, data.vectors)
+    saved = _save_students(parts, student_folder or path.with_name(f"{path.stem}_student"), context, options)
+    retry_tracking(lambda: _log(sweep.parent, context.tracker, files, saved, options.register))
+    return Conclusion(results, files, saved, sweep.parent)
+
+
+def _save_students(
+    parts: list[Section], folder: Path, context: SweepContext, options: TrainOptions | SweepOptions
+) -> list[SavedStudent]:
+    """Save the best student of each section, for any text where that is possible."""
+    data, saved = context.data, []
+    # Of train the student that was asked for, even where a baseline is better.
+    chosen = [best_exportable(part.results, baselines=isinstance(options, SweepOptions)) for part in parts]
+
+    @functools.cache
+    def find_vocabulary() -> Vocabulary | None:
+        bar, teacher = display.counting("vocabulary", "tokens"), (options.device_map, options.trust_remote_code)
+        return find(data.vectors, context.vectors_uri, context.accelerator.device, bar, *teacher)
+
+    for part, choice in zip(parts, chosen, strict=True):
+        run_id = choice.row.get("run_id")
+        trained = baseline_student(choice.row, data) if run_id is None else context.tracker.student_of(run_id)
+        is_exportable = not needs_teacher(Cell(**trained.config["cell"]))
+        student = export_or_fallback(trained, data, find_vocabulary()) if is_exportable else trained
+        stem = folder.name.removesuffix("_student")  # names that end in "_student" keep that ending
+        place = folder.with_name(f"{stem}{part.suffix}{folder.name[len(stem) :]}")
+        student.save(place)
+        is_new = run_id is None or student is not trained
+        saved.append(SavedStudent(part, place, student, choice.reason, is_new))
+    return saved
+
+
+def _log(parent: Run, tracker: Tracker, files: list[Path], saved: list[SavedStudent], register: str | None) -> None:
+    """Log the files, the students and the best cells in the parent run."""
+    tags: dict[str, str] = {}
+    metrics: dict[str, float] = {}
+    for one in saved:
+        suffix, best = one.section.suffix, one.section.results["best"]
+        if one.is_new:
+            model_id = parent.log_student(one.folder, tracker.client.get_run(parent.id), f"student{suffix}")
+            if register is not None:
+                version = tracker.register(f"{register}{suffix}", model_id, ALIAS)
+                tags[f"registered_model{suffix}"] = f"{register}{suffix} version {version}"
+        own = {"best_run_id": best["run_id"], "best_cell": best["name"], "best_layer": str(best["layer"])}
+        tags |= {f"{name}{suffix}": value for name, value in (own | {"student": one.reason}).items()}
+        metrics |= {f"best_{name}{suffix}": best[name] for name in ("val_cosine", "test_cosine")}
+    for file in files:
+        parent.log_artifact(file)
+    number = sum(len(one.section.results["cells"]) for one in saved)
+    parent.log_metrics({"cells": number} | metrics)
+    parent.set_tags(tags)
