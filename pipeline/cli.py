@@ -134,9 +134,9 @@ def train(options: TrainOptions) -> None:
 
     Example: python -m pipeline train --student mlp --hidden-dim 512 --concepts 700
     """
-    from pipeline.commands.sweep import train
+    from pipeline.commands.sweep import train_student
 
-    train(options)
+    train_student(options)
 
 
 @cli.command()
@@ -146,9 +146,9 @@ def sweep(options: SweepOptions) -> None:
 
     Example: python -m pipeline sweep --grid scaling --seeds 3
     """
-    from pipeline.commands.sweep import sweep
+    from pipeline.commands.sweep import train_grid
 
-    sweep(options)
+    train_grid(options)
 
 
 @cli.command()

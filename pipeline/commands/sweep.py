@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipeline.analysis.export_choice import baseline_student, best_exportable
 from pipeline.analysis.results import Section, results_of, sections
@@ -27,6 +29,33 @@ from pipeline.tracking import Run, Tracker, connect, fetch, retry_tracking
 from pipeline.training.export import export_or_fallback, needs_teacher
 
 ALIAS = "best"  # of the newest registered version of a student
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """A sweep as a command describes it.
+
+    Attributes:
+        name: of the grid.
+        cells: as `prepare` returns them.
+        data: the vectors.
+        options: of the command.
+        output: folder of the results.
+        student_folder: folder of the best student; beside the results file by default.
+        sweep_id: a sweep to continue; by default one that follows from the cells and the data.
+        shard: the part of the cells that the command trains.
+        can_leave_baseline: leave a baseline where it is better than all cells.
+    """
+
+    name: str
+    cells: list[Cell]
+    data: Dataset
+    options: TrainOptions | SweepOptions
+    output: Path
+    student_folder: Path | None = None
+    sweep_id: str | None = None
+    shard: Worker = field(default_factory=Worker)
+    can_leave_baseline: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,37 +103,40 @@ class Conclusion:
         return [*lines, f"MLflow    {self.parent.address}"]
 
 
-def train(options: TrainOptions) -> None:
+def train_student(options: TrainOptions) -> None:
     """Train one student, which is a sweep of one cell."""
     cell = canonical(Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)}))
     with output_folder(options.output or "student") as folder:
         data = Dataset(read_vectors(fetch(options.vectors)))
-        cells, output = prepare([cell], data), folder.parent / "results"
-        _run("train", cells, data, options, output, student_folder=folder if options.output else None)
+        cells, output, student_folder = prepare([cell], data), folder.parent / "results", None
+        if options.output:
+            student_folder = folder
+            writable(folder / "config.json")
+        _run(SweepJob("train", cells, data, options, output, student_folder, can_leave_baseline=False))
 
 
-def sweep(options: SweepOptions) -> None:
+def train_grid(options: SweepOptions) -> None:
     """Train every cell of a grid, or show how they would be trained.
 
     Raises:
         InputError: no cell has so few concepts, or a shard without ``--resume``.
     """
+    shard = parse_shard(options.shard)
+    if shard.count > 1 and not (options.resume or options.dry_run):
+        raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
     grid = read_grid(options.grid, options.epochs, options.seeds)
-    options = replace(options, vectors=options.vectors or grid.vectors)
     most = options.max_concepts
     cells = [cell for cell in grid.cells if most is None or cell.concepts <= most]
     if not cells:
         raise InputError(f"grid {grid.name}: no cells with at most {most} concepts")
-    if options.shard != "0/1" and not (options.resume or options.dry_run):
-        raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
-    shard = parse_shard(options.shard)
+    options = replace(options, vectors=options.vectors or grid.vectors)
     data = Dataset(read_vectors(fetch(str(options.vectors))))
     cells = prepare(cells, data, grid.file)
     if options.dry_run:
         _show_plan(grid.name, cells, data, shard)
         return
     with output_folder(options.output) as output:
-        _run(grid.name, cells, data, options, output, options.sweep_id, shard)
+        _run(SweepJob(grid.name, cells, data, options, output, None, options.sweep_id, shard))
 
 
 def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> None:
@@ -116,88 +148,72 @@ def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> No
         display.lines(f"{name}: {len(cells)} cells, about {seconds:,.0f} s here; nothing was trained")
 
 
-def _run(
-    name: str,
-    cells: list[Cell],
-    data: Dataset,
-    options: TrainOptions | SweepOptions,
-    output: Path,
-    sweep_id: str | None = None,
-    shard: Worker | None = None,
-    student_folder: Path | None = None,
-) -> None:
-    """Train the cells, conclude the sweep where this worker completes it, and print what became of it."""
-    for path in (*([student_folder / "config.json"] if student_folder else []), output / "results.json"):
-        writable(path)
-    tracker, accelerator, shard = connect("sweep"), start(), shard or Worker()
-    with display.sweep(data) as listener:
+def _run(job: SweepJob) -> None:
+    """Train the cells, conclude the sweep if this worker completes it, and print the results or the progress."""
+    options = job.options
+    writable(job.output / "results.json")
+    tracker, accelerator = connect("sweep"), start()
+    with display.sweep(job.data) as listener:
         context = SweepContext(
-            name, data, str(options.vectors), tracker, accelerator, output, asdict(options), sweep_id, options.resume,
-            shard, listener,
+            job.name, job.data, str(options.vectors), tracker, accelerator, job.output, asdict(options), job.sweep_id,
+            options.resume, job.shard, listener,
         )  # fmt: skip
-        with run_sweep(cells, context) as outcome:
-            done = _conclude(outcome, context, options, student_folder) if isinstance(outcome, Complete) else None
+        with run_sweep(job.cells, context) as sweep:
+            done = _conclude(sweep, job, tracker, accelerator.device) if isinstance(sweep, Complete) else None
     if done is not None:
         display.results(done.results)
         display.lines(*done.described)
-    elif isinstance(outcome, Incomplete):
-        is_finished = outcome.finished == outcome.cells
-        display.lines(
-            f"sweep {outcome.sweep_id}: shard {shard.index}/{shard.count} is done, {outcome.finished} of "
-            f"{outcome.cells} cells are finished; "
-            + (
-                f"the report stands in MLflow, and `report --sweep-id {outcome.sweep_id}` draws it again"
-                if is_finished
-                else "the shard that completes the sweep writes the report"
-            )
+    elif isinstance(sweep, Incomplete):
+        report = (
+            "the shard that completes the sweep writes the report"
+            if sweep.finished < sweep.cells
+            else f"the report stands in MLflow, and `report --sweep-id {sweep.sweep_id}` draws it again"
         )
+        shard = f"sweep {sweep.sweep_id}: shard {options.shard if isinstance(options, SweepOptions) else '0/1'} is done"
+        display.lines(f"{shard}, {sweep.finished} of {sweep.cells} cells are finished; {report}")
 
 
-def _conclude(
-    sweep: Complete, context: SweepContext, options: TrainOptions | SweepOptions, student_folder: Path | None
-) -> Conclusion:
+def _conclude(sweep: Complete, job: SweepJob, tracker: Tracker, device: torch.device) -> Conclusion:
     """Write the results file, the report and the students, here and in MLflow.
 
     All names follow from the rows, so workers that end together write the same files.
     """
-    data = context.data
-    results = results_of(context.name, data, sweep.rows, sweep.sweep_id) | {"vectors": context.vectors_uri}
-    path = context.output / f"{context.name}_results_{max(row['finished'] for row in sweep.rows)}.json"
+    rows, data, options = sweep.rows, job.data, job.options
+    results = results_of(job.name, data, rows, sweep.sweep_id) | {"vectors": str(options.vectors)}
+    path = job.output / f"{job.name}_results_{max(row['finished'] for row in rows)}.json"
     write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
     parts, files = sections(results), [path]
     if options.report:
         from pipeline.commands.report import write_report  # only here, because the plots take seconds to load
 
-        students = [context.tracker.student_of(part.results["best"]["run_id"]) for part in parts]
-        files += write_report(results, path.stem, context.output, students, data.vectors)
-    saved = _save_students(parts, student_folder or path.with_name(f"{path.stem}_student"), context, options)
-    retry_tracking(lambda: _log(sweep.parent, context.tracker, files, saved, options.register))
+        students = [tracker.student_of(part.results["best"]["run_id"]) for part in parts]
+        files += write_report(results, path.stem, job.output, students, data.vectors)
+    saved = _save_students(parts, job.student_folder or path.with_name(f"{path.stem}_student"), job, tracker, device)
+    retry_tracking(lambda: _log(sweep.parent, tracker, files, saved, options.register))
     return Conclusion(results, files, saved, sweep.parent)
 
 
 def _save_students(
-    parts: list[Section], folder: Path, context: SweepContext, options: TrainOptions | SweepOptions
+    parts: list[Section], folder: Path, job: SweepJob, tracker: Tracker, device: torch.device
 ) -> list[SavedStudent]:
     """Save the best student of each section, for any text where that is possible."""
-    data, saved = context.data, []
-    # Of train the student that was asked for, even where a baseline is better.
-    chosen = [best_exportable(part.results, baselines=isinstance(options, SweepOptions)) for part in parts]
+    data, options, saved = job.data, job.options, []
 
     @functools.cache
     def find_vocabulary() -> Vocabulary | None:
-        bar, teacher = display.counting("vocabulary", "tokens"), (options.device_map, options.trust_remote_code)
-        return find(data.vectors, context.vectors_uri, context.accelerator.device, bar, *teacher)
+        bar, place = display.counting("vocabulary", "tokens"), str(options.vectors)
+        return find(data.vectors, place, device, bar, options.device_map, options.trust_remote_code)
 
-    for part, choice in zip(parts, chosen, strict=True):
+    for part in parts:
+        choice = best_exportable(part.results, job.can_leave_baseline)
         run_id = choice.row.get("run_id")
-        trained = baseline_student(choice.row, data) if run_id is None else context.tracker.student_of(run_id)
+        trained = baseline_student(choice.row, data) if run_id is None else tracker.student_of(run_id)
         is_exportable = not needs_teacher(Cell(**trained.config["cell"]))
         student = export_or_fallback(trained, data, find_vocabulary()) if is_exportable else trained
         stem = folder.name.removesuffix("_student")  # names that end in "_student" keep that ending
         place = folder.with_name(f"{stem}{part.suffix}{folder.name[len(stem) :]}")
         student.save(place)
-        is_new = run_id is None or student is not trained
-        saved.append(SavedStudent(part, place, student, choice.reason, is_new))
+        saved.append(SavedStudent(part, place, student, choice.reason, run_id is None or student is not trained))
     return saved
 
 
