@@ -33,6 +33,9 @@ def best_exportable(results: dict[str, Any], baselines: bool = True) -> ExportCh
     Args:
         results: of one section.
         baselines: choose among the baselines too.
+
+    Returns:
+        The student's row, and why it was chosen.
     """
     fitted = [row for row in results["baselines"] if row["student"] in KINDS] if baselines else []
     candidates = [row for row in results["cells"] if not needs_teacher(cell_of(row))]

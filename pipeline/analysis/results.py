@@ -40,7 +40,7 @@ class Section:
 
 
 def results_of(name: str, data: Dataset, rows: list[Row], sweep_id: str) -> dict[str, Any]:
-    """The content of the results file, with the baselines.
+    """Build the content of the results file.
 
     The best cell of a section has the highest validation cosine. Where there are several sections, each has its own
     best and fit in ``sections``, and ``best`` and ``fit`` of the whole are None: other blocks or splits are not ranked.
@@ -50,6 +50,9 @@ def results_of(name: str, data: Dataset, rows: list[Row], sweep_id: str) -> dict
         data: the vectors.
         rows: of all cells.
         sweep_id: the sweep.
+
+    Returns:
+        The rows with their baselines, and the best and the fit of each section.
     """
     ridge_cells = dict.fromkeys(baseline_of(cell_of(row)) for row in rows)
     baselines = [row for cell in ridge_cells for row in baseline_rows(cell, data)]
@@ -94,12 +97,7 @@ def scaling_fit(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def baseline_rows(cell: Cell, data: Dataset) -> list[Row]:
-    """The baselines on one training subset: the constant mean, the nearest training concept, and ridge regression.
-
-    Args:
-        cell: the ridge regression.
-        data: the vectors.
-    """
+    """The rows of the mean, the nearest training concept and a ridge regression on the subset of its cell."""
     subset, ridge = data.subset(cell), train_alone(cell, data)
     rows: list[Row] = []
     for student, baseline in BASELINES.items():
@@ -127,11 +125,7 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read a results file.
-
-    Raises:
-        InputError: missing, or what `parse_results` raises.
-    """
+    """Read and check a results file."""
     try:
         return parse_results(path.read_text(encoding="utf-8"), path)
     except OSError as error:
@@ -139,11 +133,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def parse_results(text: str, name: object) -> dict[str, Any]:
-    """Parse and check the content of a results file, which an error calls by its name.
-
-    Raises:
-        InputError: not the results of a sweep, or those of an older version.
-    """
+    """Parse and check the content of a results file; errors name it."""
     try:
         results = json.loads(text)
     except ValueError as error:

@@ -22,6 +22,7 @@ from pipeline.analysis.intervention import NextTokenDistributions, kl_recovered,
 from pipeline.analysis.results import read_results
 from pipeline.analysis.rows import baseline_of, configuration, section_names, section_of
 from pipeline.analysis.tables import markdown_table
+from pipeline.commands.find_sweep import newest_results, vectors_for
 from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Bar
@@ -29,7 +30,6 @@ from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_e
 from pipeline.settings import Cell, EvaluateOptions
 from pipeline.storage import file_name, is_remote, own_name, writable, write_atomically
 from pipeline.student.student import Student
-from pipeline.sweep.find import newest_results, vectors_for
 from pipeline.teachers.find import Teacher, find_teacher, warn_of_another
 from pipeline.teachers.load import load_teacher
 from pipeline.tracking import Run, Tracker, closing, connect, retry_tracking

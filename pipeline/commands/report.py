@@ -29,6 +29,7 @@ from pipeline.analysis.tables import (
     verdict,
 )
 from pipeline.commands import display
+from pipeline.commands.find_sweep import load_sweep, vectors_for
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import Vectors
 from pipeline.errors import InputError
@@ -38,7 +39,6 @@ from pipeline.storage import output_folder, write_atomically
 from pipeline.student.student import Student
 from pipeline.sweep.cells import prepare
 from pipeline.sweep.cost import number_of_parameters, teacher_flops, teacher_parameters
-from pipeline.sweep.find import load_sweep, vectors_for
 from pipeline.sweep.grid import read_grid
 
 SHOWN = 8  # best and worst concepts

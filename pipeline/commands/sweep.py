@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipeline.analysis.export_choice import baseline_student, best_exportable
 from pipeline.analysis.results import Section, results_of, sections
@@ -36,25 +34,17 @@ class SweepJob:
     """A sweep as a command describes it.
 
     Attributes:
-        name: of the grid.
         cells: as `prepare` returns them.
-        data: the vectors.
+        context: what they are trained with.
         options: of the command.
-        output: folder of the results.
         student_folder: folder of the best student; beside the results file by default.
-        sweep_id: a sweep to continue; by default one that follows from the cells and the data.
-        shard: the part of the cells that the command trains.
         can_leave_baseline: leave a baseline where it is better than all cells.
     """
 
-    name: str
     cells: list[Cell]
-    data: Dataset
+    context: SweepContext
     options: TrainOptions | SweepOptions
-    output: Path
     student_folder: Path | None = None
-    sweep_id: str | None = None
-    shard: Worker = field(default_factory=Worker)
     can_leave_baseline: bool = True
 
 
@@ -108,11 +98,11 @@ def train_student(options: TrainOptions) -> None:
     cell = canonical(Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)}))
     with output_folder(options.output or "student") as folder:
         data = Dataset(read_vectors(fetch(options.vectors)))
-        cells, output, student_folder = prepare([cell], data), folder.parent / "results", None
+        cells = prepare([cell], data)
         if options.output:
-            student_folder = folder
             writable(folder / "config.json")
-        _run(SweepJob("train", cells, data, options, output, student_folder, can_leave_baseline=False))
+        context = _make_context("train", data, options, folder.parent / "results")
+        _run(SweepJob(cells, context, options, folder if options.output else None, can_leave_baseline=False))
 
 
 def train_grid(options: SweepOptions) -> None:
@@ -136,7 +126,9 @@ def train_grid(options: SweepOptions) -> None:
         _show_plan(grid.name, cells, data, shard)
         return
     with output_folder(options.output) as output:
-        _run(SweepJob(grid.name, cells, data, options, output, None, options.sweep_id, shard))
+        context = _make_context(grid.name, data, options, output)
+        job = SweepJob(cells, replace(context, sweep_id=options.sweep_id, shard=shard), options)
+        _run(job)
 
 
 def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> None:
@@ -148,66 +140,68 @@ def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> No
         display.lines(f"{name}: {len(cells)} cells, about {seconds:,.0f} s here; nothing was trained")
 
 
+def _make_context(name: str, data: Dataset, options: TrainOptions | SweepOptions, output: Path) -> SweepContext:
+    """Check that results can be written and that the tracking server answers, and join the other processes."""
+    writable(output / "results.json")
+    tracker, accelerator = connect("sweep"), start()
+    params, vectors = asdict(options), str(options.vectors)
+    return SweepContext(name, data, vectors, tracker, accelerator, output, params, resume=options.resume)
+
+
 def _run(job: SweepJob) -> None:
     """Train the cells, conclude the sweep if this worker completes it, and print the results or the progress."""
-    options = job.options
-    writable(job.output / "results.json")
-    tracker, accelerator = connect("sweep"), start()
-    with display.sweep(job.data) as listener:
-        context = SweepContext(
-            job.name, job.data, str(options.vectors), tracker, accelerator, job.output, asdict(options), job.sweep_id,
-            options.resume, job.shard, listener,
-        )  # fmt: skip
-        with run_sweep(job.cells, context) as sweep:
-            done = _conclude(sweep, job, tracker, accelerator.device) if isinstance(sweep, Complete) else None
+    with (
+        display.sweep(job.context.data) as listener,
+        run_sweep(job.cells, replace(job.context, listener=listener)) as sweep,
+    ):
+        done = _conclude(sweep, job) if isinstance(sweep, Complete) else None
     if done is not None:
         display.results(done.results)
         display.lines(*done.described)
     elif isinstance(sweep, Incomplete):
+        shard = job.context.shard
         report = (
             "the shard that completes the sweep writes the report"
             if sweep.finished < sweep.cells
             else f"the report stands in MLflow, and `report --sweep-id {sweep.sweep_id}` draws it again"
         )
-        shard = f"sweep {sweep.sweep_id}: shard {options.shard if isinstance(options, SweepOptions) else '0/1'} is done"
-        display.lines(f"{shard}, {sweep.finished} of {sweep.cells} cells are finished; {report}")
+        display.lines(
+            f"sweep {sweep.sweep_id}: shard {shard.index}/{shard.count} is done, {sweep.finished} of {sweep.cells} "
+            f"cells are finished; {report}"
+        )
 
 
-def _conclude(sweep: Complete, job: SweepJob, tracker: Tracker, device: torch.device) -> Conclusion:
-    """Write the results file, the report and the students, here and in MLflow.
-
-    All names follow from the rows, so workers that end together write the same files.
-    """
-    rows, data, options = sweep.rows, job.data, job.options
-    results = results_of(job.name, data, rows, sweep.sweep_id) | {"vectors": str(options.vectors)}
-    path = job.output / f"{job.name}_results_{max(row['finished'] for row in rows)}.json"
+def _conclude(sweep: Complete, job: SweepJob) -> Conclusion:
+    """Write the results file, the report and the students, here and in MLflow."""
+    context, data, options = job.context, job.context.data, job.options
+    results = results_of(context.name, data, sweep.rows, sweep.sweep_id) | {"vectors": context.vectors_uri}
+    # All names follow from the rows, so workers that end together write the same files.
+    path = context.output / f"{context.name}_results_{max(row['finished'] for row in sweep.rows)}.json"
     write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
     parts, files = sections(results), [path]
     if options.report:
         from pipeline.commands.report import write_report  # only here, because the plots take seconds to load
 
-        students = [tracker.student_of(part.results["best"]["run_id"]) for part in parts]
-        files += write_report(results, path.stem, job.output, students, data.vectors)
-    saved = _save_students(parts, job.student_folder or path.with_name(f"{path.stem}_student"), job, tracker, device)
-    retry_tracking(lambda: _log(sweep.parent, tracker, files, saved, options.register))
+        students = [context.tracker.student_of(part.results["best"]["run_id"]) for part in parts]
+        files += write_report(results, path.stem, context.output, students, data.vectors)
+    saved = _save_students(parts, job.student_folder or path.with_name(f"{path.stem}_student"), job)
+    retry_tracking(lambda: _log(sweep.parent, context.tracker, files, saved, options.register))
     return Conclusion(results, files, saved, sweep.parent)
 
 
-def _save_students(
-    parts: list[Section], folder: Path, job: SweepJob, tracker: Tracker, device: torch.device
-) -> list[SavedStudent]:
+def _save_students(parts: list[Section], folder: Path, job: SweepJob) -> list[SavedStudent]:
     """Save the best student of each section, for any text where that is possible."""
-    data, options, saved = job.data, job.options, []
+    context, data, options, saved = job.context, job.context.data, job.options, []
 
     @functools.cache
     def find_vocabulary() -> Vocabulary | None:
-        bar, place = display.counting("vocabulary", "tokens"), str(options.vectors)
-        return find(data.vectors, place, device, bar, options.device_map, options.trust_remote_code)
+        bar, device = display.counting("vocabulary", "tokens"), context.accelerator.device
+        return find(data.vectors, context.vectors_uri, device, bar, options.device_map, options.trust_remote_code)
 
     for part in parts:
         choice = best_exportable(part.results, job.can_leave_baseline)
         run_id = choice.row.get("run_id")
-        trained = baseline_student(choice.row, data) if run_id is None else tracker.student_of(run_id)
+        trained = baseline_student(choice.row, data) if run_id is None else context.tracker.student_of(run_id)
         is_exportable = not needs_teacher(Cell(**trained.config["cell"]))
         student = export_or_fallback(trained, data, find_vocabulary()) if is_exportable else trained
         stem = folder.name.removesuffix("_student")  # names that end in "_student" keep that ending

@@ -67,16 +67,17 @@ def cell_key(cell: Cell, vectors_identity: str, default_precision: str) -> str:
         cell: the configuration.
         vectors_identity: of the data.
         default_precision: the precision of cells that leave it open.
+
+    Returns:
+        A hash of 32 hexadecimal digits.
     """
     content = [asdict(cell), precision_of(cell, default_precision), vectors_identity, RESULTS_VERSION]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def work_key(cells: Sequence[Cell], vectors_identity: str) -> str:
-    """Identity of a sweep's work for workers of any results version.
-
-    Options at their defaults are left out, because another version may not know them.
-    """
+    """Identity of a sweep's work for workers of any results version."""
+    # Without the options at their defaults, which another version may not know.
     defaults = {name: field.default for name, field in Cell.__dataclass_fields__.items()}
     chosen = [{name: value for name, value in asdict(cell).items() if value != defaults[name]} for cell in cells]
     content = json.dumps([sorted(json.dumps(cell, sort_keys=True) for cell in chosen), vectors_identity])

@@ -25,6 +25,9 @@ def training_flops(cell: Cell, data: Dataset) -> float:
     Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the first
     layer does without; two a weight and validation row, every epoch. What dropout spares is counted too. A closed form
     counts as its factorisation.
+
+    Returns:
+        Operations of the whole training.
     """
     features, kind, val = data.features(cell), KINDS[cell.student], len(data.rows("val", cell.split))
     if kind.solve:
@@ -86,13 +89,14 @@ def _assign_greedily(
 
 
 def split_by_batch(stack: Sequence[Cell], flops: Mapping[Cell, float]) -> list[list[Cell]]:
-    """Split a stack by batch size, except where further steps would cost more than the rows that pad batches.
-
-    For CPUs, where a padding row costs as much as any other.
+    """Split a stack by batch size where, on a CPU, rows that pad batches cost more than the steps of a further stack.
 
     Args:
         stack: cells that can train together.
         flops: `training_flops` of each.
+
+    Returns:
+        The parts, that of the largest batches first.
     """
     if KINDS[stack[0].student].solve:
         return [list(stack)]

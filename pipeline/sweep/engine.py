@@ -101,11 +101,14 @@ class Engine:
             self._started_early += [(task, self._start(task)) for task in self._waiting.popleft()]
 
     def train(self, claim: Claim = lambda cells: cells, meanwhile: Callable[[], None] = lambda: None) -> Iterator[Row]:
-        """Train all cells that were added; yield the rows of the results file as cells finish.
+        """Train all cells that were added.
 
         Args:
             claim: returns those of some cells that this worker may train.
             meanwhile: called about every second.
+
+        Yields:
+            The rows of the results file, as cells finish.
         """
         self._claim_started(claim)
         ahead = 1

@@ -13,7 +13,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,7 @@ class GridFile:
         return InputError(f"grid {self.path}{f', line {line}' if line else ''}: {message}")
 
     def locate_error(self, error: InputError, cell: Cell) -> InputError:
-        """The error of a cell of this grid, with the file and the line of the value that is wrong.
-
-        Args:
-            error: its message begins with the option, as `check` and `choices` write it.
-            cell: the cell.
-        """
+        """The error of a cell, which begins with an option, with the file and the line of the option's value."""
         found = OPTION_OF_ERROR.match(str(error))
         option = found[1].removeprefix("--").replace("-", "_") if found else ""
         value = getattr(cell, option, None)
@@ -77,23 +72,21 @@ class GridFile:
             ("fixed", option),
         ]
         message = str(error).replace(f"--{option.replace('_', '-')} ", f"{option} ", 1)
-        return self.error(message, *next((position for position in positions if self._has(value, position)), ()))
+        # By their text, because 1 == True.
+        return self.error(message, *next((each for each in positions if repr(self._at(each)) == repr(value)), ()))
 
-    def _has(self, value: Any, position: Position) -> bool:
-        """Whether the file has that value at a position."""
+    def _at(self, position: Position) -> Any:
+        """The value at a position; MISSING where the file has none."""
         found = self.content
         for step in position:
             if isinstance(found, dict) and step not in found:
-                return False
+                return MISSING
             found = found[step]
-        return found == value and isinstance(found, bool) == isinstance(value, bool)  # 1 == True
+        return found
 
     def check_keys(self, known: tuple[str, ...], *position: str | int) -> None:
         """Check the keys of the mapping at a position."""
-        found = self.content
-        for step in position:
-            found = found[step]
-        for key in found:
+        for key in self._at(position):
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"available: {', '.join(known)}"

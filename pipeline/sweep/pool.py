@@ -73,11 +73,13 @@ class JobHandle:
 
     Attributes:
         noticed_stop: 1 once the job has seen that it should stop; shared with its process.
+        process: the number of the job's process; None where it is a thread.
     """
 
     def __init__(self, should_stop: Callable[[], bool], report: Callable[[Any], None]) -> None:
         self.should_stop, self.report = should_stop, report
         self._cancelled, self.noticed_stop = _shared_integer(), _shared_integer()
+        self.process: int | None = None
 
     def cancel(self) -> None:
         """Ask the job to stop, and drop its results."""
@@ -108,13 +110,12 @@ class StackPool(Generic[T]):
     ) -> None:
         self.size, self.device, self.on_report = size, device, on_report
         self.open_jobs = 0  # started, and their end not yet seen by `next_result`
-        self._run = self._run_process if (can_fork(device) if fork is None else fork) else self._run_thread
+        self._forks = can_fork(device) if fork is None else fork
         self._jobs: queue.SimpleQueue[tuple[Job[T], JobHandle, OnEnd] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[JobHandle, T | BaseException | None]] = queue.SimpleQueue()
         self._stopping, self._running = _shared_integer(), _shared_integer()
         self._stop_time: float | None = None  # when jobs were asked to stop
-        self._processes: dict[int, JobHandle] = {}
-        self._job_of_thread: dict[threading.Thread, JobHandle] = {}
+        self._current: dict[threading.Thread, JobHandle] = {}  # the job of each lane
         self._lock = threading.Lock()  # of the count of running jobs, and of forks
         self._threads = [threading.Thread(target=self._run_lane, name=f"lane {n}", daemon=True) for n in range(size)]
 
@@ -140,11 +141,7 @@ class StackPool(Generic[T]):
         return handle
 
     def next_result(self, seconds: float) -> T | None:
-        """The next result of any job; None when a job has ended or time is up.
-
-        Raises:
-            Exception: what a job raised, or `StackPoolError` where its process was killed.
-        """
+        """The next result of any job; None when a job has ended or time is up; raises what a job raised."""
         try:
             handle, value = self._results.get(timeout=seconds)
         except queue.Empty:
@@ -173,12 +170,12 @@ class StackPool(Generic[T]):
         assert self._stop_time is not None
         for thread in self._threads:
             thread.join(max(0.0, self._stop_time + STOP_SECONDS - time.monotonic()))
-        for process, handle in list(self._processes.items()):
-            if not handle.noticed_stop[0]:
-                _kill(process)
+        busy = {thread: job for thread, job in list(self._current.items()) if not job.noticed_stop[0]}
+        for job in busy.values():
+            if job.process is not None:
+                _kill(job.process)
         for thread in self._threads:
-            job = self._job_of_thread.get(thread)
-            if job is None or job.noticed_stop[0]:
+            if self._forks or thread not in busy:
                 thread.join()
 
     def _run_lane(self) -> None:
@@ -187,19 +184,19 @@ class StackPool(Generic[T]):
             while (found := self._jobs.get()) is not None and not self._stopping[0]:
                 job, handle, on_end = found
                 failure = None
-                self._count_running(1)
+                self._current[threading.current_thread()] = handle
+                with self._lock:
+                    self._running[0] += 1
                 try:
-                    for value in self._run(job, handle):
+                    for value in self._run_process(job, handle) if self._forks else job(handle):
                         self._results.put((handle, value))
                 except BaseException as error:
                     failure = error
-                self._count_running(-1)
+                with self._lock:
+                    self._running[0] -= 1
+                del self._current[threading.current_thread()]
                 on_end(handle)
                 self._results.put((handle, failure))
-
-    def _count_running(self, change: int) -> None:
-        with self._lock:
-            self._running[0] += change
 
     def _notice_stop(self, handle: JobHandle) -> bool:
         """Whether a job should stop, which its handle then shows; in passing, share the cores among running jobs."""
@@ -209,18 +206,10 @@ class StackPool(Generic[T]):
         handle.noticed_stop[0] = self._stopping[0]
         return bool(handle.noticed_stop[0])
 
-    def _run_thread(self, job: Job[T], handle: JobHandle) -> Iterator[T]:
-        self._job_of_thread[threading.current_thread()] = handle
-        try:
-            yield from job(handle)
-        finally:
-            del self._job_of_thread[threading.current_thread()]
-
     def _run_process(self, job: Job[T], handle: JobHandle) -> Iterator[T]:
-        """Run a job in a process forked here, in a thread that has computed nothing.
-
-        So neither Python's nor OpenMP's threads are missing in it: those of OpenMP belong to the thread that made them.
-        """
+        """Run a job in a process forked from this thread."""
+        # This thread has computed nothing, and OpenMP's threads belong to the thread that made them: none is missing in
+        # the process.
         receiver, sender = Pipe(duplex=False)
         with self._lock:  # no other lane's process may hold this pipe open
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
@@ -229,7 +218,7 @@ class StackPool(Generic[T]):
                 self._be_process(job, handle, sender, parent, mask)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             sender.close()
-            self._processes[process] = handle
+            handle.process = process
         kind = None
         try:
             with undone_by(functools.partial(_kill, process)):
@@ -243,7 +232,7 @@ class StackPool(Generic[T]):
         finally:
             receiver.close()
             _, status = os.waitpid(process, 0)
-            del self._processes[process]
+            handle.process = None
         if kind != ENDED:
             raise StackPoolError(
                 f"training: a process {_describe_exit(status)}; what is finished is kept, the same command goes on"

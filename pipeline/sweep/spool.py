@@ -101,10 +101,7 @@ class Spool:
         _retry_write(lambda: write_atomically(path, lambda part: save_file(tensors, part, header)))
 
     def load_snapshots(self, keys: Mapping[Cell, str], cells: Sequence[Cell]) -> list[tuple[list[Cell], Snapshot]]:
-        """The snapshots that hold some of these cells, each with those cells.
-
-        A snapshot that cannot be read is ignored: its cells start again.
-        """
+        """The readable snapshots that hold some of these cells, each with those cells."""
         wanted = {keys[cell]: cell for cell in cells}
         found = []
         for path, members in self._snapshots():

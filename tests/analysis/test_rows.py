@@ -28,9 +28,9 @@ from pipeline.analysis.rows import (
     labeller,
 )
 from pipeline.analysis.tables import brief_rows, summary, table_rows
+from pipeline.commands.find_sweep import load_sweep
 from pipeline.settings import Cell
 from pipeline.sweep.cells import cell_key, prepare
-from pipeline.sweep.find import load_sweep
 from pipeline.training.kinds import KINDS
 
 SHARES = st.sampled_from([0.0, 0.1, 0.25, 0.5])

@@ -53,11 +53,7 @@ def _student_of(section: Section, path: Path) -> Student:
 
 
 def newest_results(folder: Path) -> Path:
-    """The newest results file of a folder, by the time in its name.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The newest results file of a folder, by the time in its name."""
     found = sorted(folder.glob("*_results_*Z.json"), key=lambda path: path.stem.rpartition("_")[2])
     if not found:
         raise InputError(f"no results file in {folder}; run a sweep first, or name one with --results")
@@ -71,6 +67,9 @@ def vectors_for(grid: str, named: str | None, recorded: str | None = None) -> Ve
         grid: the sweep's grid, whose vectors are the default.
         named: the place that the user names.
         recorded: the place that the results record, used if a file is still there.
+
+    Returns:
+        The vectors.
     """
     if named is None and recorded is not None and (":" in recorded or Path(recorded).is_file()):
         named = recorded
