@@ -38,12 +38,13 @@ def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., 
         def command(**values: Any) -> None:
             chosen = settings(**{item.name: values.pop(item.name) for item in fields(settings)})
             check(chosen)
-            with _ending_with_the_reader():
+            with _allow_closed_output():
                 function(chosen, **values)
                 print_lines()
 
         types = get_type_hints(settings)
-        command = _verbose(command)
+        text = "Also show the libraries' messages and bars, and reasons."
+        command = click.option("--verbose", is_flag=True, expose_value=False, callback=_set_level, help=text)(command)
         for item in reversed(fields(settings)):
             command = _click_option(item, types[item.name])(command)
         command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -52,17 +53,13 @@ def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
-def _verbose(command: Any) -> Any:
-    def show(_context: click.Context, _option: click.Parameter, is_asked: bool) -> None:
-        if is_asked:
-            logging.getLogger("pipeline").setLevel(logging.DEBUG)
-
-    text = "Also show the libraries' messages and bars, and reasons."
-    return click.option("--verbose", is_flag=True, expose_value=False, callback=show, help=text)(command)
+def _set_level(_context: click.Context, _option: click.Parameter, is_verbose: bool) -> None:
+    if is_verbose:
+        logging.getLogger("pipeline").setLevel(logging.DEBUG)
 
 
 @contextmanager
-def _ending_with_the_reader() -> Iterator[None]:
+def _allow_closed_output() -> Iterator[None]:
     """End quietly where standard output is a pipe that nobody reads any more, as after ``| head``."""
     try:
         yield
@@ -74,8 +71,8 @@ def _ending_with_the_reader() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
 
 
-class _Optional(click.ParamType[Any]):
-    """A value that may be left out; MLproject, whose parameters cannot be absent, leaves it out as an empty string."""
+class _OptionalType(click.ParamType[Any]):
+    """An optional value, which is empty in the MLproject because parameters cannot be absent there."""
 
     def __init__(self, basic: Any) -> None:
         self.basic = click.types.convert_type(basic)
@@ -86,18 +83,15 @@ class _Optional(click.ParamType[Any]):
 
 
 def _click_option(item: Any, kind: Any) -> Callable[[Any], Any]:
-    name, default = flag(item), None if item.default is MISSING else item.default
-    names = [name, *item.metadata["aliases"], item.name]
-    text = item.metadata["help"]
+    name, default, text = flag(item), None if item.default is MISSING else item.default, item.metadata["help"]
     if kind is bool:
-        names = [f"{name}/--no-{name[2:]}", item.name]
-        return click.option(*names, default=default, show_default=True, help=text)
-    several = get_origin(kind) is tuple
+        return click.option(f"{name}/--no-{name[2:]}", item.name, default=default, show_default=True, help=text)
+    names, is_multiple = (name, *item.metadata["aliases"], item.name), get_origin(kind) is tuple
     basic = next((arg for arg in get_args(kind) if arg in (int, float, str)), kind)
-    reader = _Optional(basic) if default is None else basic
+    value = _OptionalType(basic) if default is None else basic
     bare = {"is_flag": False, "flag_value": item.metadata["bare"]} if item.metadata["bare"] else {}
     return click.option(
-        *names, type=reader, default=default, multiple=several, show_default=default is not None, help=text, **bare
+        *names, type=value, default=default, multiple=is_multiple, show_default=default is not None, help=text, **bare
     )
 
 
@@ -120,11 +114,9 @@ def extract(options: ExtractOptions) -> None:
     from pipeline.commands.extract import run_extract
     from pipeline.processes import start
 
-    told = run_extract(
-        options, start(), display.counting("extract", "concepts"), display.counting("vocabulary", "tokens")
-    )
-    if told:
-        click.echo(told)
+    bars = display.counting("extract", "concepts"), display.counting("vocabulary", "tokens")
+    if summary := run_extract(options, start(), *bars):
+        click.echo(summary)
 
 
 @cli.command()
@@ -226,16 +218,16 @@ def main() -> None:
         with interrupts.watching():
             cli(standalone_mode=False)
     except InputError as error:
-        _leave(f"error: {error}", 2)
+        _exit(f"error: {error}", 2)
     except WorkError as error:
-        _leave(f"error: {error}", 1)
+        _exit(f"error: {error}", 1)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "python -m pipeline"
-        _leave(f"error: {error.format_message()} (see {command} --help)", 2)
+        _exit(f"error: {error.format_message()} (see {command} --help)", 2)
     except (KeyboardInterrupt, click.Abort):
         interrupts.leave()
 
 
-def _leave(line: str, code: int) -> None:
+def _exit(line: str, code: int) -> None:
     click.echo(" ".join(line.split()), err=True)
     sys.exit(code)
