@@ -16,15 +16,10 @@ from pipeline.training.kinds import KINDS
 
 @dataclass(frozen=True)
 class ExportChoice:
-    """The student that a section exports.
+    """The student that a section exports."""
 
-    Attributes:
-        row: the row of a cell (it has a ``run_id``) or of a baseline.
-        reason: what it is and which students it was preferred to, in words.
-    """
-
-    row: Row
-    reason: str
+    row: Row  # of a cell, which has a ``run_id``, or of a baseline
+    reason: str  # what it is, and which students it was preferred to
 
 
 def best_exportable(results: dict[str, Any], baselines: bool = True) -> ExportChoice:

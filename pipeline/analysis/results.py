@@ -26,17 +26,11 @@ SECTION_FIELDS = (*SECTION, "best", "fit")  # what the file holds of each sectio
 
 @dataclass(frozen=True)
 class Section:
-    """The cells of a sweep that may be compared: of one block and one split.
+    """The cells of a sweep that may be compared: of one block and one split."""
 
-    Attributes:
-        title: what distinguishes it from the other sections, in words; empty where it is the only one.
-        suffix: the same in names of files, metrics and tags, such as ``_layer6``.
-        results: the content of the results file with these cells and their baselines only, ``best`` and ``fit`` theirs.
-    """
-
-    title: str
-    suffix: str
-    results: dict[str, Any]
+    title: str  # what distinguishes it from the other sections, in words; empty where it is the only one
+    suffix: str  # the same in names of files, metrics and tags, such as ``_layer6``
+    results: dict[str, Any]  # the content of the results file with only its cells and their baselines, best and fit
 
 
 def results_of(name: str, data: Dataset, rows: list[Row], sweep_id: str) -> dict[str, Any]:

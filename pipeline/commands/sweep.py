@@ -31,66 +31,24 @@ ALIAS = "best"  # of the newest registered version of a student
 
 @dataclass(frozen=True)
 class SweepJob:
-    """A sweep as a command describes it.
-
-    Attributes:
-        cells: as `prepare` returns them.
-        context: what they are trained with.
-        options: of the command.
-        student_folder: folder of the best student; beside the results file by default.
-        can_leave_baseline: leave a baseline where it is better than all cells.
-    """
+    """A sweep as a command describes it."""
 
     cells: list[Cell]
     context: SweepContext
     options: TrainOptions | SweepOptions
-    student_folder: Path | None = None
-    can_leave_baseline: bool = True
+    student_folder: Path | None = None  # beside the results file by default
+    can_leave_baseline: bool = True  # where a baseline is better than all cells
 
 
 @dataclass(frozen=True)
 class SavedStudent:
-    """The student that a section leaves: the best on validation that needs no teacher.
-
-    Attributes:
-        section: the section.
-        folder: where it is saved.
-        student: the same, in this process.
-        reason: what it is and which students it was preferred to, in words.
-        is_new: whether no cell's run has it in this form.
-    """
+    """The student that a section leaves: the best on validation that needs no teacher."""
 
     section: Section
     folder: Path
     student: Student
-    reason: str
-    is_new: bool
-
-
-@dataclass(frozen=True)
-class Conclusion:
-    """A concluded sweep.
-
-    Attributes:
-        results: the content of the results file.
-        files: the results file, and what the report wrote.
-        saved: the student of each section.
-        parent: the parent run.
-    """
-
-    results: dict[str, Any]
-    files: list[Path]
-    saved: list[SavedStudent]
-    parent: Run
-
-    @property
-    def described(self) -> list[str]:
-        """Lines that say where everything is."""
-        titles = ["results", "report"] + [""] * len(self.files)
-        lines = [f"{title:10}{path}" for title, path in zip(titles, self.files, strict=False)]
-        for one in self.saved:
-            lines += [f"student   {one.folder} ({one.student.described})", f"          {one.reason}"]
-        return [*lines, f"MLflow    {self.parent.address}"]
+    reason: str  # what it is, and which students it was preferred to
+    is_new: bool  # no cell's run has it in this form
 
 
 def train_student(options: TrainOptions) -> None:
@@ -154,10 +112,9 @@ def _run(job: SweepJob) -> None:
         display.sweep(job.context.data) as listener,
         run_sweep(job.cells, replace(job.context, listener=listener)) as sweep,
     ):
-        done = _conclude(sweep, job) if isinstance(sweep, Complete) else None
-    if done is not None:
-        display.results(done.results)
-        display.lines(*done.described)
+        results, lines = _conclude(sweep, job) if isinstance(sweep, Complete) else (None, [])
+    if results is not None:
+        display.results(results)
     elif isinstance(sweep, Incomplete):
         shard = job.context.shard
         report = (
@@ -165,17 +122,20 @@ def _run(job: SweepJob) -> None:
             if sweep.finished < sweep.cells
             else f"the report stands in MLflow, and `report --sweep-id {sweep.sweep_id}` draws it again"
         )
-        display.lines(
+        lines = [
             f"sweep {sweep.sweep_id}: shard {shard.index}/{shard.count} is done, {sweep.finished} of {sweep.cells} "
             f"cells are finished; {report}"
-        )
+        ]
+    display.lines(*lines)
 
 
-def _conclude(sweep: Complete, job: SweepJob) -> Conclusion:
-    """Write the results file, the report and the students, here and in MLflow."""
+def _conclude(sweep: Complete, job: SweepJob) -> tuple[dict[str, Any], list[str]]:
+    """Write the results, the report and the students, here and in MLflow; the results, and lines that name the files.
+
+    All names follow from the rows, so workers that end together write the same files.
+    """
     context, data, options = job.context, job.context.data, job.options
     results = results_of(context.name, data, sweep.rows, sweep.sweep_id) | {"vectors": context.vectors_uri}
-    # All names follow from the rows, so workers that end together write the same files.
     path = context.output / f"{context.name}_results_{max(row['finished'] for row in sweep.rows)}.json"
     write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
     parts, files = sections(results), [path]
@@ -186,7 +146,11 @@ def _conclude(sweep: Complete, job: SweepJob) -> Conclusion:
         files += write_report(results, path.stem, context.output, students, data.vectors)
     saved = _save_students(parts, job.student_folder or path.with_name(f"{path.stem}_student"), job)
     retry_tracking(lambda: _log(sweep.parent, context.tracker, files, saved, options.register))
-    return Conclusion(results, files, saved, sweep.parent)
+    titles = ["results", "report"] + [""] * len(files)
+    lines = [f"{title:10}{file}" for title, file in zip(titles, files, strict=False)]
+    for one in saved:
+        lines += [f"student   {one.folder} ({one.student.described})", f"          {one.reason}"]
+    return results, [*lines, f"MLflow    {sweep.parent.address}"]
 
 
 def _save_students(parts: list[Section], folder: Path, job: SweepJob) -> list[SavedStudent]:

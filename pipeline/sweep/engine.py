@@ -35,7 +35,7 @@ class Task:
 
 
 class Engine:
-    """Trains cells; a context, whose end stops what still trains and saves its state.
+    """Trains cells; a context, whose end stops the stacks that still train and saves their snapshots.
 
     Args:
         data: the vectors.

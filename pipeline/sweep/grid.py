@@ -95,19 +95,12 @@ class GridFile:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid.
-
-    Attributes:
-        name: of its file.
-        cells: in the order of the axes, then those included.
-        vectors: the vectors file that it is made for, or the shipped one.
-        file: for errors that name the line of a wrong value.
-    """
+    """A grid: its cells in the order of the axes, then those included."""
 
     name: str
     cells: list[Cell]
-    vectors: str
-    file: GridFile
+    vectors: str  # the vectors file that it is made for, or the shipped one
+    file: GridFile  # for errors that name the line of a wrong value
 
 
 def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = None) -> Grid:

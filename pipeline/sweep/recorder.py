@@ -7,6 +7,7 @@ a server that goes away costs only the wait; what is not uploaded stays in the s
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -84,30 +85,18 @@ class Recorder:
         self._next_flush = end + min(most, max(least, (end - begin) / FLUSH_SHARE))
 
     def upload(self, key: str, row: Row) -> Row | None:
-        """Upload a finished cell from the spool.
-
-        Returns:
-            The row with the run's id; None where the cell is another worker's, because this one began it early or was
-            taken for dead.
-
-        Raises:
-            WorkError: MLflow stayed away; the cell stays in the spool.
-        """
-        run = self.open_runs.get(key)
-        if run is None:
-            self.spool.remove_own_cell(key)
-            return None
-        row = {**row, "run_id": run.id}
-        now = int(time.time() * 1000)
-        is_uploaded = retry_tracking(lambda: self._upload(key, row, run, now))
-        del self.open_runs[key]
-        if not is_uploaded:
+        """Upload a finished cell from the spool; its row with the run's id, or None where another worker claimed it."""
+        run, now = self.open_runs.get(key), int(time.time() * 1000)
+        is_ours = run is not None and retry_tracking(functools.partial(self._upload, key, row, run, now))
+        self.open_runs.pop(key, None)
+        if run is None or not is_ours:
             self.spool.remove_own_cell(key)
             return None
         self.spool.remove_cell(key)
-        return row
+        return row | {"run_id": run.id}
 
     def _upload(self, key: str, row: Row, run: Run, now: int) -> bool:
+        """Upload a cell; whether it was still this worker's. It may be repeated."""
         if (current := self.claims.still_ours(run)) is None:
             return False
         if (folder := self.spool.folder_of(key)) is None:  # another worker on this disk has tracked it

@@ -43,78 +43,46 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ProgressListener:
-    """Callbacks for a display of a sweep's progress, silent by default.
-
-    Attributes:
-        on_start: called with the cells to train and the cells finished before.
-        on_epoch: called, from any thread, after each epoch of each cell.
-        on_cell: called with the row of each cell that finishes.
-    """
+    """Callbacks for a display of a sweep's progress, silent by default."""
 
     on_start: Callable[[Sequence[Cell], Sequence[Cell]], None] = lambda todo, done: None
-    on_epoch: Callable[[Progress], None] = lambda step: None
-    on_cell: Callable[[Row], None] = lambda row: None
+    on_epoch: Callable[[Progress], None] = lambda step: None  # called from any thread
+    on_cell: Callable[[Row], None] = lambda row: None  # with the row of a cell that finished
 
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What all cells of a sweep are trained with.
+    """What all cells of a sweep are trained with."""
 
-    Attributes:
-        name: the grid's name.
-        data: the vectors.
-        vectors_uri: where the vectors came from, for the record.
-        tracker: where runs go.
-        accelerator: device and processes.
-        output: folder of the results; the spool is in it.
-        params: the command's options, for the parent run.
-        sweep_id: a sweep to continue; by default one that follows from the cells and the data.
-        resume: use finished cells instead of training them again.
-        shard: the part of the cells that this command trains.
-        listener: callbacks for a display.
-    """
-
-    name: str
+    name: str  # of the grid
     data: Dataset
-    vectors_uri: str
+    vectors_uri: str  # where the data came from, for the record
     tracker: Tracker
     accelerator: Accelerator
-    output: Path
-    params: dict[str, object]
-    sweep_id: str | None = None
-    resume: bool = True
-    shard: Worker = field(default_factory=Worker)
+    output: Path  # folder of the results, and of the spool
+    params: dict[str, object]  # the command's options, for the parent run
+    sweep_id: str | None = None  # of a sweep to continue; by default it follows from the cells and the data
+    resume: bool = True  # use finished cells instead of training them again
+    shard: Worker = field(default_factory=Worker)  # the part of the cells that this command trains
     listener: ProgressListener = field(default_factory=ProgressListener)
 
 
 @dataclass(frozen=True)
 class Complete:
-    """A sweep whose cells are all finished, which this worker concludes.
-
-    Attributes:
-        sweep_id: the sweep.
-        rows: the row of each cell, in the order of the cells.
-        parent: the open parent run.
-    """
+    """A sweep whose cells are all finished, which this worker concludes: rows in the order of the cells."""
 
     sweep_id: str
     rows: list[Row]
-    parent: Run
+    parent: Run  # still open
 
 
 @dataclass(frozen=True)
 class Incomplete:
-    """A sweep of which this shard is done, and which another worker concludes or has concluded.
-
-    Attributes:
-        sweep_id: the sweep.
-        finished: number of cells that are finished.
-        cells: number of all its cells.
-    """
+    """A sweep of which this shard is done, and which another worker concludes or has concluded."""
 
     sweep_id: str
-    finished: int
-    cells: int
+    finished: int  # cells
+    cells: int  # in all
 
 
 @contextlib.contextmanager
