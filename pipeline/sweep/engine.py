@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.analysis.results import rounded
+from pipeline.analysis.rows import Row
 from pipeline.data.dataset import Dataset
 from pipeline.metrics import by_category
 from pipeline.settings import Cell
@@ -22,7 +23,6 @@ from pipeline.training.export import checkpoint
 from pipeline.training.stack import Progress, Snapshot
 from pipeline.training.trainer import Checkpointing, Trained, train_stack
 
-Row = dict[str, Any]
 Claim = Callable[[list[Cell]], list[Cell]]
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from pipeline.analysis.rows import Row
 from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.settings import Cell
@@ -33,8 +34,6 @@ from pipeline.training.stack import Progress
 FLUSH_SECONDS = (15.0, 120.0)  # between two uploads of running cells' curves, at the least and at the most
 FLUSH_SHARE = 0.01  # of the time at the most is spent on them
 CURVE = "val_cosine"  # a metric that every logged epoch has
-
-Row = dict[str, Any]
 
 
 class Recorder:

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from pipeline.analysis.rows import Row
 from pipeline.data.dataset import Dataset
 from pipeline.devices import hint, of_training
 from pipeline.errors import InputError, WorkError
@@ -27,7 +28,7 @@ from pipeline.processes import Worker
 from pipeline.settings import RESULTS_VERSION, Cell
 from pipeline.sweep.cells import cell_key, work_key
 from pipeline.sweep.cost import assign_stacks, stacks_of, training_flops
-from pipeline.sweep.engine import Engine, Row
+from pipeline.sweep.engine import Engine
 from pipeline.sweep.pool import StackPoolError
 from pipeline.sweep.recorder import Recorder, finished_rows
 from pipeline.sweep.spool import Spool
