@@ -130,7 +130,7 @@ def _run(job: SweepJob) -> None:
 
 
 def _conclude(sweep: Complete, job: SweepJob) -> tuple[dict[str, Any], list[str]]:
-    """Write the results, the report and the students, here and in MLflow; the results, and lines that name the files."""
+    """Write results, report and students, here and in MLflow; the results, and lines that name the files."""
     context, data, options = job.context, job.context.data, job.options
     results = results_of(context.name, data, sweep.rows, sweep.sweep_id) | {"vectors": context.vectors_uri}
     # All names follow from the rows, so workers that end together write the same files.
