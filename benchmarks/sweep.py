@@ -30,17 +30,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.analysis.results import results_of
 from pipeline.data.dataset import Dataset, Examples, Subset
 from pipeline.data.vectors import read_vectors
 from pipeline.devices import training_precision
 from pipeline.metrics import cosines
 from pipeline.processes import cores, start
 from pipeline.settings import Cell
+from pipeline.sweep.cells import cell_key, prepare
 from pipeline.sweep.cost import stacks_of, training_flops
 from pipeline.sweep.engine import Engine
 from pipeline.sweep.grid import read_grid
-from pipeline.sweep.results import results_of
-from pipeline.sweep.run import cell_key, prepare, run_sweep
+from pipeline.sweep.run import SweepContext, run_sweep
 from pipeline.sweep.spool import Spool
 from pipeline.tracking import connect
 from pipeline.training.trainer import train_stack
@@ -173,26 +174,26 @@ class Benchmark:
     def __init__(self, vectors: Path, epochs: int, seeds: int = 1) -> None:
         self.vectors = vectors
         self.data = Dataset(read_vectors(vectors))
-        self.name, cells = read_grid("scaling", epochs, seeds)
-        self.cells = prepare(cells, self.data)
+        self.cells = prepare(read_grid("scaling", epochs, seeds).cells, self.data)
         self.subsets = [self.data.subset(cell) for cell in self.cells]
         self.accelerator = start()
 
     def tracked(self, folder: Path) -> float:
         """The sweep as users run it, without its report."""
-        done = run_sweep(
-            self.name, self.cells, self.data, connect(), self.accelerator, params={}, vectors_uri=str(self.vectors),
-            output=folder / "results", resume=False,
-        )  # fmt: skip
-        return float(done.results["best"]["val_cosine"])  # type: ignore[union-attr]
+        context = SweepContext(
+            "scaling", self.data, str(self.vectors), connect(), self.accelerator, folder / "results", {}, resume=False
+        )
+        with run_sweep(self.cells, context) as done:
+            results = results_of("scaling", self.data, done.rows, done.sweep_id)  # type: ignore[union-attr]
+        return float(results["best"]["val_cosine"])
 
     def untracked(self, folder: Path) -> float:
         """The same without MLflow: the same lanes and results, baselines included, students and snapshots on disk."""
         keys = {cell: cell_key(cell, self.data.vectors.identity, training_precision(CPU)) for cell in self.cells}
         with Engine(self.data, CPU, keys, Spool(folder / "spool")) as engine:
-            engine.add(stacks_of(self.cells))
-            rows = list(engine.rows())
-        return float(results_of(self.name, self.data, rows, "")["best"]["val_cosine"])
+            engine.add_stacks(stacks_of(self.cells))
+            rows = list(engine.train())
+        return float(results_of("scaling", self.data, rows, "")["best"]["val_cosine"])
 
     def one_by_one(self, _folder: Path) -> float:
         """One student after another, on all cores, nothing written."""

@@ -9,16 +9,15 @@ import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
 from pipeline import interrupts
 from pipeline.errors import InputError, WorkError
 from pipeline.settings import (
-    Cell,
     EvaluateOptions,
     ExtractOptions,
     PredictOptions,
@@ -31,10 +30,6 @@ from pipeline.settings import (
 )
 from pipeline.storage import output_folder, write_to_stdout
 
-if TYPE_CHECKING:
-    from pipeline.extraction.vocabulary import Vocabulary
-    from pipeline.student.student import Student
-
 
 def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of a dataclass; the function receives it, checked, and the command's arguments."""
@@ -43,12 +38,13 @@ def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., 
         def command(**values: Any) -> None:
             chosen = settings(**{item.name: values.pop(item.name) for item in fields(settings)})
             check(chosen)
-            with _ending_with_the_reader():
+            with _allow_closed_output():
                 function(chosen, **values)
                 write_to_stdout()
 
         types = get_type_hints(settings)
-        command = _verbose(command)
+        text = "Also show the libraries' messages and bars, and reasons."
+        command = click.option("--verbose", is_flag=True, expose_value=False, callback=_set_level, help=text)(command)
         for item in reversed(fields(settings)):
             command = _click_option(item, types[item.name])(command)
         command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -57,17 +53,13 @@ def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., 
     return decorate
 
 
-def _verbose(command: Any) -> Any:
-    def show(_context: click.Context, _option: click.Parameter, is_asked: bool) -> None:
-        if is_asked:
-            logging.getLogger("pipeline").setLevel(logging.DEBUG)
-
-    text = "Also show the libraries' messages and bars, and reasons."
-    return click.option("--verbose", is_flag=True, expose_value=False, callback=show, help=text)(command)
+def _set_level(_context: click.Context, _option: click.Parameter, is_verbose: bool) -> None:
+    if is_verbose:
+        logging.getLogger("pipeline").setLevel(logging.DEBUG)
 
 
 @contextmanager
-def _ending_with_the_reader() -> Iterator[None]:
+def _allow_closed_output() -> Iterator[None]:
     """End quietly where standard output is a pipe that nobody reads any more, as after ``| head``."""
     try:
         yield
@@ -79,8 +71,8 @@ def _ending_with_the_reader() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
 
 
-class _Optional(click.ParamType[Any]):
-    """A value that may be left out; MLproject, whose parameters cannot be absent, leaves it out as an empty string."""
+class _OptionalType(click.ParamType[Any]):
+    """An optional value, which is empty in the MLproject because parameters cannot be absent there."""
 
     def __init__(self, basic: Any) -> None:
         self.basic = click.types.convert_type(basic)
@@ -91,18 +83,15 @@ class _Optional(click.ParamType[Any]):
 
 
 def _click_option(item: Any, kind: Any) -> Callable[[Any], Any]:
-    name, default = flag(item), None if item.default is MISSING else item.default
-    names = [name, *item.metadata["aliases"], item.name]
-    text = item.metadata["help"]
+    name, default, text = flag(item), None if item.default is MISSING else item.default, item.metadata["help"]
     if kind is bool:
-        names = [f"{name}/--no-{name[2:]}", item.name]
-        return click.option(*names, default=default, show_default=True, help=text)
-    several = get_origin(kind) is tuple
+        return click.option(f"{name}/--no-{name[2:]}", item.name, default=default, show_default=True, help=text)
+    names, is_multiple = (name, *item.metadata["aliases"], item.name), get_origin(kind) is tuple
     basic = next((arg for arg in get_args(kind) if arg in (int, float, str)), kind)
-    reader = _Optional(basic) if default is None else basic
+    value = _OptionalType(basic) if default is None else basic
     bare = {"is_flag": False, "flag_value": item.metadata["bare"]} if item.metadata["bare"] else {}
     return click.option(
-        *names, type=reader, default=default, multiple=several, show_default=default is not None, help=text, **bare
+        *names, type=value, default=default, multiple=is_multiple, show_default=default is not None, help=text, **bare
     )
 
 
@@ -125,11 +114,9 @@ def extract(options: ExtractOptions) -> None:
     from pipeline.commands.extract import run_extract
     from pipeline.processes import start
 
-    told = run_extract(
-        options, start(), display.counting("extract", "concepts"), display.counting("vocabulary", "tokens")
-    )
-    if told:
-        click.echo(told)
+    bars = display.counting("extract", "concepts"), display.counting("vocabulary", "tokens")
+    if summary := run_extract(options, start(), *bars):
+        click.echo(summary)
 
 
 @cli.command()
@@ -139,11 +126,9 @@ def train(options: TrainOptions) -> None:
 
     Example: python -m pipeline train --student mlp --hidden-dim 512 --concepts 700
     """
-    from pipeline.sweep.grid import canonical
+    from pipeline.commands.sweep import train_student
 
-    cell = canonical(Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)}))
-    with output_folder(options.output or "student") as folder:
-        _sweep("train", [cell], options, folder.parent / "results", folder if options.output else None)
+    train_student(options)
 
 
 @cli.command()
@@ -153,130 +138,9 @@ def sweep(options: SweepOptions) -> None:
 
     Example: python -m pipeline sweep --grid scaling --seeds 3
     """
-    from pipeline.sweep.grid import read_grid, vectors_of
+    from pipeline.commands.sweep import train_grid
 
-    name, cells = read_grid(options.grid, options.epochs, options.seeds)
-    options = replace(options, vectors=options.vectors or vectors_of(options.grid))
-    if options.max_concepts is not None:
-        cells = [cell for cell in cells if cell.concepts <= options.max_concepts]
-    if options.dry_run:
-        _show_plan(name, cells, options)
-        return
-    if options.shard != "0/1" and not options.resume:
-        raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
-    with output_folder(options.output) as output:
-        _sweep(name, cells, options, output, None, options.sweep_id, options.shard)
-
-
-def _show_plan(name: str, cells: list[Cell], options: SweepOptions) -> None:
-    from pipeline.commands import display
-    from pipeline.data.dataset import Dataset
-    from pipeline.data.vectors import read_vectors
-    from pipeline.processes import parse_shard, start
-    from pipeline.sweep.cost import expected_seconds, plan_rows
-    from pipeline.sweep.run import prepare
-    from pipeline.tracking import fetch
-
-    data = Dataset(read_vectors(fetch(str(options.vectors))))
-    cells = prepare(cells, data, options.grid)
-    accelerator, shard = start(), parse_shard(options.shard)
-    if accelerator.is_main_process:
-        workers = shard.count * accelerator.num_processes
-        display.table(*plan_rows(cells, data, workers))
-        seconds = expected_seconds(cells, data, accelerator.device) / workers
-        click.echo(f"{name}: {len(cells)} cells, about {seconds:,.0f} s here; nothing was trained")
-
-
-def _sweep(
-    name: str,
-    cells: list[Cell],
-    options: TrainOptions | SweepOptions,
-    output: Path,
-    student_folder: Path | None,
-    sweep_id: str | None = None,
-    shard: str = "0/1",
-) -> None:
-    from pipeline.commands import display
-    from pipeline.data.dataset import Dataset
-    from pipeline.data.vectors import read_vectors
-    from pipeline.extraction.vocabulary import find
-    from pipeline.processes import parse_shard, start
-    from pipeline.storage import writable
-    from pipeline.sweep.run import Incomplete, prepare, run_sweep
-    from pipeline.tracking import connect, fetch
-    from pipeline.training.export import export_or_fallback
-
-    part = parse_shard(shard)
-    data = Dataset(read_vectors(fetch(str(options.vectors))))
-    cells = prepare(cells, data, options.grid if isinstance(options, SweepOptions) else None)
-    for path in (*([student_folder / "config.json"] if student_folder else []), output / "results.json"):
-        writable(path)
-    tracker, accelerator = connect("sweep"), start()
-    bar = display.counting("vocabulary", "tokens")
-
-    def vocabulary() -> Vocabulary | None:
-        place, load = str(options.vectors), (options.device_map, options.trust_remote_code)
-        return find(data.vectors, place, accelerator.device, bar, *load)
-
-    def report(results: dict[str, Any], stem: str, students: list[Student]) -> list[Path]:
-        if not options.report:
-            return []
-        from pipeline.commands.report import write_report  # only by the worker that reports: plots take seconds to load
-
-        return write_report(results, stem, output, students, data.vectors)
-
-    with display.sweep(lambda cell: data.omit_default(cell).name) as watcher:
-        done = run_sweep(
-            name,
-            cells,
-            data,
-            tracker,
-            accelerator,
-            params=asdict(options),
-            vectors_uri=str(options.vectors),
-            output=output,
-            student_folder=student_folder,
-            sweep_id=sweep_id,
-            resume=options.resume,
-            shard=part,
-            report=report,
-            export=lambda trained: export_or_fallback(trained, data, vocabulary()),
-            baselines=isinstance(options, SweepOptions),  # train leaves the student that was asked for
-            register=options.register,
-            watcher=watcher,
-        )
-    if done is None:
-        return
-    if isinstance(done, Incomplete):
-        click.echo(
-            f"sweep {done.sweep_id}: shard {shard} is done, {done.finished} of {done.cells} cells are finished; "
-            + (
-                "the shard that completes the sweep writes the report"
-                if done.finished < done.cells
-                else f"the report stands in MLflow, and `report --sweep-id {done.sweep_id}` draws it again"
-            )
-        )
-        return
-    _show(done.results)
-    for title, path in zip(["results", "report"] + [""] * len(done.files), [done.path, *done.files], strict=False):
-        click.echo(f"{title:10}{path}")
-    for left in done.left:
-        click.echo(f"student   {left.folder} ({left.student.summary})")
-        click.echo(f"          {left.reason}")
-    click.echo(f"MLflow    {done.run.address}")
-
-
-def _show(results: dict[str, Any]) -> None:
-    """Print the table and the verdict of each section."""
-    from pipeline.analysis.tables import terminal_table, verdict
-    from pipeline.commands import display
-    from pipeline.sweep.results import sections
-
-    for section in sections(results):
-        if section.title:
-            click.echo(f"\n{section.title}:")
-        display.table(*terminal_table(section.results))
-        click.echo(f"{verdict(section.results)}\n")
+    train_grid(options)
 
 
 @cli.command()
@@ -286,21 +150,9 @@ def report(options: ReportOptions) -> None:
 
     Example: python -m pipeline report --results results/scaling_results_20260101T000000Z.json
     """
-    from pipeline.commands.report import predict_sections, write_report
-    from pipeline.data.dataset import Dataset
-    from pipeline.sweep.results import load_sweep, vectors_for
+    from pipeline.commands.report import run_report
 
-    stem, results, students = load_sweep(options.results, options.sweep_id)
-    vectors = vectors_for(results["grid"], options.vectors, results.get("vectors"))
-    with output_folder(options.output) as output:
-        if options.predict is not None:
-            for line in predict_sections(results, options.predict, Dataset(vectors), output):
-                click.echo(line)
-            return
-        written = write_report(results, stem, output, students, vectors)
-    _show(results)
-    for path in written:
-        click.echo(path)
+    run_report(options)
 
 
 @cli.command()
@@ -366,16 +218,16 @@ def main() -> None:
         with interrupts.handle_signals():
             cli(standalone_mode=False)
     except InputError as error:
-        _leave(f"error: {error}", 2)
+        _exit(f"error: {error}", 2)
     except WorkError as error:
-        _leave(f"error: {error}", 1)
+        _exit(f"error: {error}", 1)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "python -m pipeline"
-        _leave(f"error: {error.format_message()} (see {command} --help)", 2)
+        _exit(f"error: {error.format_message()} (see {command} --help)", 2)
     except (KeyboardInterrupt, click.Abort):
         interrupts.exit_interrupted()
 
 
-def _leave(line: str, code: int) -> None:
+def _exit(line: str, code: int) -> None:
     click.echo(" ".join(line.split()), err=True)
     sys.exit(code)

@@ -17,9 +17,9 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
 from pipeline.extraction.vocabulary import find
 from pipeline.settings import RESULTS_VERSION, Cell
+from pipeline.sweep.cells import prepare
 from pipeline.sweep.cost import stacks_of
 from pipeline.sweep.grid import canonical, read_grid
-from pipeline.sweep.run import prepare
 from pipeline.training.export import checkpoint, export
 from pipeline.training.trainer import train_stack
 
@@ -98,7 +98,7 @@ def compute():
     """All golden numbers."""
     data = Dataset(read_vectors(VECTORS))
     small = [replace(SMALL, **options) for options in OPTIONS]
-    numbers = numbers_of(prepare([*read_grid("scaling", 2)[1], *map(canonical, small)], data), data)
+    numbers = numbers_of(prepare([*read_grid("scaling", 2).cells, *map(canonical, small)], data), data)
     templates = Dataset(read_vectors(TEMPLATES))
     small = [replace(SMALL, **options) for options in OF_TEMPLATES]
     numbers |= numbers_of(prepare(list(map(canonical, small)), templates), templates)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import golden
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import ROOT, SHIPPED
 from pipeline.extraction.reader import read_texts
 from pipeline.extraction.request import make_request
 from pipeline.settings import RESULTS_VERSION, Cell
+from pipeline.sweep.grid import read_grid
 
 WRITTEN = json.loads(golden.FILE.read_text())
 
@@ -37,7 +39,7 @@ def test_every_option_of_a_cell_is_among_the_golden_numbers():
 def test_a_change_in_what_is_computed_is_noticed(monkeypatch):
     monkeypatch.setattr(golden, "OPTIONS", golden.OPTIONS[:1])
     monkeypatch.setattr(golden, "OF_TEMPLATES", golden.OF_TEMPLATES[:1])
-    monkeypatch.setattr(golden, "read_grid", lambda name, epochs: (name, []))
+    monkeypatch.setattr(golden, "read_grid", lambda name, epochs: replace(read_grid(name, epochs), cells=[]))
     monkeypatch.setattr("pipeline.training.stack.WARM_UP", 0.2)
     now = golden.compute()
     known = {"cells": {cell: WRITTEN["cells"][cell] for cell in now["cells"]}, "vectors": WRITTEN["vectors"]}

@@ -20,7 +20,7 @@ from pipeline.extraction.parts import PartPlan
 from pipeline.extraction.request import make_request
 from pipeline.settings import Cell
 from pipeline.storage import Output
-from pipeline.sweep.run import cell_key
+from pipeline.sweep.cells import cell_key
 from pipeline.teachers.find import find_teacher
 from pipeline.teachers.load import load_teacher
 from pipeline.training.stack import precision_of_cell

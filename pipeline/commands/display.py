@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,18 +26,19 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.analysis.rows import section_of
-from pipeline.analysis.tables import WIDTH, title
+from pipeline.analysis.results import sections
+from pipeline.analysis.rows import Row, cell_of, section_of
+from pipeline.analysis.tables import WIDTH, terminal_table, title, verdict
+from pipeline.data.dataset import Dataset
 from pipeline.settings import Cell
 from pipeline.storage import write_to_stdout
-from pipeline.sweep.run import Watcher
+from pipeline.sweep.run import ProgressListener
 from pipeline.training.stack import EpochResult as Epoch
 from pipeline.training.trainer import epochs
 
 NOTICE_SECONDS = 15.0  # between two lines where there is no terminal
 
 console = Console(stderr=True, highlight=False)
-BEYOND = 2.0  # no cosine is better: there is no best across blocks or splits
 
 
 class _Rate(ProgressColumn):
@@ -51,7 +53,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def _bar(*columns: ProgressColumn) -> Iterator[Progress]:
-    """A progress bar; where no terminal shows it (a pod's log, a file), a line now and then says the same."""
+    """A progress bar on a terminal; elsewhere (a pod's log, a file) a line from time to time."""
     bar = Progress(
         TextColumn("[bold]{task.description}"), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal,
@@ -62,25 +64,27 @@ def _bar(*columns: ProgressColumn) -> Iterator[Progress]:
         return
     begin, ended = time.monotonic(), threading.Event()
 
-    def tell() -> None:
-        while not ended.wait(NOTICE_SECONDS):
-            for task in bar.tasks:
-                _print_line(task, columns)
+    def print_tasks() -> None:
+        for task in bar.tasks:
+            _print_task(task, columns)
 
-    thread = threading.Thread(target=tell, name="progress", daemon=True)
+    def print_regularly() -> None:
+        while not ended.wait(NOTICE_SECONDS):
+            print_tasks()
+
+    thread = threading.Thread(target=print_regularly, name="progress", daemon=True)
     thread.start()
     try:
         yield bar
         if time.monotonic() - begin > NOTICE_SECONDS:
-            for task in bar.tasks:
-                _print_line(task, columns)
+            print_tasks()
     finally:
         ended.set()
         thread.join()
 
 
-def _print_line(task: Task, columns: Sequence[ProgressColumn]) -> None:
-    """One line without a terminal: how far, how fast, and how long it takes yet."""
+def _print_task(task: Task, columns: Sequence[ProgressColumn]) -> None:
+    """Print progress, speed and remaining time as one line."""
     parts = [str(column.render(task)).strip() for column in columns]
     parts.append(f"{timedelta(seconds=int(task.elapsed or 0))} so far")
     if not task.finished and task.time_remaining is not None:
@@ -90,7 +94,7 @@ def _print_line(task: Task, columns: Sequence[ProgressColumn]) -> None:
 
 
 def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextManager[Callable[[float], None]]]:
-    """A bar that counts: given how many there are, it gives the function that advances it."""
+    """A bar that counts: a function from a total to a context, which yields the function that advances the bar."""
 
     @contextmanager
     def shown(total: int | None) -> Iterator[Callable[[float], None]]:
@@ -102,44 +106,62 @@ def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextMana
 
 
 @contextmanager
-def sweep(name_of: Callable[[Cell], str]) -> Iterator[Watcher]:
-    """One display for a whole sweep: cells done, the current and the best validation cosine, time left."""
+def sweep(data: Dataset) -> Iterator[ProgressListener]:
+    """One bar for a sweep of cells of these vectors: cells done, the best validation cosine, the time left."""
     with _bar(TextColumn("{task.fields[cells]}"), TextColumn("{task.fields[best]}")) as bar:
         task = bar.add_task("train", total=None, cells="", best="")
-        state = {"cells": 0, "todo": 0, "best": -2.0}
-        reached: dict[Cell, int] = {}  # of each cell the last epoch
+        number_done = number_todo = 0
+        best = -1.0
+        last_epochs: dict[Cell, int] = {}
 
-        def start(todo: Sequence[Cell], done: Sequence[Cell]) -> None:
-            several = len({section_of(vars(cell)) for cell in (*todo, *done)}) > 1
-            state.update(cells=0, todo=len(todo), best=BEYOND if several else -2.0)
+        def on_start(todo: Sequence[Cell], done: Sequence[Cell]) -> None:
+            nonlocal number_todo, best
+            number_todo = len(todo)
+            if len({section_of(vars(cell)) for cell in (*todo, *done)}) > 1:
+                best = math.inf  # cosines of several blocks or splits have no best
             if done:
                 console.print(
                     f"{len(done)} of {len(todo) + len(done)} cells were finished before (--no-resume repeats them)"
                 )
-            # An epoch takes time in proportion to its concepts, more or less.
+            # The time of an epoch is roughly proportional to its concepts.
             bar.update(task, total=sum(epochs(cell) * cell.concepts for cell in todo), cells=f"0/{len(todo)} cells")
 
-        def progress(step: Epoch) -> None:
-            if step.val_cosine > state["best"]:
-                state["best"] = step.val_cosine
-                bar.update(task, best=f"val cosine {step.val_cosine:.3f} ({name_of(step.cell)})")
-            bar.advance(task, (step.epoch - reached.get(step.cell, 0)) * step.cell.concepts)
-            reached[step.cell] = step.epoch
+        def advance(cell: Cell, epoch: int) -> None:
+            bar.advance(task, (epoch - last_epochs.get(cell, 0)) * cell.concepts)
+            last_epochs[cell] = epoch
 
-        def finished(row: dict[str, Any]) -> None:
-            state["cells"] += 1
-            cell = Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
-            bar.advance(
-                task, (epochs(cell) - reached.get(cell, 0)) * cell.concepts
-            )  # stopped early, or by another worker
-            reached[cell] = epochs(cell)
-            bar.update(task, cells=f"{state['cells']}/{state['todo']} cells")
+        def on_epoch(step: Epoch) -> None:
+            nonlocal best
+            if step.val_cosine > best:
+                best = step.val_cosine
+                bar.update(task, best=f"val cosine {best:.3f} ({data.omit_default(step.cell).name})")
+            advance(step.cell, step.epoch)
 
-        yield Watcher(start, progress, finished)
+        def on_cell(row: Row) -> None:
+            nonlocal number_done
+            number_done += 1
+            advance(cell_of(row), epochs(cell_of(row)))  # it may have stopped early, or trained in another worker
+            bar.update(task, cells=f"{number_done}/{number_todo} cells")
+
+        yield ProgressListener(on_start, on_epoch, on_cell)
+
+
+def lines(*texts: str) -> None:
+    """Print lines."""
+    write_to_stdout(f"{text}\n" for text in texts)
+
+
+def results(content: dict[str, Any]) -> None:
+    """Print the table and the verdict of each section of a results file."""
+    for section in sections(content):
+        if section.title:
+            lines(f"\n{section.title}:")
+        table(*terminal_table(section.results))
+        lines(f"{verdict(section.results)}\n")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; rows whose first value is in parentheses are baselines and stand dimmed."""
+    """Print a table; rows whose first value is in parentheses are baselines and are dimmed."""
     shown = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         shown.add_column(title(name), justify="left" if name in ("student", "cell") else "right", overflow="fold")

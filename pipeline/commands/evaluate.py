@@ -11,13 +11,14 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from pipeline.analysis.evaluation import evaluate, evaluation_markdown, evaluation_table, students_by_configuration
+from pipeline.analysis.results import read_results
 from pipeline.analysis.rows import Row, grouped, section_names, section_of
+from pipeline.commands.find_sweep import newest_results, vectors_for
 from pipeline.data.dataset import Dataset
 from pipeline.extraction.vocabulary import Bar
 from pipeline.settings import EvaluateOptions
 from pipeline.storage import base_name, file_name, is_remote, writable, write_atomically
 from pipeline.student.student import Student
-from pipeline.sweep.results import newest_results, read_results, vectors_for
 from pipeline.teachers.find import find_teacher, warn_if_different
 from pipeline.teachers.load import load_teacher
 from pipeline.tracking import Run, Tracker, closing, connect, retry_tracking

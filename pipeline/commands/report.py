@@ -11,16 +11,31 @@ from typing import Any
 
 from pipeline.analysis import scaling
 from pipeline.analysis.page import html_page, markdown_page, page_section, page_title
+from pipeline.analysis.results import Section, sections
 from pipeline.analysis.rows import cell_of
+from pipeline.commands import display
+from pipeline.commands.find_sweep import load_sweep, vectors_for
 from pipeline.data.dataset import Dataset
-from pipeline.data.vectors import Vectors
 from pipeline.errors import InputError
-from pipeline.storage import write_atomically
+from pipeline.settings import ReportOptions
+from pipeline.storage import output_folder, write_atomically
 from pipeline.student.student import Student
+from pipeline.sweep.cells import prepare
 from pipeline.sweep.cost import number_of_parameters, teacher_flops, teacher_parameters
 from pipeline.sweep.grid import read_grid
-from pipeline.sweep.results import Section, sections
-from pipeline.sweep.run import prepare
+
+
+def run_report(options: ReportOptions) -> None:
+    """Draw the tables and plots of a sweep, or write down what its scaling law predicts, and print where they are."""
+    stem, results, students = load_sweep(options.results, options.sweep_id)
+    data = Dataset(vectors_for(results["grid"], options.vectors, results.get("vectors")))
+    with output_folder(options.output) as output:
+        if options.predict is not None:
+            display.lines(*predict_sections(results, options.predict, data, output))
+            return
+        written = write_report(results, stem, output, students, data)
+    display.results(results)
+    display.lines(*map(str, written))
 
 
 def predict_sections(results: dict[str, Any], most: int, data: Dataset, output: Path) -> list[str]:
@@ -60,7 +75,7 @@ def _predict_section(section: Section, most: int, data: Dataset, output: Path) -
     trained = set(known)
     with contextlib.suppress(InputError):  # not a grid of the program: only the trained cells are known
         seeds = len({row["seed"] for row in cells})
-        for cell in prepare(read_grid(results["grid"], cells[0]["epochs"], seeds)[1], data):
+        for cell in prepare(read_grid(results["grid"], cells[0]["epochs"], seeds).cells, data):
             row = vars(cell) | {"name": data.omit_default(cell).name, "parameters": number_of_parameters(cell, data)}
             known.setdefault(cell, row)
     predictions = scaling.predict(cells, [row for row in known.values() if scaling.shared_by(row) == shared], most)
@@ -82,7 +97,7 @@ def _predict_section(section: Section, most: int, data: Dataset, output: Path) -
 
 
 def write_report(
-    results: dict[str, Any], stem: str, output: Path, students: Sequence[Student], vectors: Vectors
+    results: dict[str, Any], stem: str, output: Path, students: Sequence[Student], data: Dataset
 ) -> list[Path]:
     """Write the page, the table and the pictures as ``<output>/<stem>_<name>``.
 
@@ -91,7 +106,7 @@ def write_report(
         stem: beginning of every file name.
         output: folder.
         students: of each section's best cell.
-        vectors: the file that they were trained on.
+        data: the vectors that they were trained on.
 
     Returns:
         The files written, the page first.
@@ -99,9 +114,9 @@ def write_report(
     Raises:
         InputError: the vectors are others than those of the sweep, or the folder cannot be written.
     """
-    if vectors.sha256 != results["vectors_sha256"]:
+    if data.vectors.sha256 != results["vectors_sha256"]:
         raise InputError("the vectors file is not the one that the sweep was trained on; name that with --vectors")
-    data, title, shown = Dataset(vectors), page_title(results), []
+    title, shown = page_title(results), []
     predictions = {
         path.name: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(output.glob(f"{results['grid']}_predictions_*.json"))

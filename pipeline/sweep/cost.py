@@ -1,4 +1,4 @@
-"""What cells cost, and who trains which: stacks dealt out to workers by their cost."""
+"""The cost of cells in floating-point operations, and the stacks that each worker trains, assigned by that cost."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pipeline.training.kinds import KINDS
 from pipeline.training.stack import largest_batch, steps_of_epoch
 from pipeline.training.trainer import epochs, stack_key
 
-UNEVEN = 1.2  # a worker may have so many times its share before a stack is split
-STEP = 1.3e8  # what a step costs beside its products, in their operations, as the shapes of the scaling grid show
-OVERHEAD = 1.5  # of a sweep over its matrix products in float32, as measured by benchmarks/sweep.py
+MAX_IMBALANCE = 1.2  # load of a worker, in units of its equal share, from which a stack is split
+STEP_FLOPS = 1.3e8  # overhead of a training step, in operations of its products, measured on the scaling grid
+OVERHEAD = 1.5  # time of a sweep over that of its matrix products in float32, as benchmarks/sweep.py measures it
 
 
 def training_flops(cell: Cell, data: Dataset) -> float:
@@ -25,6 +25,9 @@ def training_flops(cell: Cell, data: Dataset) -> float:
     Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the first
     layer does without; two a weight and validation row, every epoch. What dropout spares is counted too. A closed form
     counts as its factorisation.
+
+    Returns:
+        Operations of the whole training.
     """
     feature_count, kind, val = data.feature_count(cell), KINDS[cell.student], len(data.rows("val", cell.split))
     if kind.solve:
@@ -35,92 +38,93 @@ def training_flops(cell: Cell, data: Dataset) -> float:
 
 
 def stacks_of(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells that can train together."""
+    """Group cells that can train together."""
     stacks: dict[object, list[Cell]] = {}
     for cell in cells:
         stacks.setdefault(stack_key(cell), []).append(cell)
     return list(stacks.values())
 
 
-def shares(cells: Sequence[Cell], workers: int, cost: Callable[[Cell], float]) -> list[list[list[Cell]]]:
-    """Deal stacks out to workers, the most expensive first, each to the one that has the least.
+def assign_stacks(cells: Sequence[Cell], workers: int, cost: Callable[[Cell], float]) -> list[list[list[Cell]]]:
+    """Assign stacks to workers, the most expensive first, each to the worker with the least load.
 
-    A stack is split, in halves of like cost, only where a worker would otherwise have over `UNEVEN` times its share.
+    A stack is split, in halves of like cost, only where a worker would otherwise have over `MAX_IMBALANCE` times its
+    share.
 
     Args:
-        cells: what there is to do, in an order that all workers agree on.
-        workers: how many there are.
-        cost: what a cell costs, in any unit.
+        cells: the cells to train, in an order that all workers agree on.
+        workers: the number of workers.
+        cost: gives the cost of a cell, in any unit.
 
     Returns:
         For each worker its stacks. Their union is all cells, each once.
     """
-    pieces = stacks_of(cells)
-    price = {cell: cost(cell) for cell in cells}
+    stacks, costs = stacks_of(cells), {cell: cost(cell) for cell in cells}
     while True:
-        loads, dealt = _deal(pieces, workers, price)
-        splittable = [piece for piece in pieces if len(piece) > 1]
-        if max(loads) <= UNEVEN * sum(loads) / workers or not splittable:
-            return dealt
-        largest = max(splittable, key=lambda piece: sum(price[cell] for cell in piece))
-        pieces.remove(largest)
-        pieces += parts_of(largest, 2, price)
+        loads, assigned = _assign_greedily(stacks, workers, costs)
+        splittable = [stack for stack in stacks if len(stack) > 1]
+        if max(loads) <= MAX_IMBALANCE * sum(loads) / workers or not splittable:
+            return assigned
+        largest = max(splittable, key=lambda stack: sum(costs[cell] for cell in stack))
+        stacks.remove(largest)
+        stacks += split_evenly(largest, 2, costs)
 
 
-def with_little_padding(stack: Sequence[Cell], price: Mapping[Cell, float]) -> list[list[Cell]]:
-    """A stack in parts whose batches are of one size, or of several where their steps cost more than rows that pad.
+def split_evenly(stack: Sequence[Cell], number: int, costs: Mapping[Cell, float]) -> list[list[Cell]]:
+    """Split a stack into a number of parts of like cost, or fewer where it has fewer cells."""
+    _, assigned = _assign_greedily([[cell] for cell in stack], number, costs)
+    return [[cell for [cell] in part] for part in assigned if part]
 
-    For CPUs, where rows that pad cost as much as others.
+
+def _assign_greedily(
+    stacks: Sequence[list[Cell]], workers: int, costs: Mapping[Cell, float]
+) -> tuple[list[float], list[list[list[Cell]]]]:
+    """The load and the stacks of each worker."""
+    loads, assigned = [0.0] * workers, [list[list[Cell]]() for _ in range(workers)]
+    for cost, stack in sorted(((sum(costs[cell] for cell in s), s) for s in stacks), key=lambda pair: -pair[0]):
+        least = loads.index(min(loads))
+        loads[least] += cost
+        assigned[least].append(stack)
+    return loads, assigned
+
+
+def split_by_batch(stack: Sequence[Cell], flops: Mapping[Cell, float]) -> list[list[Cell]]:
+    """Split a stack by batch size where, on a CPU, rows that pad batches cost more than the steps of a further stack.
 
     Args:
         stack: cells that can train together.
-        price: `training_flops` of each.
+        flops: `training_flops` of each.
+
+    Returns:
+        The parts, that of the largest batches first.
     """
     if KINDS[stack[0].student].solve:
         return [list(stack)]
-    alike: dict[int, list[Cell]] = {}
+    by_batch: dict[int, list[Cell]] = {}
     for cell in stack:
-        alike.setdefault(largest_batch(cell.concepts, cell.batch_size), []).append(cell)
+        by_batch.setdefault(largest_batch(cell.concepts, cell.batch_size), []).append(cell)
     parts: list[list[Cell]] = []
     largest = 0
-    for batch, cells in sorted(alike.items(), reverse=True):
-        if not parts or padding(cells, largest, price) > STEP * max(map(steps, cells)):
+    for batch, cells in sorted(by_batch.items(), reverse=True):
+        if not parts or padding_flops(cells, largest, flops) > STEP_FLOPS * max(map(number_of_steps, cells)):
             parts.append([])
             largest = batch
         parts[-1] += cells
     return parts
 
 
-def padding(cells: Sequence[Cell], batch: int, price: Mapping[Cell, float]) -> float:
-    """Operations of the rows that pad the batches of cells up to a larger one."""
-    return sum(price[cell] * (batch / largest_batch(cell.concepts, cell.batch_size) - 1) for cell in cells)
+def padding_flops(cells: Sequence[Cell], batch: int, flops: Mapping[Cell, float]) -> float:
+    """Operations of the rows that pad the batches of cells up to a larger batch."""
+    return sum(flops[cell] * (batch / largest_batch(cell.concepts, cell.batch_size) - 1) for cell in cells)
 
 
-def steps(cell: Cell) -> int:
-    """Steps that a cell takes at most."""
+def number_of_steps(cell: Cell) -> int:
+    """Training steps that a cell takes at most."""
     return cell.epochs * steps_of_epoch(cell.concepts, cell.batch_size)
 
 
-def parts_of(stack: Sequence[Cell], number: int, price: Mapping[Cell, float]) -> list[list[Cell]]:
-    """A stack in so many parts of like cost, or fewer where it has fewer cells."""
-    _, dealt = _deal([[cell] for cell in stack], number, price)
-    return [[cell for [cell] in part] for part in dealt if part]
-
-
-def _deal(
-    pieces: Sequence[list[Cell]], workers: int, price: Mapping[Cell, float]
-) -> tuple[list[float], list[list[list[Cell]]]]:
-    loads, dealt = [0.0] * workers, [list[list[Cell]]() for _ in range(workers)]
-    prices = [sum(price[cell] for cell in piece) for piece in pieces]
-    for number in sorted(range(len(pieces)), key=lambda number: -prices[number]):
-        least = loads.index(min(loads))
-        loads[least] += prices[number]
-        dealt[least].append(pieces[number])
-    return loads, dealt
-
-
 def expected_seconds(cells: Sequence[Cell], data: Dataset, device: torch.device) -> float:
-    """About how long the cells take on one worker like this: their products at the rate measured now."""
+    """Estimate how long cells train on one worker like this, from the rate of matrix products measured now."""
     a, b = torch.randn(128, 1024, device=device), torch.randn(1024, 512, device=device)
     best, end = math.inf, time.perf_counter() + 0.3
     while time.perf_counter() < end:
@@ -131,19 +135,19 @@ def expected_seconds(cells: Sequence[Cell], data: Dataset, device: torch.device)
 
 
 def flops_of_prediction(cell: Cell, data: Dataset) -> float:
-    """Floating-point operations of one prediction, the early blocks that a truncated student runs included."""
+    """Floating-point operations of one prediction, with the early blocks that a truncated student runs."""
     own = KINDS[cell.student].flops(cell, data)
     return own + (teacher_flops(cell.blocks, data) if cell.student == "truncated" else 0.0)
 
 
 def teacher_flops(blocks: int, data: Dataset) -> float:
-    """About what a teacher's first blocks cost for the tokens of a concept."""
+    """Estimate the operations of a teacher's first blocks for the tokens of a concept."""
     tokens = len(data.vectors.token_ids) / len(data.vectors.concepts)
     return 2.0 * teacher_parameters(blocks, data) * tokens
 
 
 def teacher_parameters(blocks: int, data: Dataset) -> int:
-    """About how many weights a teacher's first blocks have: 12 d_model^2 a block, as usual."""
+    """Estimate the weights of a teacher's first blocks: 12 d_model^2 a block, as usual."""
     return 12 * data.vectors.d_model**2 * blocks
 
 
@@ -152,17 +156,16 @@ def number_of_parameters(cell: Cell, data: Dataset) -> int:
     return KINDS[cell.student].weights(cell, data)
 
 
-def plan_rows(cells: Sequence[Cell], data: Dataset, workers: int) -> tuple[list[str], list[list[str]]]:
-    """A table of what would be done: header and rows, stack by stack."""
+def plan_table(cells: Sequence[Cell], data: Dataset, workers: int) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table of the cells, stack by stack, with the worker of each."""
     header = ["cell", "objective", "epochs", "parameters", "GFLOP", "stack", "worker"]
+    flops = {cell: training_flops(cell, data) for cell in cells}
+    assigned = assign_stacks(cells, workers, flops.__getitem__)
     rows = []
-    stack_number = 0
-    for worker, stacks in enumerate(shares(cells, workers, lambda cell: training_flops(cell, data))):
-        for stack in stacks:
-            stack_number += 1
-            for cell in stack:
-                size, work = number_of_parameters(cell, data), training_flops(cell, data) / 1e9
-                name = data.omit_default(cell).name
-                values = [name, cell.objective, cell.epochs, f"{size:,}", f"{work:,.1f}", stack_number, worker]
-                rows.append([str(value) for value in values])
+    pairs = [(worker, stack) for worker, stacks in enumerate(assigned) for stack in stacks]
+    for number, (worker, stack) in enumerate(pairs, 1):
+        for cell in stack:
+            size, gigaflops = f"{number_of_parameters(cell, data):,}", f"{flops[cell] / 1e9:,.1f}"
+            name = data.omit_default(cell).name
+            rows.append([name, cell.objective, str(cell.epochs), size, gigaflops, str(number), str(worker)])
     return header, rows

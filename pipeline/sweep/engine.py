@@ -1,40 +1,49 @@
-"""Cells into rows: stacks through lanes, the most expensive first, each finished cell on disk before anything else."""
+"""The cells of one worker trained: stacks through the pool, the most expensive first, finished cells to the spool."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
+from pipeline.analysis.results import rounded
+from pipeline.analysis.rows import Row
 from pipeline.data.dataset import Dataset
 from pipeline.metrics import by_category
 from pipeline.settings import Cell
-from pipeline.sweep.cost import flops_of_prediction, parts_of, training_flops, with_little_padding
-from pipeline.sweep.pool import Handle, StackPool, max_parallel_stacks
+from pipeline.sweep.cost import flops_of_prediction, split_by_batch, split_evenly, training_flops
+from pipeline.sweep.pool import JobHandle, StackPool, max_parallel_stacks
 from pipeline.sweep.spool import Spool
 from pipeline.training.export import checkpoint
 from pipeline.training.stack import EpochResult, Snapshot
 from pipeline.training.trainer import Checkpointing, TrainedStudent, train_stack
 
-Row = dict[str, Any]
-Take = Callable[[list[Cell]], list[Cell]]
+Claim = Callable[[list[Cell]], list[Cell]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Cells to train together, from a snapshot of their stack where there is one."""
+
+    cells: list[Cell]
+    snapshot: Snapshot | None = None
 
 
 class Engine:
-    """Trains cells; a context, whose end stops what still trains and keeps its state.
+    """Trains cells; a context, whose end stops the stacks that still train and saves their snapshots.
 
     Args:
         data: the vectors.
-        device: where to train.
+        device: where the cells train.
         keys: the key of every cell.
-        spool: where finished cells and the states of stopped stacks go; None keeps nothing.
-        progress: called, from any thread, after each epoch of each cell.
-        automatic: the precision of cells that leave it open; that of the device's kind by default.
+        spool: where finished cells and the snapshots of stopped stacks go; None saves nothing.
+        on_epoch: called, from any thread, after each epoch of each cell.
+        default_precision: the precision of cells that leave it open; that of the device's kind by default.
     """
 
     def __init__(
@@ -43,16 +52,15 @@ class Engine:
         device: torch.device,
         keys: Mapping[Cell, str],
         spool: Spool | None = None,
-        progress: Callable[[EpochResult], None] = lambda step: None,
-        automatic: str | None = None,
+        on_epoch: Callable[[EpochResult], None] = lambda step: None,
+        default_precision: str | None = None,
     ) -> None:
         self.data, self.device, self.keys, self.spool = data, device, keys, spool
-        self.automatic = automatic
-        self.pool: StackPool[Row] = StackPool(max_parallel_stacks(device), device, progress)
-        self._waiting: deque[list[tuple[list[Cell], Snapshot | None]]] = deque()  # what is claimed together
-        self._early: list[tuple[list[Cell], Snapshot | None, Handle]] = []
-        self._lost: set[Cell] = set()
-        self._resume = True
+        self.default_precision = default_precision
+        self.pool: StackPool[Row] = StackPool(max_parallel_stacks(device), device, on_epoch)
+        self._waiting: deque[list[Task]] = deque()  # each item is claimed together
+        self._started_early: list[tuple[Task, JobHandle]] = []
+        self._lost: set[Cell] = set()  # to other workers
 
     def __enter__(self) -> Engine:
         self.pool.__enter__()
@@ -61,113 +69,110 @@ class Engine:
     def __exit__(self, *error: Any) -> None:
         self.pool.__exit__(*error)
 
-    def add(self, stacks: Sequence[list[Cell]], resume: bool = True) -> None:
-        """Cells to train, in stacks.
+    def add_stacks(self, stacks: Sequence[list[Cell]], resume: bool = True) -> None:
+        """Add cells to train.
 
         Args:
             stacks: as `pipeline.sweep.cost` makes them.
-            resume: go on from what the spool holds of them.
+            resume: continue from what the spool holds of them.
         """
         cells = [cell for stack in stacks for cell in stack]
-        found: list[tuple[list[Cell], Snapshot | None]] = []
+        found: list[Task] = []
         if self.spool is not None and resume:
             finished = [cell for cell in cells if self.spool.row(self.keys[cell])]
             rest = [cell for cell in cells if cell not in finished]
-            found = [([cell], None) for cell in finished]
-            found += self.spool.unfinished(self.keys, rest)
-        known = {cell for stack, _ in found for cell in stack}
+            found = [Task([cell]) for cell in finished]
+            found += [Task(own, snapshot) for own, snapshot in self.spool.load_snapshots(self.keys, rest)]
+        known = {cell for task in found for cell in task.cells}
         new = [rest for stack in stacks if (rest := [cell for cell in stack if cell not in known])]
-        price = {cell: training_flops(cell, self.data) for stack in new for cell in stack}
+        flops = {cell: training_flops(cell, self.data) for stack in new for cell in stack}
         if self.device.type == "cpu":
-            new = [part for stack in new for part in with_little_padding(stack, price)]
-        new.sort(key=lambda stack: -sum(price[cell] for cell in stack))
-        groups = [[(stack, snapshot)] for stack, snapshot in [*found, *((stack, None) for stack in new)]]
-        if new and self.device.type == "cpu":  # the last one must not keep one core busy while the others have none
-            # One part more than lanes, so that the first that is free takes it.
-            groups[-1] = [(part, None) for part in parts_of(new[-1], self.pool.number + 1, price)]
+            new = [part for stack in new for part in split_by_batch(stack, flops)]
+        new.sort(key=lambda stack: -sum(flops[cell] for cell in stack))
+        groups = [[task] for task in [*found, *map(Task, new)]]
+        if new and self.device.type == "cpu":  # the last stack must not occupy one core while the others are idle
+            # One part more than lanes, so that the first free lane takes it.
+            groups[-1] = [Task(part) for part in split_evenly(new[-1], self.pool.size + 1, flops)]
         self._waiting.extend(groups)
-        self._resume = resume
 
-    def begin(self) -> None:
-        """Start on the first stacks at once; `rows` stops those that turn out to be others'."""
-        while self._waiting and len(self._early) < self.pool.number:
-            for stack, snapshot in self._waiting.popleft():
-                self._early.append((stack, snapshot, self._start(stack, snapshot)))
+    def start_early(self) -> None:
+        """Start the first stacks before they are claimed; `train` stops those that other workers have claimed."""
+        while self._waiting and len(self._started_early) < self.pool.size:
+            self._started_early += [(task, self._start(task)) for task in self._waiting.popleft()]
 
-    def rows(self, take: Take = lambda cells: cells, meanwhile: Callable[[], None] = lambda: None) -> Iterator[Row]:
-        """Train all that was added; the rows of the results file, as cells finish.
+    def train(self, claim: Claim = lambda cells: cells, meanwhile: Callable[[], None] = lambda: None) -> Iterator[Row]:
+        """Train all cells that were added.
 
         Args:
-            take: which of these cells to train after all.
+            claim: returns those of some cells that this worker may train.
             meanwhile: called about every second.
+
+        Yields:
+            The rows of the results file, as cells finish.
         """
-        self._claim_early(take)
+        self._claim_started(claim)
         ahead = 1
-        batch: list[tuple[list[Cell], Snapshot | None]] = []
+        batch: list[Task] = []
         with ThreadPoolExecutor(1, "claims") as claims:  # a claim takes its time, and rows must not wait for it
-            while self._waiting or batch or self.pool.open:
-                # Two more than there are lanes, so that none waits for a claim; more where that is too slow.
-                if self._waiting and not batch and self.pool.open <= self.pool.number + 1:
-                    ahead = ahead if self.pool.open >= self.pool.number else 2 * ahead
+            while self._waiting or batch or self.pool.open_jobs:
+                # Two more than lanes, so that no lane waits for a claim; more where that is too slow.
+                if self._waiting and not batch and self.pool.open_jobs <= self.pool.size + 1:
+                    ahead = ahead if self.pool.open_jobs >= self.pool.size else 2 * ahead
                     groups = [self._waiting.popleft() for _ in range(min(ahead, len(self._waiting)))]
-                    batch = [part for group in groups for part in group]
-                    claim = claims.submit(take, [cell for stack, _ in batch for cell in stack])
-                if batch and claim.done():
-                    won = set(claim.result())
-                    for stack, snapshot in batch:
-                        if own := [cell for cell in stack if cell in won]:
-                            self._start(own, snapshot)
+                    batch = [task for group in groups for task in group]
+                    claimed = claims.submit(claim, [cell for task in batch for cell in task.cells])
+                if batch and claimed.done():
+                    won = set(claimed.result())
+                    for task in batch:
+                        self._start_won(task, won)
                     batch = []
-                elif (row := self.pool.next(0.1 if batch else 1.0)) is not None:
+                elif (row := self.pool.next_result(0.1 if batch else 1.0)) is not None:
                     yield row
                 meanwhile()
 
-    def _claim_early(self, take: Take) -> None:
-        won = set(take([cell for stack, _, _ in self._early for cell in stack])) if self._early else set()
-        for stack, snapshot, job in self._early:
-            own = [cell for cell in stack if cell in won]
-            if own != stack:
+    def _claim_started(self, claim: Claim) -> None:
+        cells = [cell for task, _ in self._started_early for cell in task.cells]
+        won = set(claim(cells)) if cells else set()
+        for task, job in self._started_early:
+            if not won.issuperset(task.cells):
                 job.cancel()
-                self._drop([cell for cell in stack if cell not in won])
-                if own:
-                    self._start(own, snapshot)
-        self._early = []
+                self._remove_lost([cell for cell in task.cells if cell not in won])
+                self._start_won(task, won)
+        self._started_early = []
 
-    def _drop(self, lost: list[Cell]) -> None:
-        """Remove what was finished of cells that are others'."""
+    def _start_won(self, task: Task, won: set[Cell]) -> None:
+        """Start a task with those of its cells that this worker has claimed."""
+        if own := [cell for cell in task.cells if cell in won]:
+            self._start(Task(own, task.snapshot))
+
+    def _remove_lost(self, lost: list[Cell]) -> None:
+        """Remove the results of cells that other workers have claimed."""
         self._lost.update(lost)
         if self.spool is not None:
             for cell in lost:
-                self.spool.drop_own(self.keys[cell])
+                self.spool.remove_own_cell(self.keys[cell])
 
-    def _start(self, stack: list[Cell], snapshot: Snapshot | None) -> Handle:
-        for cell in stack:
-            self.data.subset(cell)  # once here, for all processes forked later
+    def _start(self, task: Task) -> JobHandle:
+        for cell in task.cells:
+            self.data.subset(cell)  # read once here, for all processes that are forked later
         return self.pool.start(
-            lambda job: self._train(stack, snapshot, job),
-            # Again, because a job may have finished cells while it turned out that they are others'.
-            ended=lambda job: self._drop([cell for cell in stack if job.cancelled and cell in self._lost]),
+            lambda job: self._train(task, job),
+            # Again, because a cancelled job may have finished cells before it stopped.
+            lambda job: self._remove_lost([cell for cell in task.cells if job.is_cancelled and cell in self._lost]),
         )
 
-    def _train(self, stack: list[Cell], snapshot: Snapshot | None, job: Handle) -> Iterator[Row]:
-        if self.spool is not None and self._resume and (row := self.spool.row(self.keys[stack[0]])):
-            epochs, scores = row["curves"]["epoch"], row["curves"]["val_cosine"]
-            losses = row["curves"].get("train_loss", [None] * len(scores))
-            for epoch, score, loss in zip(epochs, scores, losses, strict=True):
-                job.tell(EpochResult(stack[0], epoch, score, loss))
-            yield row
-            return
+    def _train(self, task: Task, job: JobHandle) -> Iterator[Row]:
+        def save(snapshot: Snapshot) -> None:
+            if self.spool is not None and not job.is_cancelled:
+                self.spool.save_snapshot(snapshot, self.keys, self.keys[task.cells[0]])
 
-        def save(state: Snapshot) -> None:
-            if self.spool is not None and not job.cancelled:
-                self.spool.keep(state, self.keys, self.keys[stack[0]])
-
-        checkpointing = Checkpointing(snapshot, save, lambda: job.pause() or job.cancelled)
-        subsets = [self.data.subset(cell) for cell in stack]
-        for trained in train_stack(stack, subsets, self.device, job.tell, checkpointing, self.automatic):
-            yield self._row(trained)
+        checkpointing = Checkpointing(task.snapshot, save, lambda: job.should_stop() or job.is_cancelled)
+        subsets = [self.data.subset(cell) for cell in task.cells]
+        trained = train_stack(task.cells, subsets, self.device, job.report, checkpointing, self.default_precision)
+        for student in trained:
+            yield self._row(student)
         if self.spool is not None and not checkpointing.pause():
-            self.spool.forget({self.keys[cell] for cell in stack})
+            self.spool.remove_snapshots({self.keys[cell] for cell in task.cells})
 
     def _row(self, trained: TrainedStudent) -> Row:
         """The cell's row of the results file; the cell goes to the spool."""
@@ -191,10 +196,5 @@ class Engine:
             "curves": trained.curves,
         }
         if self.spool is not None:
-            self.spool.add(key, row, checkpoint(cell, trained.parameters, subset, self.data, trained.metrics))
+            self.spool.save_cell(key, row, checkpoint(cell, trained.parameters, subset, self.data, trained.metrics))
         return row
-
-
-def rounded(values: Sequence[float]) -> list[float]:
-    """Cosines for a results file: four digits are more than a concept's cosine is known to."""
-    return [round(value, 4) for value in values]

@@ -1,17 +1,19 @@
 """A worker's cells in MLflow: claimed before they train, shown while they train, uploaded when they are finished.
 
-Everything is written by one thread, in order, in few large requests, while the lanes train on. Each upload may be
-repeated, so a server that went away costs the wait and no more; what is not uploaded stays in the spool.
+One thread writes everything, in order, in few large requests, while the pool trains on. Each upload may be repeated, so
+a server that goes away costs only the wait; what is not uploaded stays in the spool.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from pipeline.analysis.rows import Row
 from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.settings import Cell
@@ -29,11 +31,9 @@ from pipeline.tracking import (
 from pipeline.tracking.claims import Claims
 from pipeline.training.stack import EpochResult
 
-FLUSH_SECONDS = (15.0, 120.0)  # between two looks at what running cells have brought, at the least and at the most
+FLUSH_SECONDS = (15.0, 120.0)  # between two uploads of running cells' curves, at the least and at the most
 FLUSH_SHARE = 0.01  # of the time at the most is spent on them
-CURVE = "val_cosine"  # every epoch that is logged has it
-
-Row = dict[str, Any]
+CURVE = "val_cosine"  # a metric that every logged epoch has
 
 
 class Recorder:
@@ -51,31 +51,31 @@ class Recorder:
         self, claims: Claims, data: Dataset, spool: Spool, keys: Mapping[Cell, str], tags: Mapping[str, str]
     ) -> None:
         self.claims, self.data, self.spool, self.keys, self.tags = claims, data, spool, keys, tags
-        self.open: dict[str, Run] = {}
+        self.open_runs: dict[str, Run] = {}
         self._epochs: dict[str, dict[int, tuple[int, EpochResult]]] = {key: {} for key in keys.values()}
-        self._logged: dict[str, int] = {}
-        self._next = time.monotonic() + FLUSH_SECONDS[0]
+        self._last_logged: dict[str, int] = {}
+        self._next_flush = time.monotonic() + FLUSH_SECONDS[0]
 
-    def take(self, cells: Sequence[Cell]) -> list[Cell]:
-        """Claim cells; those that are ours now."""
+    def claim(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Claim cells; the ones that this worker may train."""
         runs = self.claims.claim_cells(
             [(self.keys[cell], self.data.omit_default(cell).name) for cell in cells], self.tags
         )
         for key, run in runs.items():
-            self.open[key] = Run(self.claims.tracker.client, run.info.run_id, run.info.experiment_id)
+            self.open_runs[key] = Run(self.claims.tracker.client, run.info.run_id, run.info.experiment_id)
             if CURVE not in run.data.metrics:
-                self._logged[key] = 0
+                self._last_logged[key] = 0
         return [cell for cell in cells if self.keys[cell] in runs]
 
-    def progress(self, step: EpochResult) -> None:
-        """Note an epoch; any thread may call it."""
+    def note_epoch(self, step: EpochResult) -> None:
+        """Remember an epoch for the next `flush`; any thread may call it."""
         self._epochs[self.keys[step.cell]][step.epoch] = (int(time.time() * 1000), step)
 
     def flush(self) -> None:
-        """Log the epochs of running cells, now and then; what does not get through is logged later."""
-        if (begin := time.monotonic()) < self._next:
+        """Log the epochs of running cells from time to time; what does not get through is logged later."""
+        if (begin := time.monotonic()) < self._next_flush:
             return
-        for key, run in list(self.open.items()):
+        for key, run in list(self.open_runs.items()):
             with contextlib.suppress(*TrackingError):
                 steps = [step for _, step in list(self._epochs[key].values())]
                 losses = {step.epoch: step.train_loss for step in steps if step.train_loss is not None}
@@ -83,42 +83,31 @@ class Recorder:
                 self._log_curves(key, run, curves)
         least, most = FLUSH_SECONDS
         end = time.monotonic()
-        self._next = end + min(most, max(least, (end - begin) / FLUSH_SHARE))
+        self._next_flush = end + min(most, max(least, (end - begin) / FLUSH_SHARE))
 
-    def finish(self, key: str, row: Row) -> Row | None:
-        """Upload a finished cell, which lies in the spool; its row with the run's id.
-
-        None where the cell is another worker's: this one began early, or was thought dead.
-
-        Raises:
-            WorkError: MLflow stayed away; the cell stays in the spool.
-        """
-        if key not in self.open:
-            self.spool.drop_own(key)
+    def upload(self, key: str, row: Row) -> Row | None:
+        """Upload a finished cell from the spool; its row with the run's id, or None where another worker claimed it."""
+        run, now = self.open_runs.get(key), int(time.time() * 1000)
+        is_ours = run is not None and retry_tracking(functools.partial(self._upload, key, row, run, now))
+        self.open_runs.pop(key, None)
+        if run is None or not is_ours:
+            self.spool.remove_own_cell(key)
             return None
-        run = self.open[key]
-        row = {**row, "run_id": run.id}
-        now = int(time.time() * 1000)
-        done = retry_tracking(lambda: self._upload(key, row, run, now))
-        del self.open[key]
-        if not done:
-            self.spool.drop_own(key)
-            return None
-        self.spool.drop(key)
-        return row
+        self.spool.remove_cell(key)
+        return row | {"run_id": run.id}
 
     def _upload(self, key: str, row: Row, run: Run, now: int) -> bool:
-        if (now_there := self.claims.reread_claim(run)) is None:
+        """Upload a cell; whether it was still this worker's. It may be repeated."""
+        if (current := self.claims.reread_claim(run)) is None:
             return False
-        if (home := self.spool.home(key)) is None:  # another worker on this disk has tracked it
-            self.claims.tracker.discard(now_there, "finished by another worker")
+        if (folder := self.spool.folder_of(key)) is None:  # another worker on this disk has tracked it
+            self.claims.tracker.discard(current, "finished by another worker")
             return False
-        model_id = run.log_student(home / "student", now_there)
+        model_id = run.log_student(folder / "student", current)
         curves = dict(row["curves"])
         epochs = curves.pop("epoch")
-        names = [name for name in row if name.startswith(("val_", "test_"))]
-        numbers = [name for name in names if isinstance(row[name], float)]
-        final = {name: row[name] for name in [*numbers, "parameters", "best_epoch", "train_seconds"]}
+        names = [name for name in row if name.startswith(("val_", "test_")) and isinstance(row[name], float)]
+        final = {name: row[name] for name in [*names, "parameters", "best_epoch", "train_seconds"]}
         options = {name: row[name] for name in Cell.__dataclass_fields__}
         self._log_curves(
             key, run, {name: dict(zip(epochs, values, strict=True)) for name, values in curves.items()},
@@ -126,28 +115,28 @@ class Recorder:
             params=options | {"teacher": self.data.vectors.teacher},
             tags={"dtype": row["dtype"]},  # no parameter, which could not change where another machine takes over
         )  # fmt: skip
-        run.log_artifact(home / "cell.json", now_there)
+        run.log_artifact(folder / "cell.json", current)
         run.end("FINISHED")
         return True
 
     def _log_curves(
         self, key: str, run: Run, curves: Mapping[str, Mapping[int, float]], metrics: Sequence[Metric] = (), **rest: Any
     ) -> None:
-        """Log what of curves (values by epoch) is not logged yet, also by a worker that was stopped, and more."""
-        if key not in self._logged:
-            self._logged[key] = run.last_step(CURVE)
-        times = {epoch: at for epoch, (at, _) in list(self._epochs[key].items())}
+        """Log the epochs of curves (values by epoch) that no worker has logged yet, and more in the same request."""
+        if key not in self._last_logged:
+            self._last_logged[key] = run.last_step(CURVE)
+        last = self._last_logged[key]
         new = {
-            name: {epoch: value for epoch, value in values.items() if epoch > self._logged[key]}
-            for name, values in curves.items()
+            name: {epoch: value for epoch, value in values.items() if epoch > last} for name, values in curves.items()
         }
+        times = {epoch: at for epoch, (at, _) in list(self._epochs[key].items())}
         run.log(metrics=[*curve_metrics(new, times), *metrics], **rest)
-        self._logged[key] = max([self._logged[key], *(epoch for values in new.values() for epoch in values)])
+        self._last_logged[key] = max([last, *(epoch for values in new.values() for epoch in values)])
 
-    def finished_elsewhere(self, cells: Sequence[Cell]) -> dict[str, Row]:
-        """Of those cells the rows, by key, that another worker has finished."""
+    def rows_of_others(self, cells: Sequence[Cell]) -> dict[str, Row]:
+        """The rows, by key, of those cells that another worker has finished."""
 
-        def look() -> dict[str, Row]:
+        def read() -> dict[str, Row]:
             runs = self.claims.runs() if cells else {}
             return {
                 self.keys[cell]: read_row(self.claims.tracker, run)
@@ -156,10 +145,10 @@ class Recorder:
                 if self.claims.is_finished(run)
             }
 
-        return retry_tracking(look)
+        return retry_tracking(read)
 
-    def abandon(self, status: str) -> None:
-        """Close what this worker has claimed and not finished: "KILLED" or "FAILED"."""
+    def close_unfinished(self, status: str) -> None:
+        """Close the runs that this worker has claimed and not finished, as "KILLED" or "FAILED"."""
         with contextlib.suppress(*TrackingError):
             for run in self.claims.unfinished():
                 run.end(status)
@@ -178,10 +167,6 @@ def finished_rows(tracker: Tracker, keys: Collection[str]) -> tuple[dict[str, Ro
 
 
 def read_row(tracker: Tracker, run: MlflowRun) -> Row:
-    """The row of a finished cell's run.
-
-    Raises:
-        InputError: it is gone from MLflow.
-    """
+    """The row of a finished cell's run."""
     row: Row = json.loads(tracker.artifact(run, "cell.json")) | {"run_id": run.info.run_id}
     return row

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from pipeline import Student
+from pipeline.analysis.export_choice import best_exportable
+from pipeline.analysis.results import sections
 from pipeline.analysis.rows import (
     BASELINE_FIELDS,
     CELL_FIELDS,
@@ -26,9 +28,9 @@ from pipeline.analysis.rows import (
     ridge_baseline,
 )
 from pipeline.analysis.tables import cell_table, configuration_table, terminal_table
+from pipeline.commands.find_sweep import load_sweep
 from pipeline.settings import Cell
-from pipeline.sweep.results import best_exportable, load_sweep, sections
-from pipeline.sweep.run import cell_key, prepare
+from pipeline.sweep.cells import cell_key, prepare
 from pipeline.training.kinds import KINDS
 
 SHARES = st.sampled_from([0.0, 0.1, 0.25, 0.5])

@@ -137,7 +137,7 @@ def test_a_grid_is_read_in_any_encoding(tmp_path):
     text = "fixed: {epochs: 3}\naxes:\n  concepts: [20, 40]\n"
     for encoding in ENCODINGS:
         (tmp_path / "small.yaml").write_bytes(encoded(text, encoding))
-        assert [cell.concepts for cell in read_grid(str(tmp_path / "small.yaml"))[1]] == [20, 40]
+        assert [cell.concepts for cell in read_grid(str(tmp_path / "small.yaml")).cells] == [20, 40]
     (tmp_path / "small.yaml").write_bytes(text.encode() + b"# caf\xe9\n")
     with pytest.raises(InputError, match=r"small\.yaml, line 4: not UTF-8 text"):
         read_grid(str(tmp_path / "small.yaml"))

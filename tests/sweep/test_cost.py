@@ -5,14 +5,14 @@ from hypothesis import strategies as st
 
 from pipeline.settings import Cell
 from pipeline.sweep.cost import (
-    STEP,
-    UNEVEN,
-    padding,
-    shares,
+    MAX_IMBALANCE,
+    STEP_FLOPS,
+    assign_stacks,
+    number_of_steps,
+    padding_flops,
+    split_by_batch,
     stacks_of,
-    steps,
     training_flops,
-    with_little_padding,
 )
 from pipeline.sweep.grid import read_grid
 from pipeline.training.stack import largest_batch
@@ -20,37 +20,37 @@ from pipeline.training.stack import largest_batch
 CELLS = st.builds(Cell, concepts=st.integers(2, 900), hidden_dim=st.sampled_from([8, 16, 512]), seed=st.integers(0, 9))
 
 
-def price(cell):
+def cost(cell):
     return cell.concepts * cell.hidden_dim
 
 
 @given(st.lists(CELLS, min_size=1, max_size=40, unique=True), st.integers(1, 9))
 def test_every_cell_has_one_worker(cells, workers):
-    dealt = shares(cells, workers, price)
+    dealt = assign_stacks(cells, workers, cost)
     assert len(dealt) == workers
     flat = [cell for stacks in dealt for stack in stacks for cell in stack]
     assert sorted(flat, key=repr) == sorted(cells, key=repr)
-    assert dealt == shares(cells, workers, price)
-    loads = [sum(price(cell) for stack in stacks for cell in stack) for stacks in dealt]
+    assert dealt == assign_stacks(cells, workers, cost)
+    loads = [sum(cost(cell) for stack in stacks for cell in stack) for stacks in dealt]
     whole = sum(len(stacks) for stacks in dealt) == len(stacks_of(cells))
     if not whole:  # a split had a reason, and helped as far as single cells allow
-        assert max(loads) <= max(UNEVEN * sum(loads) / workers, sum(loads) / workers + max(map(price, cells)))
+        assert max(loads) <= max(MAX_IMBALANCE * sum(loads) / workers, sum(loads) / workers + max(map(cost, cells)))
 
 
 @given(st.lists(CELLS, min_size=1, max_size=40, unique=True))
 def test_a_cpu_multiplies_few_rows_that_pad(cells):
-    prices = {cell: STEP * cell.concepts * cell.hidden_dim / 1e3 for cell in cells}
+    flops = {cell: STEP_FLOPS * cell.concepts * cell.hidden_dim / 1e3 for cell in cells}
     for stack in stacks_of(cells):
-        parts = with_little_padding(stack, prices)
+        parts = split_by_batch(stack, flops)
         assert sorted((cell for part in parts for cell in part), key=repr) == sorted(stack, key=repr)
         batches = [[largest_batch(cell.concepts, cell.batch_size) for cell in part] for part in parts]
         for part, sizes, before in zip(parts, batches, [[], *batches], strict=False):
             largest = max(sizes)
             for size in set(sizes):
                 alike = [cell for cell, own in zip(part, sizes, strict=True) if own == size]
-                assert padding(alike, largest, prices) <= STEP * max(map(steps, alike))
+                assert padding_flops(alike, largest, flops) <= STEP_FLOPS * max(map(number_of_steps, alike))
                 if before and size == largest:  # with those before it, it would have cost more
-                    assert padding(alike, max(before), prices) > STEP * max(map(steps, alike))
+                    assert padding_flops(alike, max(before), flops) > STEP_FLOPS * max(map(number_of_steps, alike))
 
 
 @given(st.integers(1, 900), st.integers(1, 300))
@@ -63,11 +63,11 @@ def test_batches_are_few_and_of_like_size(concepts, batch_size):
 
 
 def test_the_scaling_grid_in_shards(data):
-    _, cells = read_grid("scaling")
+    cells = read_grid("scaling").cells
     for workers in (1, 2, 6):
-        dealt = shares(cells, workers, lambda cell: training_flops(cell, data))
+        dealt = assign_stacks(cells, workers, lambda cell: training_flops(cell, data))
         loads = [sum(training_flops(cell, data) for stack in stacks for cell in stack) for stacks in dealt]
-        assert max(loads) <= UNEVEN * sum(loads) / workers
+        assert max(loads) <= MAX_IMBALANCE * sum(loads) / workers
         assert workers > 1 or dealt == [
             sorted(stacks_of(cells), key=lambda s: -sum(training_flops(c, data) for c in s))
         ]

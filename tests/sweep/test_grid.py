@@ -3,13 +3,14 @@
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.sweep.cells import prepare
 from pipeline.sweep.grid import read_grid
-from pipeline.sweep.run import prepare
 
 
 def test_the_scaling_grid_has_24_cells():
-    name, cells = read_grid("scaling")
-    assert name == "scaling"
+    grid = read_grid("scaling")
+    cells = grid.cells
+    assert grid.name == "scaling"
     assert len(set(cells)) == 24
     assert {cell.concepts for cell in cells} == {100, 200, 400, 700}
     assert {(cell.hidden_dim, cell.layers) for cell in cells} == {(h, l) for h in (128, 256, 512) for l in (2, 4)}  # noqa: E741
@@ -18,7 +19,7 @@ def test_the_scaling_grid_has_24_cells():
 
 
 def test_epochs_and_seeds_of_the_command_line_win():
-    _, cells = read_grid("scaling", epochs=7, seeds=3)
+    cells = read_grid("scaling", epochs=7, seeds=3).cells
     assert len(set(cells)) == 72
     assert {cell.seed for cell in cells} == {0, 1, 2}
     assert {cell.epochs for cell in cells} == {7}
@@ -79,9 +80,9 @@ def test_a_mistake_is_named_with_the_file(tmp_path, content, complaint):
 def test_what_only_the_vectors_can_tell_is_named_with_the_line_too(tmp_path, data, content, complaint):
     path = tmp_path / "mine.yaml"
     path.write_text(content)
-    _, cells = read_grid(str(path), epochs=5, seeds=2)
+    grid = read_grid(str(path), epochs=5, seeds=2)
     with pytest.raises(InputError) as caught:
-        prepare(cells, data, str(path))
+        prepare(grid.cells, data, grid.file)
     assert f"grid {path}, {complaint}" in str(caught.value)
 
 
@@ -98,7 +99,7 @@ def test_an_unknown_grid_lists_those_that_exist():
 def span(tmp_path, content, **options):
     path = tmp_path / "mine.yaml"
     path.write_text(content)
-    return read_grid(str(path), **options)[1]
+    return read_grid(str(path), **options).cells
 
 
 def test_cells_can_be_left_out_and_added(tmp_path):

@@ -1,4 +1,4 @@
-"""Jobs side by side, as threads and as processes: what they bring, how they stop, and how they fail."""
+"""Jobs in parallel, as threads and as processes: their results, how they stop, and how they fail."""
 
 import os
 import select
@@ -29,15 +29,15 @@ def fork(request):
     return request.param
 
 
-def heard_and_brought(lanes, jobs, seconds=30.0):
-    """Everything that jobs bring, until all have ended."""
+def run_jobs(pool, jobs, seconds=30.0):
+    """All results of jobs, once all have ended."""
     for job in jobs:
-        lanes.start(job)
+        pool.start(job)
     values, until = [], time.monotonic() + seconds
-    while lanes.open and time.monotonic() < until:
-        if (value := lanes.next(1.0)) is not None:
+    while pool.open_jobs and time.monotonic() < until:
+        if (value := pool.next_result(1.0)) is not None:
             values.append(value)
-    assert lanes.open == 0
+    assert pool.open_jobs == 0
     return values
 
 
@@ -48,61 +48,61 @@ def wait_for(condition, seconds=20.0):
         time.sleep(0.01)
 
 
-def test_jobs_bring_their_values_in_order_and_are_heard_on_the_way(fork):
-    heard = []
+def test_jobs_bring_their_results_in_order_and_report_on_the_way(fork):
+    reports = []
 
     def job_of(name):
         def job(handle):
             for number in range(20):
-                handle.tell((name, number))
+                handle.report((name, number))
                 yield name, number
 
         return job
 
-    with StackPool(2, CPU, heard.append, fork) as lanes:
-        values = heard_and_brought(lanes, [job_of(name) for name in "abc"])
-    for found in (values, heard):
+    with StackPool(2, CPU, reports.append, fork) as pool:
+        values = run_jobs(pool, [job_of(name) for name in "abc"])
+    for found in (values, reports):
         for name in "abc":
             assert [number for own, number in found if own == name] == [*range(20)]
 
 
 def test_a_job_is_a_process_where_that_is_asked_for(fork):
-    with StackPool(2, CPU, print, fork) as lanes:
-        places = heard_and_brought(lanes, [lambda handle: iter([os.getpid()])] * 3)
+    with StackPool(2, CPU, print, fork) as pool:
+        places = run_jobs(pool, [lambda handle: iter([os.getpid()])] * 3)
     assert (os.getpid() in places) is not fork
     assert len(set(places)) == (3 if fork else 1)
 
 
 def test_lanes_that_stop_ask_every_job_and_wait_for_it(fork, tmp_path):
     def job(handle):
-        handle.tell("begun")
-        while not handle.pause():
+        handle.report("begun")
+        while not handle.should_stop():
             time.sleep(0.01)
         (tmp_path / str(time.time_ns())).touch()
         yield from ()
 
-    heard = []
-    with StackPool(2, CPU, heard.append, fork) as lanes:
+    reports = []
+    with StackPool(2, CPU, reports.append, fork) as pool:
         for _ in range(3):
-            lanes.start(job)
-        wait_for(lambda: len(heard) == 2)
+            pool.start(job)
+        wait_for(lambda: len(reports) == 2)
     assert len(list(tmp_path.iterdir())) == 2  # the third had not begun
 
 
 def test_a_cancelled_job_brings_nothing_and_what_is_to_follow_it_follows(fork):
-    heard, ended = [], []
+    reports, ended = [], []
 
     def job(handle):
-        handle.tell("begun")
-        while not handle.cancelled:
+        handle.report("begun")
+        while not handle.is_cancelled:
             time.sleep(0.01)
         yield "unwanted"
 
-    with StackPool(1, CPU, heard.append, fork) as lanes:
-        handle = lanes.start(job, ended.append)
-        wait_for(lambda: heard)
+    with StackPool(1, CPU, reports.append, fork) as pool:
+        handle = pool.start(job, ended.append)
+        wait_for(lambda: reports)
         handle.cancel()
-        assert heard_and_brought(lanes, []) == []
+        assert run_jobs(pool, []) == []
     assert ended == [handle]
 
 
@@ -112,8 +112,8 @@ def test_an_error_of_a_job_is_raised_as_itself(fork, error):
         raise error
         yield
 
-    with StackPool(1, CPU, print, fork) as lanes, pytest.raises(type(error)) as raised:
-        heard_and_brought(lanes, [job])
+    with StackPool(1, CPU, print, fork) as pool, pytest.raises(type(error)) as raised:
+        run_jobs(pool, [job])
     assert raised.value.args == error.args
     if fork:
         assert "in job" in "".join(raised.value.__notes__)
@@ -125,8 +125,8 @@ def test_an_error_that_cannot_travel_is_told_with_its_way():
         raise OddError("cell", "broken")
         yield
 
-    with StackPool(1, CPU, print, fork=True) as lanes, pytest.raises(RuntimeError, match="OddError: cell: broken"):
-        heard_and_brought(lanes, [job])
+    with StackPool(1, CPU, print, fork=True) as pool, pytest.raises(RuntimeError, match="OddError: cell: broken"):
+        run_jobs(pool, [job])
 
 
 @needs_fork
@@ -135,10 +135,10 @@ def test_a_process_that_is_killed_is_one_clear_line_and_the_others_go_on():
         yield "before"
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with StackPool(1, CPU, print, fork=True) as lanes:
+    with StackPool(1, CPU, print, fork=True) as pool:
         with pytest.raises(StackPoolError, match=r"killed by SIGKILL, perhaps for want of memory; .* the same command"):
-            heard_and_brought(lanes, [job])
-        assert heard_and_brought(lanes, [lambda handle: iter(["after"])]) == ["after"]
+            run_jobs(pool, [job])
+        assert run_jobs(pool, [lambda handle: iter(["after"])]) == ["after"]
     assert issubclass(StackPoolError, WorkError)
 
 
@@ -149,8 +149,8 @@ def test_a_stop_that_reaches_the_whole_group_is_the_parents_to_act_on(number):
         os.kill(os.getpid(), number)
         yield "went on"
 
-    with StackPool(1, CPU, print, fork=True) as lanes:
-        assert heard_and_brought(lanes, [job]) == ["went on"]
+    with StackPool(1, CPU, print, fork=True) as pool:
+        assert run_jobs(pool, [job]) == ["went on"]
 
 
 @needs_fork
@@ -161,12 +161,12 @@ def test_processes_end_with_a_parent_that_was_killed():
 
         def job(handle):
             os.write(writer, f"{os.getpid()}\n".encode())
-            while not handle.pause():
+            while not handle.should_stop():
                 time.sleep(0.01)
             yield
 
-        with StackPool(1, CPU, print, fork=True) as lanes:
-            lanes.start(job)
+        with StackPool(1, CPU, print, fork=True) as pool:
+            pool.start(job)
             time.sleep(60)
         os._exit(1)
     os.close(writer)
@@ -192,7 +192,7 @@ def test_processes_compute_on_several_threads_though_the_parent_has_done_so():
         (weights @ weights).sum().backward()
         yield (product.float() - expected).abs().max().item(), weights.grad.shape
 
-    with StackPool(2, CPU, print, fork=True) as lanes:
-        values = heard_and_brought(lanes, [job] * 4)
+    with StackPool(2, CPU, print, fork=True) as pool:
+        values = run_jobs(pool, [job] * 4)
     assert len(values) == 4
     assert all(error < 2 and shape == a.shape for error, shape in values)

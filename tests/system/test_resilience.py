@@ -387,16 +387,16 @@ def test_another_worker_may_remove_what_is_finished_while_it_is_being_written(da
     student = checkpoint(cell, trained.parameters, subset, data, trained.metrics)
     own, other = Spool(tmp_path / "spool"), Spool(tmp_path / "spool")
     begin = time.perf_counter()
-    own.add("key", {}, student)
+    own.save_cell("key", {}, student)
     takes = time.perf_counter() - begin
     draw = random.Random(0)
     for _ in range(40):
         remover = threading.Timer(draw.random() * takes, other.clear, [["key"]])
         remover.start()
-        own.add("key", {}, student)
+        own.save_cell("key", {}, student)
         remover.join()
-    own.add("key", {}, student)
-    assert Student.load(own.home("key") / "student").concepts == student.concepts
+    own.save_cell("key", {}, student)
+    assert Student.load(own.folder_of("key") / "student").concepts == student.concepts
 
 
 def test_a_worker_whose_cell_was_taken_over_leaves_what_the_other_has_of_it(data, workplace, monkeypatch):
@@ -410,12 +410,12 @@ def test_a_worker_whose_cell_was_taken_over_leaves_what_the_other_has_of_it(data
     claims = Claims(tracker, "same", "1")
     with claims.below(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, own, {cell: "key"}, {})
-        assert recorder.take([cell]) == [cell]
-        own.add("key", {}, student)
-        run = recorder.open["key"]
-        tracker.client.set_tag(run.id, "owner", "elsewhere/1/2/3")  # it took this worker for dead
-        other.add("key", {"train_seconds": 1.0}, student)
-        assert recorder.finish("key", {}) is None
+        assert recorder.claim([cell]) == [cell]
+        own.save_cell("key", {}, student)
+        run = recorder.open_runs["key"]
+        tracker.client.set_tag(run.id, "owner", "elsewhere/1/2/3")  # who thought this one dead
+        other.save_cell("key", {"train_seconds": 1.0}, student)
+        assert recorder.upload("key", {}) is None
         assert other.row("key") == {"train_seconds": 1.0}
         assert tracker.client.get_run(run.id).info.status == "RUNNING"
 
@@ -428,10 +428,10 @@ def test_a_stack_that_is_stopped_goes_on_from_its_state(data, tmp_path, dropout)
     whole = {trained.cell: trained for trained in train_stack(cells, subsets, CPU)}
     spool, keys = Spool(tmp_path / "spool"), {cell: f"key{number}" for number, cell in enumerate(cells)}
     steps = iter(range(1000))
-    stop = Checkpointing(None, lambda state: spool.keep(state, keys, "key0"), lambda: next(steps) == 14)
-    early = [trained.cell for trained in train_stack(cells, subsets, CPU, keeping=stop)]
+    stop = Checkpointing(None, lambda state: spool.save_snapshot(state, keys, "key0"), lambda: next(steps) == 14)
+    early = [trained.cell for trained in train_stack(cells, subsets, CPU, checkpointing=stop)]
     assert early == [cells[2]]
-    [(left, state)] = spool.unfinished(keys, cells[:2])
+    [(left, state)] = spool.load_snapshots(keys, cells[:2])
     assert set(left) == set(cells[:2])
     assert state.step == 14
     told = []
@@ -442,14 +442,14 @@ def test_a_stack_that_is_stopped_goes_on_from_its_state(data, tmp_path, dropout)
         for name, value in trained.parameters.items():
             torch.testing.assert_close(value, whole[trained.cell].parameters[name], rtol=1e-6, atol=1e-8)
     assert {step.epoch for step in told if step.cell == cells[0]} == set(range(1, 9))
-    spool.forget({"key0", "key1", "key2"})
+    spool.remove_snapshots({"key0", "key1", "key2"})
     assert not (tmp_path / "spool").exists()
 
 
 def test_a_state_that_is_damaged_is_passed_over(tmp_path):
     spool = Spool(tmp_path)
     (tmp_path / "key0.stack").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00nonsense")
-    assert spool.unfinished({Cell(): "key0"}, [Cell()]) == []
+    assert spool.load_snapshots({Cell(): "key0"}, [Cell()]) == []
 
 
 def test_a_finished_cell_that_another_worker_on_this_disk_has_removed_is_left_to_it(workplace, data):
@@ -457,7 +457,7 @@ def test_a_finished_cell_that_another_worker_on_this_disk_has_removed_is_left_to
     claims = Claims(tracker, "sweep", "1")
     with claims.below(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, Spool(workplace / ".spool"), {cell: "key"}, {})
-        assert recorder.take([cell]) == [cell]
-        assert recorder.finish("key", {}) is None
-        assert recorder.take([cell]) == [cell]  # if the other worker has not finished it, it is trained again
-        recorder.abandon("KILLED")
+        assert recorder.claim([cell]) == [cell]
+        assert recorder.upload("key", {}) is None
+        assert recorder.claim([cell]) == [cell]  # and where that one has not finished it, it is trained again
+        recorder.close_unfinished("KILLED")

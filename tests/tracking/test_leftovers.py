@@ -213,10 +213,10 @@ def test_a_run_that_is_deleted_while_its_cell_trains_causes_no_traceback(workpla
     claims = Claims(tracker, "sweep", "1")
     with claims.below(claims.open_parent("grid", {})):
         recorder = Recorder(claims, data, Spool(workplace / ".spool"), {cell: "key"}, {})
-        assert recorder.take([cell]) == [cell]
-        tracker.client.delete_run(recorder.open["key"].id)
-        assert recorder.finish("key", {}) is None
-        assert recorder.take([cell]) == [cell]  # in a run of its own
+        assert recorder.claim([cell]) == [cell]
+        tracker.client.delete_run(recorder.open_runs["key"].id)
+        assert recorder.upload("key", {}) is None
+        assert recorder.claim([cell]) == [cell]  # in a run of its own
         tracker.client.delete_experiment(tracker.experiment_id)
         with pytest.raises(WorkError, match="deleted from MLflow meanwhile"):
             retry_tracking(lambda: claims.parent_run.set_tags({"a": "b"}))

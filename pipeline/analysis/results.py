@@ -1,0 +1,151 @@
+"""The content of a results file: the rows of cells and baselines, and the best and the fit of each section."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.analysis import scaling
+from pipeline.analysis.baselines import BASELINES
+from pipeline.analysis.rows import (
+    BASELINE_FIELDS,
+    CELL_FIELDS,
+    SECTION_FIELDS,
+    Row,
+    cell_of,
+    ridge_baseline,
+    section_names,
+    section_of,
+)
+from pipeline.data.dataset import Dataset
+from pipeline.errors import InputError
+from pipeline.metrics import cosines, faithfulness
+from pipeline.settings import Cell
+from pipeline.training.trainer import TrainedStudent, train_stack
+
+REQUIRED_CELL_FIELDS = {*CELL_FIELDS, "name", "test_cosines", "curves"}  # what a report needs of each cell
+REQUIRED_BASELINE_FIELDS = {"student", "concepts", "layer", "split", "test_cosines"}
+SECTION_KEYS = (*SECTION_FIELDS, "best", "fit")  # what the file holds of each section
+
+
+@dataclass(frozen=True)
+class Section:
+    """The cells of a sweep that may be compared: of one block and one split."""
+
+    title: str  # what distinguishes it from the other sections, in words; empty where it is the only one
+    suffix: str  # the same in names of files, metrics and tags, such as ``_layer6``
+    results: dict[str, Any]  # the content of the results file with only its cells and their baselines, best and fit
+
+
+def results_of(name: str, data: Dataset, rows: list[Row], sweep_id: str) -> dict[str, Any]:
+    """Build the content of the results file.
+
+    The best cell of a section has the highest validation cosine. Where there are several sections, each has its own
+    best and fit in ``sections``, and ``best`` and ``fit`` of the whole are None: other blocks or splits are not ranked.
+
+    Args:
+        name: the grid's name.
+        data: the vectors.
+        rows: of all cells.
+        sweep_id: the sweep.
+
+    Returns:
+        The rows with their baselines, and the best and the fit of each section.
+    """
+    ridge_cells = dict.fromkeys(ridge_baseline(cell_of(row)) for row in rows)
+    baselines = [row for cell in ridge_cells for row in baseline_rows(cell, data)]
+    results = {
+        "grid": name,
+        "sweep_id": sweep_id,
+        "teacher": data.vectors.teacher,
+        "vectors_sha256": data.vectors.sha256,
+        "cells": rows,
+        # One row of the constant mean for cells that differ in inputs or targets only: it depends on neither.
+        "baselines": list({(row["student"], *map(row.get, BASELINE_FIELDS)): row for row in baselines}.values()),
+    }
+    parts = [section.results for section in sections(results)]
+    layers, only = {part["layer"] for part in parts}, parts[0] if len(parts) == 1 else {}
+    return results | {
+        "layer": parts[0]["layer"] if len(layers) == 1 else None,
+        "best": only.get("best"),
+        "fit": only.get("fit"),
+        "sections": [{key: part[key] for key in SECTION_KEYS} for part in parts],
+    }
+
+
+def sections(results: dict[str, Any]) -> list[Section]:
+    """The content of a results file divided into sections, by block and split."""
+    made = []
+    for key, (title, suffix) in section_names(results["cells"]).items():
+        cells, baselines = ([row for row in results[rows] if section_of(row) == key] for rows in ("cells", "baselines"))
+        own = {"cells": cells, "baselines": baselines, "best": best_of(cells), "fit": scaling_fit(cells)}
+        made.append(Section(title, suffix, results | dict(zip(SECTION_FIELDS, key, strict=True)) | own))
+    return made
+
+
+def best_of(rows: Sequence[Row]) -> Row:
+    """The row with the highest validation cosine."""
+    return max(rows, key=lambda row: row["val_cosine"])
+
+
+def scaling_fit(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The constants of the scaling law, with intervals, of the largest family of cells trained by gradient descent."""
+    cells = scaling.largest_family(rows)
+    return scaling.law_of(cells).values if cells else None
+
+
+def baseline_rows(cell: Cell, data: Dataset) -> list[Row]:
+    """The rows of the mean, the nearest training concept and a ridge regression on the subset of its cell."""
+    subset, ridge = data.subset(cell), train_alone(cell, data)
+    rows: list[Row] = []
+    for student, baseline in BASELINES.items():
+        known = BASELINE_FIELDS if student != "mean" else ("concepts", *SECTION_FIELDS)  # all that the mean depends on
+        row: Row = {"student": student, **{name: getattr(cell, name) for name in known}}
+        for side_name, side in (("val", subset.val), ("test", subset.test)):
+            answer = baseline(subset, side)
+            measured = faithfulness(answer, side.targets, subset.mean)
+            row |= {f"{side_name}_{metric}": value for metric, value in measured.items()}
+        rows.append(row | {"test_cosines": rounded(cosines(answer, side.targets).tolist())})  # of the last side, test
+    row = {"student": "ridge", **{name: getattr(cell, name) for name in BASELINE_FIELDS}}
+    own = {"parameters": ridge.number_of_parameters, "test_cosines": rounded(ridge.test_cosines)}
+    return [*rows, row | own | ridge.metrics]
+
+
+def train_alone(cell: Cell, data: Dataset) -> TrainedStudent:
+    """Train one cell on the CPU."""
+    [trained] = train_stack([cell], [data.subset(cell)], torch.device("cpu"))
+    return trained
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Round cosines for a results file: a concept's cosine is not known to more than four digits."""
+    return [round(value, 4) for value in values]
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read and check a results file."""
+    try:
+        return parse_results(path.read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise InputError(f"results file {path}: cannot be read ({error})") from error
+
+
+def parse_results(text: str, name: object) -> dict[str, Any]:
+    """Parse and check the content of a results file; errors name it."""
+    try:
+        results = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"results file {name}: cannot be read ({error})") from error
+    if not isinstance(results, dict) or not {"grid", "cells", "baselines", "best"} <= set(results):
+        raise InputError(f"results file {name}: not the results of a sweep")
+    is_known = all(set(row) >= REQUIRED_CELL_FIELDS for row in results["cells"])
+    if not is_known or not all(set(row) >= REQUIRED_BASELINE_FIELDS for row in results["baselines"]):
+        raise InputError(
+            f"results file {name}: of an older version, without fields that a report needs; run its sweep again"
+        )
+    return results

@@ -1,0 +1,194 @@
+"""The sweep and train commands: train cells, then write the results file, the report and the best students."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.analysis.export_choice import baseline_student, best_exportable
+from pipeline.analysis.results import Section, results_of, sections
+from pipeline.commands import display
+from pipeline.data.dataset import Dataset
+from pipeline.data.vectors import read_vectors
+from pipeline.errors import InputError
+from pipeline.extraction.vocabulary import Vocabulary, find
+from pipeline.processes import Worker, parse_shard, start
+from pipeline.settings import Cell, SweepOptions, TrainOptions
+from pipeline.storage import output_folder, writable, write_atomically
+from pipeline.student.student import Student
+from pipeline.sweep.cells import prepare
+from pipeline.sweep.cost import expected_seconds, plan_table
+from pipeline.sweep.grid import canonical, read_grid
+from pipeline.sweep.run import Complete, Incomplete, SweepContext, run_sweep
+from pipeline.tracking import Run, Tracker, connect, fetch, retry_tracking
+from pipeline.training.export import export_or_fallback, needs_teacher
+
+ALIAS = "best"  # of the newest registered version of a student
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """A sweep as a command describes it."""
+
+    cells: list[Cell]
+    context: SweepContext
+    options: TrainOptions | SweepOptions
+    student_folder: Path | None = None  # beside the results file by default
+    can_leave_baseline: bool = True  # where a baseline is better than all cells
+
+
+@dataclass(frozen=True)
+class SavedStudent:
+    """The student that a section leaves: the best on validation that needs no teacher."""
+
+    section: Section
+    folder: Path
+    student: Student
+    reason: str  # what it is, and which students it was preferred to
+    is_new: bool  # no cell's run has it in this form
+
+
+def train_student(options: TrainOptions) -> None:
+    """Train one student, which is a sweep of one cell."""
+    cell = canonical(Cell(**{item.name: getattr(options, item.name) for item in fields(Cell)}))
+    with output_folder(options.output or "student") as folder:
+        data = Dataset(read_vectors(fetch(options.vectors)))
+        cells = prepare([cell], data)
+        if options.output:
+            writable(folder / "config.json")
+        context = _make_context("train", data, options, folder.parent / "results")
+        _run(SweepJob(cells, context, options, folder if options.output else None, can_leave_baseline=False))
+
+
+def train_grid(options: SweepOptions) -> None:
+    """Train every cell of a grid, or show how they would be trained.
+
+    Raises:
+        InputError: no cell has so few concepts, or a shard without ``--resume``.
+    """
+    shard = parse_shard(options.shard)
+    if shard.count > 1 and not (options.resume or options.dry_run):
+        raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
+    grid = read_grid(options.grid, options.epochs, options.seeds)
+    most = options.max_concepts
+    cells = [cell for cell in grid.cells if most is None or cell.concepts <= most]
+    if not cells:
+        raise InputError(f"grid {grid.name}: no cells with at most {most} concepts")
+    options = replace(options, vectors=options.vectors or grid.vectors)
+    data = Dataset(read_vectors(fetch(str(options.vectors))))
+    cells = prepare(cells, data, grid.file)
+    if options.dry_run:
+        _show_plan(grid.name, cells, data, shard)
+        return
+    with output_folder(options.output) as output:
+        context = _make_context(grid.name, data, options, output)
+        job = SweepJob(cells, replace(context, sweep_id=options.sweep_id, shard=shard), options)
+        _run(job)
+
+
+def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> None:
+    accelerator = start()
+    if accelerator.is_main_process:
+        workers = shard.count * accelerator.num_processes
+        display.table(*plan_table(cells, data, workers))
+        seconds = expected_seconds(cells, data, accelerator.device) / workers
+        display.lines(f"{name}: {len(cells)} cells, about {seconds:,.0f} s here; nothing was trained")
+
+
+def _make_context(name: str, data: Dataset, options: TrainOptions | SweepOptions, output: Path) -> SweepContext:
+    """Check that results can be written and that the tracking server answers, and join the other processes."""
+    writable(output / "results.json")
+    tracker, accelerator = connect("sweep"), start()
+    params, vectors = asdict(options), str(options.vectors)
+    return SweepContext(name, data, vectors, tracker, accelerator, output, params, resume=options.resume)
+
+
+def _run(job: SweepJob) -> None:
+    """Train the cells, conclude the sweep if this worker completes it, and print the results or the progress."""
+    with (
+        display.sweep(job.context.data) as listener,
+        run_sweep(job.cells, replace(job.context, listener=listener)) as sweep,
+    ):
+        results, lines = _conclude(sweep, job) if isinstance(sweep, Complete) else (None, [])
+    if results is not None:
+        display.results(results)
+    elif isinstance(sweep, Incomplete):
+        shard = job.context.shard
+        report = (
+            "the shard that completes the sweep writes the report"
+            if sweep.finished < sweep.cells
+            else f"the report stands in MLflow, and `report --sweep-id {sweep.sweep_id}` draws it again"
+        )
+        lines = [
+            f"sweep {sweep.sweep_id}: shard {shard.index}/{shard.count} is done, {sweep.finished} of {sweep.cells} "
+            f"cells are finished; {report}"
+        ]
+    display.lines(*lines)
+
+
+def _conclude(sweep: Complete, job: SweepJob) -> tuple[dict[str, Any], list[str]]:
+    """Write results, report and students, here and in MLflow; the results, and lines that name the files."""
+    context, data, options = job.context, job.context.data, job.options
+    results = results_of(context.name, data, sweep.rows, sweep.sweep_id) | {"vectors": context.vectors_uri}
+    # All names follow from the rows, so workers that end together write the same files.
+    path = context.output / f"{context.name}_results_{max(row['finished'] for row in sweep.rows)}.json"
+    write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
+    parts, files = sections(results), [path]
+    if options.report:
+        from pipeline.commands.report import write_report  # only here, because the plots take seconds to load
+
+        students = [context.tracker.student_of(part.results["best"]["run_id"]) for part in parts]
+        files += write_report(results, path.stem, context.output, students, data)
+    saved = _save_students(parts, job.student_folder or path.with_name(f"{path.stem}_student"), job)
+    retry_tracking(lambda: _log(sweep.parent, context.tracker, files, saved, options.register))
+    titles = ["results", "report"] + [""] * len(files)
+    lines = [f"{title:10}{file}" for title, file in zip(titles, files, strict=False)]
+    for one in saved:
+        lines += [f"student   {one.folder} ({one.student.summary})", f"          {one.reason}"]
+    return results, [*lines, f"MLflow    {sweep.parent.address}"]
+
+
+def _save_students(parts: list[Section], folder: Path, job: SweepJob) -> list[SavedStudent]:
+    """Save the best student of each section, for any text where that is possible."""
+    context, data, options, saved = job.context, job.context.data, job.options, []
+
+    @functools.cache
+    def find_vocabulary() -> Vocabulary | None:
+        bar, device = display.counting("vocabulary", "tokens"), context.accelerator.device
+        return find(data.vectors, context.vectors_uri, device, bar, options.device_map, options.trust_remote_code)
+
+    for part in parts:
+        choice = best_exportable(part.results, job.can_leave_baseline)
+        run_id = choice.row.get("run_id")
+        trained = baseline_student(choice.row, data) if run_id is None else context.tracker.student_of(run_id)
+        is_exportable = not needs_teacher(Cell(**trained.config["cell"]))
+        student = export_or_fallback(trained, data, find_vocabulary()) if is_exportable else trained
+        stem = folder.name.removesuffix("_student")  # names that end in "_student" keep that ending
+        place = folder.with_name(f"{stem}{part.suffix}{folder.name[len(stem) :]}")
+        student.save(place)
+        saved.append(SavedStudent(part, place, student, choice.reason, run_id is None or student is not trained))
+    return saved
+
+
+def _log(parent: Run, tracker: Tracker, files: list[Path], saved: list[SavedStudent], register: str | None) -> None:
+    """Log the files, the students and the best cells in the parent run."""
+    tags: dict[str, str] = {}
+    metrics: dict[str, float] = {}
+    for one in saved:
+        suffix, best = one.section.suffix, one.section.results["best"]
+        if one.is_new:
+            model_id = parent.log_student(one.folder, tracker.client.get_run(parent.id), f"student{suffix}")
+            if register is not None:
+                version = tracker.register(f"{register}{suffix}", model_id, ALIAS)
+                tags[f"registered_model{suffix}"] = f"{register}{suffix} version {version}"
+        own = {"best_run_id": best["run_id"], "best_cell": best["name"], "best_layer": str(best["layer"])}
+        tags |= {f"{name}{suffix}": value for name, value in (own | {"student": one.reason}).items()}
+        metrics |= {f"best_{name}{suffix}": best[name] for name in ("val_cosine", "test_cosine")}
+    for file in files:
+        parent.log_artifact(file)
+    number = sum(len(one.section.results["cells"]) for one in saved)
+    parent.log_metrics({"cells": number} | metrics)
+    parent.set_tags(tags)
