@@ -28,33 +28,17 @@ MAX_FAMILY = 4  # concepts that share a word stay together up to this number; so
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Concepts with their categories, row by row.
+    """Concepts with their categories, row by row."""
 
-    Attributes:
-        concepts: the words or phrases, unique in any letter case and Unicode form.
-        categories: the category of each concept.
-        language: code of the language whose stemmer groups the concepts.
-    """
-
-    concepts: tuple[str, ...]
+    concepts: tuple[str, ...]  # words or phrases, unique in any letter case and Unicode form
     categories: tuple[str, ...]
-    language: str = "en"
+    language: str = "en"  # whose stemmer groups the concepts
 
     def __len__(self) -> int:
         return len(self.concepts)
 
     def first(self, count: int) -> list[int]:
-        """Select the first concepts in `balanced_order`.
-
-        Args:
-            count: how many.
-
-        Returns:
-            Their rows, ascending.
-
-        Raises:
-            InputError: the catalogue has fewer concepts.
-        """
+        """Rows of the first concepts in `balanced_order`, ascending; raises `InputError` where there are fewer."""
         if count > len(self):
             raise InputError(f"--num-concepts {count}: the catalogue has {len(self)} concepts")
         return sorted(balanced_order(self.concepts, self.categories)[:count])
@@ -129,22 +113,14 @@ def balanced_order(concepts: Sequence[str], categories: Sequence[str]) -> list[i
     The categories take turns; within a category the order is that of a hash of the concept, so it does not depend on
     the order of rows, and a prefix of a prefix is the prefix of the whole.
 
-    Args:
-        concepts: the concepts.
-        categories: of each its category.
-
     Returns:
         Row numbers.
     """
     by_category: dict[str, list[int]] = defaultdict(list)
     for row in sorted(range(len(concepts)), key=lambda row: _digest("order", concepts[row])):
         by_category[categories[row]].append(row)
-    turns = [
-        (turn, _digest("order", category), row)
-        for category, rows in by_category.items()
-        for turn, row in enumerate(rows)
-    ]
-    return [row for _, _, row in sorted(turns)]
+    turn_of = {row: turn for rows in by_category.values() for turn, row in enumerate(rows)}
+    return sorted(turn_of, key=lambda row: (turn_of[row], _digest("order", categories[row]), row))
 
 
 def _digest(purpose: str, text: str) -> bytes:
@@ -154,21 +130,13 @@ def _digest(purpose: str, text: str) -> bytes:
 
 @dataclass(frozen=True)
 class Split:
-    """The split of a catalogue, with what limits it.
+    """The split of a catalogue, with what limits it."""
 
-    Attributes:
-        sides: of each concept: "train", "val" or "test".
-        groups: rows of the concepts that stay on one side.
-        common: words that were ignored when grouping, most frequent first.
-        wanted: how many concepts each of validation and test should have.
-        with_common: how many the smaller of the two could have if the common words counted.
-    """
-
-    sides: list[str]
-    groups: list[list[int]]
-    common: list[str]
-    wanted: int
-    with_common: int
+    sides: list[str]  # of each concept: "train", "val" or "test"
+    groups: list[list[int]]  # rows of the concepts that stay on one side
+    common: list[str]  # words that were ignored when grouping, most frequent first
+    wanted: int  # concepts that each of validation and test should have
+    with_common: int  # concepts that the smaller of the two could have if the common words counted
 
     @property
     def warnings(self) -> list[str]:
@@ -204,9 +172,6 @@ def compute_split(catalogue: Catalogue) -> Split:
     Descriptions ("terms related to ...") share words that join them all to one group, of which nothing can be held
     out. So where less than `MIN_HELD_OUT` could be held out, the words that most concepts share are ignored, as few
     of them as it takes; the words of at most `MAX_FAMILY` concepts always count.
-
-    Args:
-        catalogue: the concepts.
 
     Returns:
         The split.
@@ -257,11 +222,6 @@ def _assign_groups(groups: Sequence[list[int]], concepts: Sequence[str], categor
 
 def split_by_category(concepts: Sequence[str], categories: Sequence[str], language: str = "en") -> list[str]:
     """Hold out whole categories, one in five each for validation and test, at least one.
-
-    Args:
-        concepts: the concepts.
-        categories: of each its category.
-        language: of the concepts.
 
     Returns:
         The side of each concept; "none" for a concept that shares a word stem with a held-out one of another category.

@@ -40,51 +40,31 @@ MIN_SCALE = 1e-12  # of what does not vary
 
 @dataclass(frozen=True)
 class Examples:
-    """One side of a split, ready for a student.
+    """One side of a split, ready for a student."""
 
-    Attributes:
-        rows: the concepts' rows in the vectors file, ``N``.
-        inputs: standardised features, ``[N, features]``.
-        targets: activation vectors minus mu, ``[N, d_model]``.
-    """
-
-    rows: list[int]
-    inputs: Tensor
-    targets: Tensor
+    rows: list[int]  # N concepts' rows in the vectors file
+    inputs: Tensor  # [N, features], standardised
+    targets: Tensor  # [N, d_model], activation vectors minus mu
 
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """A training subset with the held-out concepts; all statistics are those of the training concepts.
-
-    Attributes:
-        train, val, test: the sides.
-        mean: mu of the training vectors, ``[d_model]``.
-        scale: root mean square of the centred training targets.
-        features: from tokens to inputs, with their standardisation.
-        concepts: all of the vectors file, by row.
-        language: of the concepts.
-        variants: how often each training concept occurs in ``augmented``, one after another.
-        augmented: the training side for gradient descent, with other targets or dropped tokens; else ``train``.
-    """
+    """A training subset with the held-out concepts; all statistics are those of the training concepts."""
 
     train: Examples
     val: Examples
     test: Examples
-    mean: Tensor
-    scale: float
+    mean: Tensor  # [d_model], mu of the training vectors
+    scale: float  # root mean square of the centred training targets
     features: TokenFeatures
-    concepts: tuple[str, ...]
+    concepts: tuple[str, ...]  # all of the vectors file, by row
     language: str
-    variants: int
-    augmented: Examples
+    variants: int  # of each training concept in `augmented`, one after another
+    augmented: Examples  # for gradient descent, with other targets or dropped tokens; else `train`
 
     @cached_property
     def gram(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues ``[N]`` and eigenvectors ``[N, N]`` of the inputs' Gram matrix, float64.
-
-        One factorisation serves every regularised linear map on this subset.
-        """
+        """Eigenvalues ``[N]`` and eigenvectors ``[N, N]`` of the inputs' Gram matrix, float64, for all linear maps."""
         inputs = self.train.inputs.double()
         values, vectors = torch.linalg.eigh(inputs @ inputs.mT)
         return values.clamp(min=0), vectors
@@ -99,14 +79,7 @@ def student_inputs(cell: Cell) -> str:
 
 @dataclass
 class Dataset:
-    """The training subsets of a vectors file.
-
-    Args:
-        vectors: the file.
-
-    Raises:
-        InputError: the file has no tokens (an older ``.pt``), or no held-out concepts.
-    """
+    """The training subsets of a vectors file, which must have tokens (an older ``.pt`` has none) and every side."""
 
     vectors: Vectors
     _subsets: dict[tuple[object, ...], Subset] = field(default_factory=dict)
@@ -139,17 +112,7 @@ class Dataset:
         return split_by_category(self.vectors.concepts, self.vectors.categories, self.vectors.language)
 
     def subset(self, cell: Cell) -> Subset:
-        """Make the cell's subset, or take it from the cache.
-
-        Args:
-            cell: names the number of concepts, the block, inputs, targets, split and token dropout.
-
-        Returns:
-            The first training concepts and all held-out ones.
-
-        Raises:
-            InputError: what `check` raises.
-        """
+        """The cell's first training concepts and all held-out ones, cached; raises what `check` raises."""
         key = (cell.concepts, cell.layer, student_inputs(cell), cell.targets, cell.split, cell.token_dropout)
         if key not in self._subsets:
             self.check(cell)
@@ -179,9 +142,6 @@ class Dataset:
 
     def check(self, cell: Cell) -> None:
         """Check that the cell's subset can be made, without its work.
-
-        Args:
-            cell: as for `subset`.
 
         Raises:
             InputError: more concepts than there are for training, a block that the file lacks, or unknown inputs,
@@ -275,15 +235,7 @@ class Dataset:
         return tables
 
     def vocabulary_features(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> TokenFeatures:
-        """Extend the cell's features to a whole vocabulary.
-
-        Args:
-            cell: as for `subset`.
-            vocabulary: token tables by name, ``[vocabulary, d_model]``.
-
-        Returns:
-            Features whose tables have a row for each token id.
-        """
+        """Extend the cell's features to all token ids, from token tables by name, ``[vocabulary, d_model]``."""
         subset = self.subset(cell)
         return replace(subset.features, tables=self._tables(student_inputs(cell), subset.train.rows, vocabulary))
 

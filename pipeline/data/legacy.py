@@ -66,9 +66,6 @@ STAND_INS: list[Any] = [
 def read_table(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32]]:
     """Read a ``.pt`` file.
 
-    Args:
-        path: the file.
-
     Returns:
         The concepts and their vectors, ``[concepts, d_model]``.
 

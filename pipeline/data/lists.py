@@ -13,7 +13,6 @@ import io
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,26 +47,12 @@ def is_table(place: str) -> bool:
     return Path(place).suffix.lower() in TABLES
 
 
-@contextmanager
-def opened(path: Path, name: str) -> Iterator[BinaryIO]:
-    """Open a file for reading.
-
-    Args:
-        path: the file.
-        name: of the file in errors.
-
-    Yields:
-        The file.
-
-    Raises:
-        InputError: it cannot be opened.
-    """
+def opened(path: Path, name: str) -> BinaryIO:
+    """Open a file for reading; raises `InputError` with its name where that fails."""
     try:
-        file = path.open("rb")
+        return path.open("rb")
     except OSError as error:
         raise InputError(f"{name}: {error.strerror or error}") from error
-    with file:
-        yield file
 
 
 def standard_input() -> BinaryIO:
@@ -78,11 +63,7 @@ def standard_input() -> BinaryIO:
 
 
 def lines(file: BinaryIO, name: str) -> NumberedLines:
-    """Read lines with their numbers, from 1.
-
-    Args:
-        file: read once, from its position.
-        name: of the file in errors.
+    """Read lines with their numbers, from 1; errors begin with the name.
 
     Yields:
         The number and the line with its line end, without byte order marks.
