@@ -170,8 +170,8 @@ def compute_split(catalogue: Catalogue) -> Split:
     a hash and each takes the first side that has room in all of its categories, so a family of many phrases trains.
 
     Descriptions ("terms related to ...") share words that join them all to one group, of which nothing can be held
-    out. So where less than `MIN_HELD_OUT` could be held out, the words that most concepts share are ignored, as few
-    of them as it takes; the words of at most `MAX_FAMILY` concepts always count.
+    out. So where less than `MIN_HELD_OUT` could be held out, the fewest words that most concepts share are ignored;
+    the words of at most `MAX_FAMILY` concepts always count.
 
     Returns:
         The split.

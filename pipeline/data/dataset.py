@@ -129,11 +129,9 @@ class Dataset:
 
     def _width(self, name: str) -> int:
         """Features of one input."""
-        d_model = self.vectors.d_model
-        if name in POOLED_INPUTS:
-            return d_model * len(POOLED_INPUTS[name][1])
         one_hot = {"ngrams": NGRAM_BUCKETS, "bag": len(self.vectors.token_vocab)}
-        return one_hot.get(name, d_model * (self.max_tokens if name == "sequence" else 1))
+        rows = {"sequence": self.max_tokens} | {one: len(pools) for one, (_, pools) in POOLED_INPUTS.items()}
+        return one_hot.get(name, rows.get(name, 1) * self.vectors.d_model)
 
     @property
     def max_tokens(self) -> int:
@@ -164,16 +162,13 @@ class Dataset:
             elif name not in (*INPUTS, "sequence"):
                 raise choices("inputs", name, [*INPUTS, "several joined by +"])
             if name == "activations" and vectors.token_block is None:
-                raise InputError(
-                    "--inputs activations: the vectors file has none; extract it again with --token-block 1, or read "
-                    "--inputs embeddings"
-                )
+                how = "extract it again with --token-block 1, or read --inputs embeddings"
+                raise InputError(f"--inputs activations: the vectors file has none; {how}")
         if cell.concepts > (available := len(self.rows("train", cell.split))):
             left_out = self._categories_apart.count("none") if cell.split == "categories" else 0
             why = f" ({left_out:,} share a word with those held out)" if left_out else ""
-            raise InputError(
-                f"--concepts {cell.concepts}: the vectors file has {available} training concepts{why}; ask for no more"
-            )
+            found = f"the vectors file has {available} training concepts{why}"
+            raise InputError(f"--concepts {cell.concepts}: {found}; ask for no more")
 
     def _make_subset(self, cell: Cell) -> Subset:
         rows_of = {side: self.rows(side, cell.split) for side in ("train", "val", "test")}
@@ -189,10 +184,8 @@ class Dataset:
         if cell.targets == "mean":
             sides["train"] = replace(sides["train"], targets=residual[train].mean(1) - mean)
         variants, augmented = self._augment(cell, features, sides["train"], residual[train] - mean)
-        concepts, language = self.vectors.concepts, self.vectors.language
-        return Subset(
-            sides["train"], sides["val"], sides["test"], mean, scale, features, concepts, language, variants, augmented
-        )
+        about = (features, self.vectors.concepts, self.vectors.language)
+        return Subset(sides["train"], sides["val"], sides["test"], mean, scale, *about, variants, augmented)
 
     def _fit_features(self, cell: Cell, rows: list[int]) -> tuple[TokenFeatures, Tensor]:
         """Fit the cell's features on training rows; with the inputs of all concepts, ``[concepts, features]``."""
@@ -241,21 +234,18 @@ class Dataset:
 
     def _augment(self, cell: Cell, features: TokenFeatures, train: Examples, targets: Tensor) -> tuple[int, Examples]:
         """Make variants of the training side from centred targets ``[N, templates, d_model]``; their number first."""
-        templates = targets.shape[1] if cell.targets == "all" else 1
-        variants = VARIANTS if cell.token_dropout else templates
+        templates = targets.unbind(1) if cell.targets == "all" else (train.targets,)
+        variants = VARIANTS if cell.token_dropout else len(templates)
         if variants == 1:
             return 1, train
-        draw = np.random.default_rng(0)
-        inputs = [train.inputs]
-        texts, rows = [self.vectors.concepts[row] for row in train.rows], np.array(train.rows)
-        for _ in range(1, variants):
-            kept = [_drop_tokens(self.vectors.token_rows[row], cell.token_dropout, draw) for row in train.rows]
-            tokenized = TokenizedTexts(texts, RaggedArray.from_lists(kept), rows)
-            inputs.append(torch.from_numpy(features(tokenized)) if cell.token_dropout else train.inputs)
-        if templates > 1:
-            outputs = [targets[:, number % templates] for number in range(variants)]
-        else:
-            outputs = [train.targets] * variants
+        outputs = [templates[number % len(templates)] for number in range(variants)]
+        inputs = [train.inputs] * variants
+        if cell.token_dropout:
+            draw, texts = np.random.default_rng(0), [self.vectors.concepts[row] for row in train.rows]
+            for number in range(1, variants):
+                kept = [_drop_tokens(self.vectors.token_rows[row], cell.token_dropout, draw) for row in train.rows]
+                tokenized = TokenizedTexts(texts, RaggedArray.from_lists(kept), np.array(train.rows))
+                inputs[number] = torch.from_numpy(features(tokenized))
         # A concept's variants stand next to each other.
         flat = [torch.stack(parts, 1).flatten(0, 1) for parts in (inputs, outputs)]
         return variants, Examples(train.rows, *flat)

@@ -142,11 +142,6 @@ def table(file: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[tuple[i
     The separator is a comma or, where only that finds the columns in the header, a semicolon or a tab. Columns are
     found in any letter case. Rows without any value are left out.
 
-    Args:
-        file: read once, from its position.
-        name: of the file in errors.
-        columns: names of the columns.
-
     Yields:
         For each row the line on which it begins, and its stripped values in the order of the columns.
 

@@ -220,10 +220,11 @@ def _read_safetensors(path: Path) -> Vectors:
     claimed = header.pop("header_sha256", None)
     if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
         raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
-    lists = {name: _lists_to_tuples(json.loads(header[name])) for name in LISTS}
-    values = {**tensors, **lists, **{name: header[name] for name in STRINGS}}
+    values = {name: json.loads(header[name]) for name in LISTS}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values |= {name: header[name] for name in STRINGS}
     values |= {name: header.get(name, default) for name, default in HEADER_DEFAULTS.items()}
-    found = Vectors(**values)
+    found = Vectors(**tensors, **values)
     if found.sha256 != header["sha256"]:
         raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")
     rows = len(found.concepts)
@@ -238,10 +239,6 @@ def _read_safetensors(path: Path) -> Vectors:
     if not shapes_fit:
         raise InputError(f"vectors file {path}: shapes that do not fit together")
     return found
-
-
-def _lists_to_tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def parse_header(beginning: bytes) -> dict[str, str]:
@@ -292,8 +289,8 @@ def _read_pt(path: Path) -> Vectors:
     tensors = (table[:, None, None], no_tokens, np.zeros(len(concepts) + 1, np.int64), no_tokens, no_rows, no_rows)
     categories = ("unknown",) * len(concepts)
     splits = tuple(split(Catalogue(concepts, categories)))
-    strings = dict.fromkeys(STRINGS, "unknown") | {"dtype": "float32"}
-    return Vectors(*tensors, concepts, categories, splits, (0,), ("{concept}",), token_block=None, depth=0, **strings)
+    strings = ("unknown", "unknown", "unknown", "float32", "unknown")  # in the order of `STRINGS`
+    return Vectors(*tensors, concepts, categories, splits, (0,), ("{concept}",), None, 0, *strings)
 
 
 def stored_dtype(peak: float) -> np.dtype[Any]:

@@ -130,8 +130,7 @@ class Student:
                 from tqdm import tqdm
 
                 done = tqdm(done, total=len(starts), unit="text", unit_scale=batch_size)
-            for _ in done:
-                pass
+            list(done)  # waits, and raises what a chunk raised
         return _unit(vectors) if normalize_embeddings else vectors
 
     def _compute(self, texts: TokenizedTexts, shift: FloatArray, out: FloatArray) -> None:
@@ -151,13 +150,13 @@ class Student:
         if self.tokenization is not None:
             return TokenizedTexts(texts, self.tokenization(texts))
         assert self.token_rows is not None
-        for text in texts:
-            if text not in self._row_of_concept:
-                raise InputError(
-                    f"text {text[:60]!r}: this student answers for the {len(self.concepts):,} concepts of its vectors "
-                    "file only; the one that a sweep leaves in its results answers for any text"
-                )
-        rows = np.array([self._row_of_concept[text] for text in texts], np.int64)
+        try:
+            rows = np.array([self._row_of_concept[text] for text in texts], np.int64)
+        except KeyError as error:
+            raise InputError(
+                f"text {error.args[0][:60]!r}: this student {self.summary} only; the one that a sweep leaves in its "
+                "results answers for any text"
+            ) from None
         return TokenizedTexts(texts, self.token_rows.take(rows), rows)
 
     def nearest(self, vectors: FloatArray, count: int) -> list[list[tuple[str, float]]]:
