@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from pipeline.data import lists
 from pipeline.data.stems import STEMMERS, connected_rows, stem, stems, words
@@ -72,16 +73,14 @@ def _read_table(source: str) -> Catalogue:
     name = f"concepts file {source}"
     with lists.opened(fetch(source), name) as file:
         rows = list(lists.table(file, name, ("concept", "category")))
+    where = [f"{name}, line {line}" for line, _ in rows]
     # A line break within a value is how a spreadsheet shows a long phrase.
-    concepts = normalise_texts(
-        (_on_one_line(concept) for _, (concept, _) in rows), lambda place: f"{name}, line {rows[place][0]}"
-    )
+    concepts = normalise_texts((_on_one_line(concept) for _, (concept, _) in rows), where.__getitem__)
     seen: dict[str, int] = {}
-    for concept, (line, _) in zip(concepts, rows, strict=True):
-        if (before := seen.setdefault(" ".join(casefolded(concept).split()), line)) != line:
-            raise InputError(
-                f"{name}, line {line}: {concept!r} stands already at line {before}; name each concept once"
-            )
+    for place, concept in enumerate(concepts):
+        if (first := seen.setdefault(" ".join(casefolded(concept).split()), place)) != place:
+            found = f"{concept!r} stands already at line {rows[first][0]}"
+            raise InputError(f"{where[place]}: {found}; name each concept once")
     if not rows:
         raise InputError(f"{name}: no concepts below the header line")
     return Catalogue(tuple(concepts), tuple(nfc(_on_one_line(category)) for _, (_, category) in rows))
@@ -181,11 +180,9 @@ def compute_split(catalogue: Catalogue) -> Split:
     frequency = Counter(stem for own in stems_by_row for stem in own)
     wanted = _quotas(Counter(categories)).total()
 
-    def common_above(limit: int) -> set[str]:
-        return {stem for stem, number in frequency.items() if number > limit}
-
+    @cache
     def assign(limit: int) -> tuple[list[str], list[list[int]]]:
-        groups = connected_rows(stems_by_row, common_above(limit))
+        groups = connected_rows(stems_by_row, {stem for stem, number in frequency.items() if number > limit})
         return _assign_groups(groups, concepts, categories), groups
 
     def smaller_side(limit: int) -> int:
@@ -199,7 +196,7 @@ def compute_split(catalogue: Catalogue) -> Split:
         largest = limits[max(0, first_short - 1)]
         limit = largest if smaller_side(largest) > with_common else limit
     sides, groups = assign(limit)
-    common = sorted(common_above(limit), key=lambda stem: (-frequency[stem], stem))
+    common = [stem for number, stem in sorted((-number, stem) for stem, number in frequency.items()) if -number > limit]
     word_of = {stem(word, catalogue.language): word for concept in concepts for word in words(concept)}
     return Split(sides, groups, [word_of.get(one, one) for one in common], wanted, with_common)
 
@@ -233,9 +230,8 @@ def split_by_category(concepts: Sequence[str], categories: Sequence[str], langua
     held = max(1, len(names) // 5)
     if len(names) < 3:
         raise InputError(f"--split categories: needs 3 categories at the least, found {len(names)}")
-    side_of = dict.fromkeys(names, "train") | dict.fromkeys(names[:held], "test")
-    side_of |= dict.fromkeys(names[held : 2 * held], "val")
-    found = [side_of[category] for category in categories]
+    side_of = dict.fromkeys(names[:held], "test") | dict.fromkeys(names[held : 2 * held], "val")
+    found = [side_of.get(category, "train") for category in categories]
     for group in compute_split(Catalogue(tuple(concepts), tuple(categories), language)).groups:
         if len(own := {found[row] for row in group}) > 1:
             kept = "test" if "test" in own else "val"

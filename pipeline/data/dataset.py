@@ -37,6 +37,8 @@ TARGETS = ("first", "mean", "all")
 SPLITS = ("concepts", "categories")
 MIN_SCALE = 1e-12  # of what does not vary
 
+TokenTables = Mapping[str, NDArray[Any]]  # by name, [vocabulary, d_model]
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -147,10 +149,9 @@ class Dataset:
         """
         vectors = self.vectors
         vectors.layer_index(cell.layer)
-        if cell.split not in SPLITS:
-            raise choices("split", cell.split, SPLITS)
-        if cell.targets not in TARGETS:
-            raise choices("targets", cell.targets, TARGETS)
+        for kind, asked, known in (("split", cell.split, SPLITS), ("targets", cell.targets, TARGETS)):
+            if asked not in known:
+                raise choices(kind, asked, known)
         if cell.targets != "first" and len(vectors.templates) < 2:
             raise InputError(f"--targets {cell.targets}: the vectors file has one template; extract several")
         for name in student_inputs(cell).split("+"):
@@ -204,9 +205,7 @@ class Dataset:
             scale[columns] = max(float(np.sqrt(spread)), MIN_SCALE)
         return replace(features, offset=offset, scale=scale), torch.from_numpy((joined - offset) / scale)
 
-    def _tables(
-        self, inputs: str, rows: list[int], vocabulary: Mapping[str, NDArray[Any]] | None = None
-    ) -> dict[str, Table]:
+    def _tables(self, inputs: str, rows: list[int], vocabulary: TokenTables | None = None) -> dict[str, Table]:
         """Make the tables of inputs, fitted on training rows; for the tokens of the vectors file or of a vocabulary."""
         vectors = self.vectors
         train_types = np.unique(vectors.token_rows.take(np.array(rows)).values)
@@ -221,14 +220,12 @@ class Dataset:
                 source = sequence if name == "sequence" else POOLED_INPUTS[name][0]
                 known = getattr(vectors, source)
                 table = known if vocabulary is None else vocabulary[source]
-                if name in FITTED_TABLES:
-                    tables[name] = Table(FITTED_TABLES[name](table, known[train_types]))
-                else:
-                    tables[source] = Table(table)
+                fit = FITTED_TABLES.get(name)
+                tables[name if fit else source] = Table(fit(table, known[train_types]) if fit else table)
         return tables
 
-    def vocabulary_features(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> TokenFeatures:
-        """Extend the cell's features to all token ids, from token tables by name, ``[vocabulary, d_model]``."""
+    def vocabulary_features(self, cell: Cell, vocabulary: TokenTables) -> TokenFeatures:
+        """Extend the cell's features to all token ids of a vocabulary."""
         subset = self.subset(cell)
         return replace(subset.features, tables=self._tables(student_inputs(cell), subset.train.rows, vocabulary))
 

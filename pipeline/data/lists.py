@@ -1,8 +1,7 @@
 """Reading of users' lists: text files, the CSV of spreadsheets, and standard input.
 
-Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. Any other encoding is refused, not guessed: a wrong guess
-would silently turn letters into others. Lines end with LF, CRLF or CR. Every error names the file and the line. Memory
-does not grow with a list.
+Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark; any other encoding is refused, as a wrong guess would turn
+letters into others. Lines end with LF, CRLF or CR. Errors name file and line. Memory does not grow with a list.
 """
 
 from __future__ import annotations
@@ -22,13 +21,8 @@ from pipeline.student.tokenizer import casefolded
 TABLES = (".csv", ".tsv")
 SEPARATORS = (",", ";", "\t")  # as spreadsheets write them, by country and format
 BLANK = '",;\t\r\n '  # the characters of a row without values
-BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
+BYTE_ORDER_MARK = "\ufeff"
+ENCODINGS = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")  # UTF-32 first: its mark begins with that of UTF-16
 OTHER_KINDS = {
     b"PK\x03\x04": "a spreadsheet's own format or a zip archive",
     b"\xd0\xcf\x11\xe0": "a spreadsheet's own format",
@@ -75,9 +69,9 @@ def lines(file: BinaryIO, name: str) -> NumberedLines:
     for beginning, kind in OTHER_KINDS.items():
         if block.startswith(beginning):
             raise InputError(f"{name}: {kind}; expected text: save it as CSV or plain text, in UTF-8")
-    mark, encoding = next((known for known in BYTE_ORDER_MARKS if block.startswith(known[0])), (b"", "utf-8"))
+    encoding = next((known for known in ENCODINGS if block.startswith(BYTE_ORDER_MARK.encode(known))), "utf-8")
     decoder = codecs.getincrementaldecoder(encoding)()
-    block, number, rest = block[len(mark) :], 0, ""
+    number, rest = 0, ""
     while True:
         following = read_block(file, name)
         try:
@@ -93,7 +87,7 @@ def lines(file: BinaryIO, name: str) -> NumberedLines:
             if "\0" in line:
                 hint = "; UTF-16 without a byte order mark? save it as UTF-8" if number == 1 else ""
                 raise InputError(f"{name}, line {number}: a null byte{hint}")
-            yield number, line.lstrip("\ufeff")  # files put end to end leave marks amid the text
+            yield number, line.lstrip(BYTE_ORDER_MARK)  # files put end to end leave marks amid the text
         if len(rest) > LONGEST:
             raise InputError(f"{name}, line {number + 1}: over {LONGEST:,} characters in one line")
         if not following:
