@@ -261,16 +261,14 @@ def _whitened(table: NDArray[Any], fitted: NDArray[Any]) -> FloatArray:
     values, vectors = np.linalg.eigh((own - offset).T @ (own - offset) / len(own))
     scale = np.sqrt(values.clip(min=0) + WHITENING * values.mean())
     # Rotated back into the embeddings' own axes: eigenvectors of equal values differ from processor to processor.
-    whitened: FloatArray = ((table.astype(np.float64) - offset) @ (vectors / scale @ vectors.T)).astype(np.float32)
-    return whitened
+    return np.asarray((table.astype(np.float64) - offset) @ (vectors / scale @ vectors.T), np.float32)
 
 
 def _standardised(table: NDArray[Any], fitted: NDArray[Any]) -> FloatArray:
     """Centre rows and give them one scale, as a transformer needs them."""
     own = fitted.astype(np.float32)
     offset = own.mean(0)
-    standardised: FloatArray = (table.astype(np.float32) - offset) / np.sqrt(np.square(own - offset).mean())
-    return standardised
+    return np.asarray((table.astype(np.float32) - offset) / np.sqrt(np.square(own - offset).mean()), np.float32)
 
 
 # Tables that are fitted on the rows of the training concepts' tokens.

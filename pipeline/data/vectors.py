@@ -196,10 +196,8 @@ def read_vectors(path: Path) -> Vectors:
     found = _read_pt(path) if path.suffix == ".pt" else _read_safetensors(path)
     if not np.isfinite(found.vectors).all():
         rows = np.flatnonzero(~np.isfinite(found.vectors).all(axis=(1, 2, 3)))
-        raise InputError(
-            f"vectors file {path}: {len(rows)} concepts have values that are not finite, first "
-            f"{found.concepts[rows[0]]!r}; extract them again"
-        )
+        which = f"{len(rows)} concepts have values that are not finite, first {found.concepts[rows[0]]!r}"
+        raise InputError(f"vectors file {path}: {which}; extract them again")
     if not (np.isfinite(found.token_embeddings).all() and np.isfinite(found.token_activations).all()):
         raise InputError(f"vectors file {path}: token embeddings or activations that are not finite; extract again")
     return found

@@ -153,10 +153,8 @@ class Student:
         try:
             rows = np.array([self._row_of_concept[text] for text in texts], np.int64)
         except KeyError as error:
-            raise InputError(
-                f"text {error.args[0][:60]!r}: this student {self.summary} only; the one that a sweep leaves in its "
-                "results answers for any text"
-            ) from None
+            hint = f"this student {self.summary} only; the one that a sweep leaves in its results answers for any text"
+            raise InputError(f"text {error.args[0][:60]!r}: {hint}") from None
         return TokenizedTexts(texts, self.token_rows.take(rows), rows)
 
     def nearest(self, vectors: FloatArray, count: int) -> list[list[tuple[str, float]]]:
