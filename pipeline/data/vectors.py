@@ -95,8 +95,7 @@ class Vectors:
     def layer_index(self, layer: int | None) -> int:
         """Position of block ``layer`` on the layers axis; raises `InputError` where the file has none."""
         if layer not in self.layers:
-            available = ", ".join(map(str, self.layers))
-            raise InputError(f"--layer {layer}: not in the vectors file; available: {available}")
+            raise InputError(f"--layer {layer}: not in the vectors file; available: {', '.join(map(str, self.layers))}")
         return self.layers.index(layer)
 
     @property

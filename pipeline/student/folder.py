@@ -64,11 +64,7 @@ def read_folder(place: Path) -> Folder:
 
 
 def unpack(read_file: Callable[[str], bytes], card: str) -> Folder:
-    """Decode and check the files.
-
-    Args:
-        read_file: from a file's name to its content.
-        card: the text of the README.
+    """Decode and check the files, whose contents ``read_file`` finds by name.
 
     Returns:
         The contents.

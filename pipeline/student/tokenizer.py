@@ -213,11 +213,7 @@ def casefolded(text: str) -> str:
 
 
 def normalise_texts(texts: Iterable[object], name: Callable[[int], str] = "text {}".format) -> list[str]:
-    """Check texts, strip the blanks around them and bring them to form C.
-
-    Args:
-        texts: any values.
-        name: from a position, from 0, to the name of that text in errors.
+    """Check texts, strip the blanks around them and bring them to form C; ``name`` names a position in errors.
 
     Returns:
         The texts.
