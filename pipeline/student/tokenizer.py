@@ -213,7 +213,7 @@ def casefolded(text: str) -> str:
 
 
 def normalise_texts(texts: Iterable[object], name: Callable[[int], str] = "text {}".format) -> list[str]:
-    """Check texts, strip the blanks around them and bring them to form C; ``name`` names a position in errors.
+    """Check texts, strip the blanks around them and bring them to form C; ``name`` gives a position its name in errors.
 
     Returns:
         The texts.
