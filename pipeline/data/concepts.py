@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from pipeline.data import lists
 from pipeline.data.stems import STEMMERS, connected_rows, stem, stems, words
@@ -28,33 +29,17 @@ MAX_FAMILY = 4  # concepts that share a word stay together up to this number; so
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Concepts with their categories, row by row.
+    """Concepts with their categories, row by row."""
 
-    Attributes:
-        concepts: the words or phrases, unique in any letter case and Unicode form.
-        categories: the category of each concept.
-        language: code of the language whose stemmer groups the concepts.
-    """
-
-    concepts: tuple[str, ...]
+    concepts: tuple[str, ...]  # words or phrases, unique in any letter case and Unicode form
     categories: tuple[str, ...]
-    language: str = "en"
+    language: str = "en"  # whose stemmer groups the concepts
 
     def __len__(self) -> int:
         return len(self.concepts)
 
     def first(self, count: int) -> list[int]:
-        """Select the first concepts in `balanced_order`.
-
-        Args:
-            count: how many.
-
-        Returns:
-            Their rows, ascending.
-
-        Raises:
-            InputError: the catalogue has fewer concepts.
-        """
+        """Rows of the first concepts in `balanced_order`, ascending; raises `InputError` where there are fewer."""
         if count > len(self):
             raise InputError(f"--num-concepts {count}: the catalogue has {len(self)} concepts")
         return sorted(balanced_order(self.concepts, self.categories)[:count])
@@ -88,16 +73,14 @@ def _read_table(source: str) -> Catalogue:
     name = f"concepts file {source}"
     with lists.opened(fetch(source), name) as file:
         rows = list(lists.table(file, name, ("concept", "category")))
+    where = [f"{name}, line {line}" for line, _ in rows]
     # A line break within a value is how a spreadsheet shows a long phrase.
-    concepts = normalise_texts(
-        (_on_one_line(concept) for _, (concept, _) in rows), lambda place: f"{name}, line {rows[place][0]}"
-    )
+    concepts = normalise_texts((_on_one_line(concept) for _, (concept, _) in rows), where.__getitem__)
     seen: dict[str, int] = {}
-    for concept, (line, _) in zip(concepts, rows, strict=True):
-        if (before := seen.setdefault(" ".join(casefolded(concept).split()), line)) != line:
-            raise InputError(
-                f"{name}, line {line}: {concept!r} stands already at line {before}; name each concept once"
-            )
+    for place, concept in enumerate(concepts):
+        if (first := seen.setdefault(" ".join(casefolded(concept).split()), place)) != place:
+            found = f"{concept!r} stands already at line {rows[first][0]}"
+            raise InputError(f"{where[place]}: {found}; name each concept once")
     if not rows:
         raise InputError(f"{name}: no concepts below the header line")
     return Catalogue(tuple(concepts), tuple(nfc(_on_one_line(category)) for _, (_, category) in rows))
@@ -129,22 +112,14 @@ def balanced_order(concepts: Sequence[str], categories: Sequence[str]) -> list[i
     The categories take turns; within a category the order is that of a hash of the concept, so it does not depend on
     the order of rows, and a prefix of a prefix is the prefix of the whole.
 
-    Args:
-        concepts: the concepts.
-        categories: of each its category.
-
     Returns:
         Row numbers.
     """
     by_category: dict[str, list[int]] = defaultdict(list)
     for row in sorted(range(len(concepts)), key=lambda row: _digest("order", concepts[row])):
         by_category[categories[row]].append(row)
-    turns = [
-        (turn, _digest("order", category), row)
-        for category, rows in by_category.items()
-        for turn, row in enumerate(rows)
-    ]
-    return [row for _, _, row in sorted(turns)]
+    turn_of = {row: turn for rows in by_category.values() for turn, row in enumerate(rows)}
+    return sorted(turn_of, key=lambda row: (turn_of[row], _digest("order", categories[row]), row))
 
 
 def _digest(purpose: str, text: str) -> bytes:
@@ -154,21 +129,13 @@ def _digest(purpose: str, text: str) -> bytes:
 
 @dataclass(frozen=True)
 class Split:
-    """The split of a catalogue, with what limits it.
+    """The split of a catalogue, with what limits it."""
 
-    Attributes:
-        sides: of each concept: "train", "val" or "test".
-        groups: rows of the concepts that stay on one side.
-        common: words that were ignored when grouping, most frequent first.
-        wanted: how many concepts each of validation and test should have.
-        with_common: how many the smaller of the two could have if the common words counted.
-    """
-
-    sides: list[str]
-    groups: list[list[int]]
-    common: list[str]
-    wanted: int
-    with_common: int
+    sides: list[str]  # of each concept: "train", "val" or "test"
+    groups: list[list[int]]  # rows of the concepts that stay on one side
+    common: list[str]  # words that were ignored when grouping, most frequent first
+    wanted: int  # concepts that each of validation and test should have
+    with_common: int  # concepts that the smaller of the two could have if the common words counted
 
     @property
     def warnings(self) -> list[str]:
@@ -202,11 +169,8 @@ def compute_split(catalogue: Catalogue) -> Split:
     a hash and each takes the first side that has room in all of its categories, so a family of many phrases trains.
 
     Descriptions ("terms related to ...") share words that join them all to one group, of which nothing can be held
-    out. So where less than `MIN_HELD_OUT` could be held out, the words that most concepts share are ignored, as few
-    of them as it takes; the words of at most `MAX_FAMILY` concepts always count.
-
-    Args:
-        catalogue: the concepts.
+    out. So where less than `MIN_HELD_OUT` could be held out, the fewest words that most concepts share are ignored;
+    the words of at most `MAX_FAMILY` concepts always count.
 
     Returns:
         The split.
@@ -216,11 +180,9 @@ def compute_split(catalogue: Catalogue) -> Split:
     frequency = Counter(stem for own in stems_by_row for stem in own)
     wanted = _quotas(Counter(categories)).total()
 
-    def common_above(limit: int) -> set[str]:
-        return {stem for stem, number in frequency.items() if number > limit}
-
+    @cache
     def assign(limit: int) -> tuple[list[str], list[list[int]]]:
-        groups = connected_rows(stems_by_row, common_above(limit))
+        groups = connected_rows(stems_by_row, {stem for stem, number in frequency.items() if number > limit})
         return _assign_groups(groups, concepts, categories), groups
 
     def smaller_side(limit: int) -> int:
@@ -234,7 +196,7 @@ def compute_split(catalogue: Catalogue) -> Split:
         largest = limits[max(0, first_short - 1)]
         limit = largest if smaller_side(largest) > with_common else limit
     sides, groups = assign(limit)
-    common = sorted(common_above(limit), key=lambda stem: (-frequency[stem], stem))
+    common = [stem for number, stem in sorted((-number, stem) for stem, number in frequency.items()) if -number > limit]
     word_of = {stem(word, catalogue.language): word for concept in concepts for word in words(concept)}
     return Split(sides, groups, [word_of.get(one, one) for one in common], wanted, with_common)
 
@@ -258,11 +220,6 @@ def _assign_groups(groups: Sequence[list[int]], concepts: Sequence[str], categor
 def split_by_category(concepts: Sequence[str], categories: Sequence[str], language: str = "en") -> list[str]:
     """Hold out whole categories, one in five each for validation and test, at least one.
 
-    Args:
-        concepts: the concepts.
-        categories: of each its category.
-        language: of the concepts.
-
     Returns:
         The side of each concept; "none" for a concept that shares a word stem with a held-out one of another category.
 
@@ -273,9 +230,8 @@ def split_by_category(concepts: Sequence[str], categories: Sequence[str], langua
     held = max(1, len(names) // 5)
     if len(names) < 3:
         raise InputError(f"--split categories: needs 3 categories at the least, found {len(names)}")
-    side_of = dict.fromkeys(names, "train") | dict.fromkeys(names[:held], "test")
-    side_of |= dict.fromkeys(names[held : 2 * held], "val")
-    found = [side_of[category] for category in categories]
+    side_of = dict.fromkeys(names[:held], "test") | dict.fromkeys(names[held : 2 * held], "val")
+    found = [side_of.get(category, "train") for category in categories]
     for group in compute_split(Catalogue(tuple(concepts), tuple(categories), language)).groups:
         if len(own := {found[row] for row in group}) > 1:
             kept = "test" if "test" in own else "val"

@@ -37,54 +37,36 @@ TARGETS = ("first", "mean", "all")
 SPLITS = ("concepts", "categories")
 MIN_SCALE = 1e-12  # of what does not vary
 
+TokenTables = Mapping[str, NDArray[Any]]  # by name, [vocabulary, d_model]
+
 
 @dataclass(frozen=True)
 class Examples:
-    """One side of a split, ready for a student.
+    """One side of a split, ready for a student."""
 
-    Attributes:
-        rows: the concepts' rows in the vectors file, ``N``.
-        inputs: standardised features, ``[N, features]``.
-        targets: activation vectors minus mu, ``[N, d_model]``.
-    """
-
-    rows: list[int]
-    inputs: Tensor
-    targets: Tensor
+    rows: list[int]  # N concepts' rows in the vectors file
+    inputs: Tensor  # [N, features], standardised
+    targets: Tensor  # [N, d_model], activation vectors minus mu
 
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """A training subset with the held-out concepts; all statistics are those of the training concepts.
-
-    Attributes:
-        train, val, test: the sides.
-        mean: mu of the training vectors, ``[d_model]``.
-        scale: root mean square of the centred training targets.
-        features: from tokens to inputs, with their standardisation.
-        concepts: all of the vectors file, by row.
-        language: of the concepts.
-        variants: how often each training concept occurs in ``augmented``, one after another.
-        augmented: the training side for gradient descent, with other targets or dropped tokens; else ``train``.
-    """
+    """A training subset with the held-out concepts; all statistics are those of the training concepts."""
 
     train: Examples
     val: Examples
     test: Examples
-    mean: Tensor
-    scale: float
+    mean: Tensor  # [d_model], mu of the training vectors
+    scale: float  # root mean square of the centred training targets
     features: TokenFeatures
-    concepts: tuple[str, ...]
+    concepts: tuple[str, ...]  # all of the vectors file, by row
     language: str
-    variants: int
-    augmented: Examples
+    variants: int  # of each training concept in `augmented`, one after another
+    augmented: Examples  # for gradient descent, with other targets or dropped tokens; else `train`
 
     @cached_property
     def gram(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues ``[N]`` and eigenvectors ``[N, N]`` of the inputs' Gram matrix, float64.
-
-        One factorisation serves every regularised linear map on this subset.
-        """
+        """Eigenvalues ``[N]`` and eigenvectors ``[N, N]`` of the inputs' Gram matrix, float64, for all linear maps."""
         inputs = self.train.inputs.double()
         values, vectors = torch.linalg.eigh(inputs @ inputs.mT)
         return values.clamp(min=0), vectors
@@ -99,14 +81,7 @@ def student_inputs(cell: Cell) -> str:
 
 @dataclass
 class Dataset:
-    """The training subsets of a vectors file.
-
-    Args:
-        vectors: the file.
-
-    Raises:
-        InputError: the file has no tokens (an older ``.pt``), or no held-out concepts.
-    """
+    """The training subsets of a vectors file, which must have tokens (an older ``.pt`` has none) and every side."""
 
     vectors: Vectors
     _subsets: dict[tuple[object, ...], Subset] = field(default_factory=dict)
@@ -139,17 +114,7 @@ class Dataset:
         return split_by_category(self.vectors.concepts, self.vectors.categories, self.vectors.language)
 
     def subset(self, cell: Cell) -> Subset:
-        """Make the cell's subset, or take it from the cache.
-
-        Args:
-            cell: names the number of concepts, the block, inputs, targets, split and token dropout.
-
-        Returns:
-            The first training concepts and all held-out ones.
-
-        Raises:
-            InputError: what `check` raises.
-        """
+        """The cell's first training concepts and all held-out ones, cached; raises what `check` raises."""
         key = (cell.concepts, cell.layer, student_inputs(cell), cell.targets, cell.split, cell.token_dropout)
         if key not in self._subsets:
             self.check(cell)
@@ -166,11 +131,9 @@ class Dataset:
 
     def _width(self, name: str) -> int:
         """Features of one input."""
-        d_model = self.vectors.d_model
-        if name in POOLED_INPUTS:
-            return d_model * len(POOLED_INPUTS[name][1])
         one_hot = {"ngrams": NGRAM_BUCKETS, "bag": len(self.vectors.token_vocab)}
-        return one_hot.get(name, d_model * (self.max_tokens if name == "sequence" else 1))
+        rows = {"sequence": self.max_tokens} | {one: len(pools) for one, (_, pools) in POOLED_INPUTS.items()}
+        return one_hot.get(name, rows.get(name, 1) * self.vectors.d_model)
 
     @property
     def max_tokens(self) -> int:
@@ -180,19 +143,15 @@ class Dataset:
     def check(self, cell: Cell) -> None:
         """Check that the cell's subset can be made, without its work.
 
-        Args:
-            cell: as for `subset`.
-
         Raises:
             InputError: more concepts than there are for training, a block that the file lacks, or unknown inputs,
                 targets or split.
         """
         vectors = self.vectors
         vectors.layer_index(cell.layer)
-        if cell.split not in SPLITS:
-            raise choices("split", cell.split, SPLITS)
-        if cell.targets not in TARGETS:
-            raise choices("targets", cell.targets, TARGETS)
+        for kind, asked, known in (("split", cell.split, SPLITS), ("targets", cell.targets, TARGETS)):
+            if asked not in known:
+                raise choices(kind, asked, known)
         if cell.targets != "first" and len(vectors.templates) < 2:
             raise InputError(f"--targets {cell.targets}: the vectors file has one template; extract several")
         for name in student_inputs(cell).split("+"):
@@ -204,16 +163,13 @@ class Dataset:
             elif name not in (*INPUTS, "sequence"):
                 raise choices("inputs", name, [*INPUTS, "several joined by +"])
             if name == "activations" and vectors.token_block is None:
-                raise InputError(
-                    "--inputs activations: the vectors file has none; extract it again with --token-block 1, or read "
-                    "--inputs embeddings"
-                )
+                how = "extract it again with --token-block 1, or read --inputs embeddings"
+                raise InputError(f"--inputs activations: the vectors file has none; {how}")
         if cell.concepts > (available := len(self.rows("train", cell.split))):
             left_out = self._categories_apart.count("none") if cell.split == "categories" else 0
             why = f" ({left_out:,} share a word with those held out)" if left_out else ""
-            raise InputError(
-                f"--concepts {cell.concepts}: the vectors file has {available} training concepts{why}; ask for no more"
-            )
+            found = f"the vectors file has {available} training concepts{why}"
+            raise InputError(f"--concepts {cell.concepts}: {found}; ask for no more")
 
     def _make_subset(self, cell: Cell) -> Subset:
         rows_of = {side: self.rows(side, cell.split) for side in ("train", "val", "test")}
@@ -229,10 +185,8 @@ class Dataset:
         if cell.targets == "mean":
             sides["train"] = replace(sides["train"], targets=residual[train].mean(1) - mean)
         variants, augmented = self._augment(cell, features, sides["train"], residual[train] - mean)
-        concepts, language = self.vectors.concepts, self.vectors.language
-        return Subset(
-            sides["train"], sides["val"], sides["test"], mean, scale, features, concepts, language, variants, augmented
-        )
+        about = (features, self.vectors.concepts, self.vectors.language)
+        return Subset(sides["train"], sides["val"], sides["test"], mean, scale, *about, variants, augmented)
 
     def _fit_features(self, cell: Cell, rows: list[int]) -> tuple[TokenFeatures, Tensor]:
         """Fit the cell's features on training rows; with the inputs of all concepts, ``[concepts, features]``."""
@@ -251,9 +205,7 @@ class Dataset:
             scale[columns] = max(float(np.sqrt(spread)), MIN_SCALE)
         return replace(features, offset=offset, scale=scale), torch.from_numpy((joined - offset) / scale)
 
-    def _tables(
-        self, inputs: str, rows: list[int], vocabulary: Mapping[str, NDArray[Any]] | None = None
-    ) -> dict[str, Table]:
+    def _tables(self, inputs: str, rows: list[int], vocabulary: TokenTables | None = None) -> dict[str, Table]:
         """Make the tables of inputs, fitted on training rows; for the tokens of the vectors file or of a vocabulary."""
         vectors = self.vectors
         train_types = np.unique(vectors.token_rows.take(np.array(rows)).values)
@@ -268,42 +220,29 @@ class Dataset:
                 source = sequence if name == "sequence" else POOLED_INPUTS[name][0]
                 known = getattr(vectors, source)
                 table = known if vocabulary is None else vocabulary[source]
-                if name in FITTED_TABLES:
-                    tables[name] = Table(FITTED_TABLES[name](table, known[train_types]))
-                else:
-                    tables[source] = Table(table)
+                fit = FITTED_TABLES.get(name)
+                tables[name if fit else source] = Table(fit(table, known[train_types]) if fit else table)
         return tables
 
-    def vocabulary_features(self, cell: Cell, vocabulary: Mapping[str, NDArray[Any]]) -> TokenFeatures:
-        """Extend the cell's features to a whole vocabulary.
-
-        Args:
-            cell: as for `subset`.
-            vocabulary: token tables by name, ``[vocabulary, d_model]``.
-
-        Returns:
-            Features whose tables have a row for each token id.
-        """
+    def vocabulary_features(self, cell: Cell, vocabulary: TokenTables) -> TokenFeatures:
+        """Extend the cell's features to all token ids of a vocabulary."""
         subset = self.subset(cell)
         return replace(subset.features, tables=self._tables(student_inputs(cell), subset.train.rows, vocabulary))
 
     def _augment(self, cell: Cell, features: TokenFeatures, train: Examples, targets: Tensor) -> tuple[int, Examples]:
         """Make variants of the training side from centred targets ``[N, templates, d_model]``; their number first."""
-        templates = targets.shape[1] if cell.targets == "all" else 1
-        variants = VARIANTS if cell.token_dropout else templates
+        templates = targets.unbind(1) if cell.targets == "all" else (train.targets,)
+        variants = VARIANTS if cell.token_dropout else len(templates)
         if variants == 1:
             return 1, train
-        draw = np.random.default_rng(0)
-        inputs = [train.inputs]
-        texts, rows = [self.vectors.concepts[row] for row in train.rows], np.array(train.rows)
-        for _ in range(1, variants):
-            kept = [_drop_tokens(self.vectors.token_rows[row], cell.token_dropout, draw) for row in train.rows]
-            tokenized = TokenizedTexts(texts, RaggedArray.from_lists(kept), rows)
-            inputs.append(torch.from_numpy(features(tokenized)) if cell.token_dropout else train.inputs)
-        if templates > 1:
-            outputs = [targets[:, number % templates] for number in range(variants)]
-        else:
-            outputs = [train.targets] * variants
+        outputs = [templates[number % len(templates)] for number in range(variants)]
+        inputs = [train.inputs] * variants
+        if cell.token_dropout:
+            draw, texts = np.random.default_rng(0), [self.vectors.concepts[row] for row in train.rows]
+            for number in range(1, variants):
+                kept = [_drop_tokens(self.vectors.token_rows[row], cell.token_dropout, draw) for row in train.rows]
+                tokenized = TokenizedTexts(texts, RaggedArray.from_lists(kept), np.array(train.rows))
+                inputs[number] = torch.from_numpy(features(tokenized))
         # A concept's variants stand next to each other.
         flat = [torch.stack(parts, 1).flatten(0, 1) for parts in (inputs, outputs)]
         return variants, Examples(train.rows, *flat)
@@ -322,16 +261,14 @@ def _whitened(table: NDArray[Any], fitted: NDArray[Any]) -> FloatArray:
     values, vectors = np.linalg.eigh((own - offset).T @ (own - offset) / len(own))
     scale = np.sqrt(values.clip(min=0) + WHITENING * values.mean())
     # Rotated back into the embeddings' own axes: eigenvectors of equal values differ from processor to processor.
-    whitened: FloatArray = ((table.astype(np.float64) - offset) @ (vectors / scale @ vectors.T)).astype(np.float32)
-    return whitened
+    return np.asarray((table.astype(np.float64) - offset) @ (vectors / scale @ vectors.T), np.float32)
 
 
 def _standardised(table: NDArray[Any], fitted: NDArray[Any]) -> FloatArray:
     """Centre rows and give them one scale, as a transformer needs them."""
     own = fitted.astype(np.float32)
     offset = own.mean(0)
-    standardised: FloatArray = (table.astype(np.float32) - offset) / np.sqrt(np.square(own - offset).mean())
-    return standardised
+    return np.asarray((table.astype(np.float32) - offset) / np.sqrt(np.square(own - offset).mean()), np.float32)
 
 
 # Tables that are fitted on the rows of the training concepts' tokens.

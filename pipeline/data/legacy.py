@@ -7,6 +7,7 @@ arrays, of numbers and text only.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,6 @@ STAND_INS: list[Any] = [
 def read_table(path: Path) -> tuple[tuple[str, ...], NDArray[np.float32]]:
     """Read a ``.pt`` file.
 
-    Args:
-        path: the file.
-
     Returns:
         The concepts and their vectors, ``[concepts, d_model]``.
 
@@ -125,16 +123,15 @@ def _concepts_and_values(table: Any) -> tuple[list[str], Sequence[Any]]:
 
 def _stacked(concepts: Sequence[str], vectors: Sequence[Any]) -> NDArray[np.float32]:
     """Stack vectors of one length, ``[concepts, d_model]``."""
-    rows: dict[str, torch.Tensor] = {}
-    first = concepts[0]
-    for concept, vector in zip(concepts, vectors, strict=True):
-        if concept in rows:
-            raise InputError(f"the concept {concept!r} twice")
-        rows[concept] = _row(concept, vector)
-        if len(rows[concept]) != len(rows[first]):
-            numbers, expected = len(rows[concept]), len(rows[first])
-            raise InputError(f"{concept!r} has a vector of {numbers} numbers, and {first!r} one of {expected}")
-    return torch.stack(list(rows.values())).numpy()
+    [(repeated, count)] = Counter(concepts).most_common(1)
+    if count > 1:
+        raise InputError(f"the concept {repeated!r} twice")
+    rows = [_row(concept, vector) for concept, vector in zip(concepts, vectors, strict=True)]
+    for concept, row in zip(concepts, rows, strict=True):
+        if len(row) != len(rows[0]):
+            expected = f"{concepts[0]!r} one of {len(rows[0])}"
+            raise InputError(f"{concept!r} has a vector of {len(row)} numbers, and {expected}")
+    return torch.stack(rows).numpy()
 
 
 def _row(concept: str, vector: Any) -> torch.Tensor:

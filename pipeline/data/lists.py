@@ -1,8 +1,7 @@
 """Reading of users' lists: text files, the CSV of spreadsheets, and standard input.
 
-Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark. Any other encoding is refused, not guessed: a wrong guess
-would silently turn letters into others. Lines end with LF, CRLF or CR. Every error names the file and the line. Memory
-does not grow with a list.
+Text is UTF-8, or UTF-16 or UTF-32 with a byte order mark; any other encoding is refused, as a wrong guess would turn
+letters into others. Lines end with LF, CRLF or CR. Errors name file and line. Memory does not grow with a list.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import io
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,13 +21,8 @@ from pipeline.student.tokenizer import casefolded
 TABLES = (".csv", ".tsv")
 SEPARATORS = (",", ";", "\t")  # as spreadsheets write them, by country and format
 BLANK = '",;\t\r\n '  # the characters of a row without values
-BYTE_ORDER_MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
+BYTE_ORDER_MARK = "\ufeff"
+ENCODINGS = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")  # UTF-32 first: its mark begins with that of UTF-16
 OTHER_KINDS = {
     b"PK\x03\x04": "a spreadsheet's own format or a zip archive",
     b"\xd0\xcf\x11\xe0": "a spreadsheet's own format",
@@ -48,26 +41,12 @@ def is_table(place: str) -> bool:
     return Path(place).suffix.lower() in TABLES
 
 
-@contextmanager
-def opened(path: Path, name: str) -> Iterator[BinaryIO]:
-    """Open a file for reading.
-
-    Args:
-        path: the file.
-        name: of the file in errors.
-
-    Yields:
-        The file.
-
-    Raises:
-        InputError: it cannot be opened.
-    """
+def opened(path: Path, name: str) -> BinaryIO:
+    """Open a file for reading; raises `InputError` with its name where that fails."""
     try:
-        file = path.open("rb")
+        return path.open("rb")
     except OSError as error:
         raise InputError(f"{name}: {error.strerror or error}") from error
-    with file:
-        yield file
 
 
 def standard_input() -> BinaryIO:
@@ -78,11 +57,7 @@ def standard_input() -> BinaryIO:
 
 
 def lines(file: BinaryIO, name: str) -> NumberedLines:
-    """Read lines with their numbers, from 1.
-
-    Args:
-        file: read once, from its position.
-        name: of the file in errors.
+    """Read lines with their numbers, from 1; errors begin with the name.
 
     Yields:
         The number and the line with its line end, without byte order marks.
@@ -94,9 +69,9 @@ def lines(file: BinaryIO, name: str) -> NumberedLines:
     for beginning, kind in OTHER_KINDS.items():
         if block.startswith(beginning):
             raise InputError(f"{name}: {kind}; expected text: save it as CSV or plain text, in UTF-8")
-    mark, encoding = next((known for known in BYTE_ORDER_MARKS if block.startswith(known[0])), (b"", "utf-8"))
+    encoding = next((known for known in ENCODINGS if block.startswith(BYTE_ORDER_MARK.encode(known))), "utf-8")
     decoder = codecs.getincrementaldecoder(encoding)()
-    block, number, rest = block[len(mark) :], 0, ""
+    number, rest = 0, ""
     while True:
         following = read_block(file, name)
         try:
@@ -112,7 +87,7 @@ def lines(file: BinaryIO, name: str) -> NumberedLines:
             if "\0" in line:
                 hint = "; UTF-16 without a byte order mark? save it as UTF-8" if number == 1 else ""
                 raise InputError(f"{name}, line {number}: a null byte{hint}")
-            yield number, line.lstrip("\ufeff")  # files put end to end leave marks amid the text
+            yield number, line.lstrip(BYTE_ORDER_MARK)  # files put end to end leave marks amid the text
         if len(rest) > LONGEST:
             raise InputError(f"{name}, line {number + 1}: over {LONGEST:,} characters in one line")
         if not following:
@@ -160,11 +135,6 @@ def table(file: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[tuple[i
 
     The separator is a comma or, where only that finds the columns in the header, a semicolon or a tab. Columns are
     found in any letter case. Rows without any value are left out.
-
-    Args:
-        file: read once, from its position.
-        name: of the file in errors.
-        columns: names of the columns.
 
     Yields:
         For each row the line on which it begins, and its stripped values in the order of the columns.

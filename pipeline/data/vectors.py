@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,49 +38,31 @@ HEADER_DEFAULTS = {"language": "en", "tokenizer": ""}  # which a header omits, a
 
 @dataclass(frozen=True)
 class Vectors:
-    """Activation vectors of a teacher for a catalogue of concepts.
+    """Activation vectors of a teacher for a catalogue of concepts."""
 
-    Attributes:
-        vectors: ``[concepts, templates, layers, d_model]`` residual stream as read, not centred; float16 or float32.
-        token_ids: ``[tokens]`` the concepts' own tokens as they stand in the first template's prompt, end to end.
-        token_offsets: ``[concepts + 1]`` where each concept's tokens begin in ``token_ids``.
-        token_vocab: ``[types]`` the distinct token ids, ascending.
-        token_embeddings: ``[types, d_model]`` the teacher's input embeddings of ``token_vocab``.
-        token_activations: ``[types, d_model]`` the residual stream after ``token_block`` for each token of
-            ``token_vocab`` alone after the first template's beginning; ``[0, d_model]`` where it was not read.
-        token_block: that early block; None where it was not read.
-        depth: how many blocks the teacher has.
-        concepts, categories, splits: one entry a row of ``vectors``.
-        layers: the block after which each vector was read (0 is the embedding output).
-        templates: the prompts, each with ``{concept}``.
-        teacher, revision: the model and the exact weights.
-        pool: "last" (last token of the prompt) or "mean" (over the concept's tokens).
-        dtype: the precision that the teacher computed in.
-        extraction_key: hash of all that decides the vectors: weights, concepts, templates, layers, pool and dtype.
-        language: of the concepts, whose stems the splits keep on one side.
-        tokenizer: a hash of the teacher's tokenizer files; "" where the revision covers them, and in older files.
-    """
-
+    # [concepts, templates, layers, d_model], residual stream as read, not centred; float16 or float32.
     vectors: NDArray[np.floating[Any]]
-    token_ids: NDArray[np.int64]
-    token_offsets: NDArray[np.int64]
-    token_vocab: NDArray[np.int64]
-    token_embeddings: NDArray[np.floating[Any]]
+    token_ids: NDArray[np.int64]  # [tokens], of the concepts in the first template's prompt, end to end
+    token_offsets: NDArray[np.int64]  # [concepts + 1], where each concept's tokens begin in token_ids
+    token_vocab: NDArray[np.int64]  # [types], the distinct token ids, ascending
+    token_embeddings: NDArray[np.floating[Any]]  # [types, d_model], the teacher's input embeddings of token_vocab
+    # [types, d_model], residual stream after token_block for each token of token_vocab alone after the first template's
+    # beginning; [0, d_model] where it was not read.
     token_activations: NDArray[np.floating[Any]]
     concepts: tuple[str, ...]
     categories: tuple[str, ...]
     splits: tuple[str, ...]
-    layers: tuple[int, ...]
-    templates: tuple[str, ...]
-    token_block: int | None
-    depth: int
+    layers: tuple[int, ...]  # blocks after which the vectors were read (0 is the embedding output)
+    templates: tuple[str, ...]  # prompts, each with {concept}
+    token_block: int | None  # an early block; None where it was not read
+    depth: int  # blocks of the teacher
     teacher: str
-    revision: str
-    pool: str
-    dtype: str
-    extraction_key: str
-    language: str = "en"
-    tokenizer: str = ""
+    revision: str  # the exact weights
+    pool: str  # "last" (last token of the prompt) or "mean" (over the concept's tokens)
+    dtype: str  # the precision that the teacher computed in
+    extraction_key: str  # hash of all that decides the vectors: weights, concepts, templates, layers, pool and dtype
+    language: str = "en"  # of the concepts, whose stems the splits keep on one side
+    tokenizer: str = ""  # hash of the teacher's tokenizer files; "" where the revision covers them, and in older files
 
     @property
     def d_model(self) -> int:
@@ -113,8 +95,7 @@ class Vectors:
     def layer_index(self, layer: int | None) -> int:
         """Position of block ``layer`` on the layers axis; raises `InputError` where the file has none."""
         if layer not in self.layers:
-            available = ", ".join(map(str, self.layers))
-            raise InputError(f"--layer {layer}: not in the vectors file; available: {available}")
+            raise InputError(f"--layer {layer}: not in the vectors file; available: {', '.join(map(str, self.layers))}")
         return self.layers.index(layer)
 
     @property
@@ -141,12 +122,10 @@ def write_vectors(vectors: Vectors, path: Path) -> None:
         write_atomically(path, lambda part: torch.save(table, part))
         return
     tensors = [stream_array(name, getattr(vectors, name)) for name in TENSORS]
-    header = {name: value for name, value in vectors.header.items() if name != "sha256"}
-    write_atomically(path, lambda part: write_streamed(part, header, tensors))
+    write_atomically(path, lambda part: write_streamed(part, vectors.header, tensors))
 
 
-@dataclass(frozen=True)
-class StreamedTensor:
+class StreamedTensor(NamedTuple):
     """A tensor that is written in chunks along its first axis, so that it need not fit in memory."""
 
     name: str
@@ -161,7 +140,7 @@ def stream_array(name: str, array: NDArray[Any]) -> StreamedTensor:
 
 
 def write_streamed(path: Path, header: dict[str, str], tensors: Sequence[StreamedTensor]) -> None:
-    """Write a vectors file from a header without checksums and from its tensors in the order of `TENSORS`.
+    """Write a vectors file from a header, whose checksums it replaces, and its tensors in the order of `TENSORS`.
 
     The checksums are known when all is written: zeros of the same length reserve their places in the header. The
     header is sorted, so the same content gives the same bytes.
@@ -202,10 +181,7 @@ def _header_sha256(header: dict[str, str]) -> str:
 
 
 def read_vectors(path: Path) -> Vectors:
-    """Read and check a vectors file.
-
-    Args:
-        path: a ``.safetensors`` or older ``.pt`` file.
+    """Read and check a vectors file, ``.safetensors`` or older ``.pt``.
 
     Returns:
         Its content.
@@ -219,10 +195,8 @@ def read_vectors(path: Path) -> Vectors:
     found = _read_pt(path) if path.suffix == ".pt" else _read_safetensors(path)
     if not np.isfinite(found.vectors).all():
         rows = np.flatnonzero(~np.isfinite(found.vectors).all(axis=(1, 2, 3)))
-        raise InputError(
-            f"vectors file {path}: {len(rows)} concepts have values that are not finite, first "
-            f"{found.concepts[rows[0]]!r}; extract them again"
-        )
+        which = f"{len(rows)} concepts have values that are not finite, first {found.concepts[rows[0]]!r}"
+        raise InputError(f"vectors file {path}: {which}; extract them again")
     if not (np.isfinite(found.token_embeddings).all() and np.isfinite(found.token_activations).all()):
         raise InputError(f"vectors file {path}: token embeddings or activations that are not finite; extract again")
     return found
@@ -243,10 +217,11 @@ def _read_safetensors(path: Path) -> Vectors:
     claimed = header.pop("header_sha256", None)
     if claimed != _header_sha256(header) or set(tensors) != set(TENSORS):
         raise InputError(f"vectors file {path}: damaged (the header does not match its checksum)")
-    lists = {name: _lists_to_tuples(json.loads(header[name])) for name in LISTS}
-    values = {**tensors, **lists, **{name: header[name] for name in STRINGS}}
+    values = {name: json.loads(header[name]) for name in LISTS}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values |= {name: header[name] for name in STRINGS}
     values |= {name: header.get(name, default) for name, default in HEADER_DEFAULTS.items()}
-    found = Vectors(**values)
+    found = Vectors(**tensors, **values)
     if found.sha256 != header["sha256"]:
         raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")
     rows = len(found.concepts)
@@ -261,10 +236,6 @@ def _read_safetensors(path: Path) -> Vectors:
     if not shapes_fit:
         raise InputError(f"vectors file {path}: shapes that do not fit together")
     return found
-
-
-def _lists_to_tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def parse_header(beginning: bytes) -> dict[str, str]:
@@ -287,17 +258,7 @@ def read_unverified_header(path: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """Read the header after a check of the whole file, in memory that does not grow with the file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The header.
-
-    Raises:
-        InputError: missing, damaged, or not a vectors file.
-    """
+    """The header, after a check of the whole file in constant memory; raises `InputError` for any other file."""
     digest = hashlib.sha256()
     try:
         with safe_open(path, framework="np") as file:
@@ -321,25 +282,12 @@ def read_header(path: Path) -> dict[str, str]:
 def _read_pt(path: Path) -> Vectors:
     """Read an older file, in which only concepts and vectors are known."""
     concepts, table = read_table(path)
-    values = table[:, None, None]  # [concepts, 1, 1, d_model]
+    no_tokens, no_rows = np.zeros(0, np.int64), table[:0]
+    tensors = (table[:, None, None], no_tokens, np.zeros(len(concepts) + 1, np.int64), no_tokens, no_rows, no_rows)
     categories = ("unknown",) * len(concepts)
-    no_tokens, no_rows = np.zeros(0, np.int64), np.zeros((0, values.shape[-1]), np.float32)
-    return Vectors(
-        vectors=values,
-        token_ids=no_tokens,
-        token_offsets=np.zeros(len(concepts) + 1, np.int64),
-        token_vocab=no_tokens,
-        token_embeddings=no_rows,
-        token_activations=no_rows,
-        concepts=concepts,
-        categories=categories,
-        splits=tuple(split(Catalogue(concepts, categories))),
-        layers=(0,),
-        templates=("{concept}",),
-        token_block=None,
-        depth=0,
-        **dict.fromkeys(STRINGS, "unknown") | {"dtype": "float32"},
-    )
+    splits = tuple(split(Catalogue(concepts, categories)))
+    strings = ("unknown", "unknown", "unknown", "float32", "unknown")  # in the order of `STRINGS`
+    return Vectors(*tensors, concepts, categories, splits, (0,), ("{concept}",), None, 0, *strings)
 
 
 def stored_dtype(peak: float) -> np.dtype[Any]:

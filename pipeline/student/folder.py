@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,12 @@ MAX_BYTES = {CONFIG: 1 << 23, TOKENIZER: 1 << 27, MODEL: 1 << 36}  # no student'
 
 @dataclass(frozen=True)
 class Folder:
-    """Contents of a student's folder.
+    """Contents of a student's folder."""
 
-    Attributes:
-        config: plain JSON values.
-        tensors: arrays by name.
-        tokenizer: the teacher's; None where the student knows its concepts only.
-        card: the text of its README, or "".
-    """
-
-    config: dict[str, Any]
+    config: dict[str, Any]  # plain JSON values
     tensors: dict[str, NDArray[Any]]
-    tokenizer: Tokenizer | None
-    card: str
+    tokenizer: Tokenizer | None  # the teacher's; None where the student knows its concepts only
+    card: str  # the text of its README, or ""
 
 
 def pack(folder: Folder) -> dict[str, bytes]:
@@ -59,7 +53,7 @@ def write_folder(place: Path, contents: Mapping[str, bytes]) -> None:
     """Write the files, each whole or not at all."""
     for name, content in contents.items():
         if content:
-            write_atomically(place / name, lambda part, content=content: part.write_bytes(content))  # type: ignore[misc]
+            write_atomically(place / name, partial(Path.write_bytes, data=content))
 
 
 def read_folder(place: Path) -> Folder:
@@ -70,11 +64,7 @@ def read_folder(place: Path) -> Folder:
 
 
 def unpack(read_file: Callable[[str], bytes], card: str) -> Folder:
-    """Decode and check the files.
-
-    Args:
-        read_file: from a file's name to its content.
-        card: the text of the README.
+    """Decode and check the files, whose contents ``read_file`` finds by name.
 
     Returns:
         The contents.

@@ -32,17 +32,8 @@ def without_first_map(parameters: Parameters) -> dict[str, FloatArray]:
 
 
 def low_rank_versions(parameters: Parameters, ranks: Iterable[int]) -> Iterator[dict[str, FloatArray]]:
-    """Replace the maps of a residual MLP's blocks by the nearest products ``[hidden, rank] @ [rank, hidden]``.
-
-    The truncated singular value decomposition is nearest (Eckart and Young, 1936).
-
-    Args:
-        parameters: of the MLP.
-        ranks: the ranks to make.
-
-    Yields:
-        Parameters for each rank.
-    """
+    """Replace the maps of a residual MLP's blocks by the nearest products ``[hidden, rank] @ [rank, hidden]``."""
+    # The truncated singular value decomposition is nearest (Eckart and Young, 1936).
     blocks = [name for name in parameters if name.startswith("block") and name.endswith(".weight")]
     parts = {name.removesuffix(".weight"): np.linalg.svd(parameters[name], full_matrices=False) for name in blocks}
     for rank in ranks:
@@ -54,16 +45,8 @@ def low_rank_versions(parameters: Parameters, ranks: Iterable[int]) -> Iterator[
 
 
 def gelu(x: FloatArray) -> FloatArray:
-    """``x`` times the normal distribution function of ``x`` (Hendrycks and Gimpel, 2016), to 1e-6.
-
-    The distribution function is 7.1.26 of Abramowitz and Stegun (1964): SciPy's takes a quarter of a second to load.
-
-    Args:
-        x: values of any shape.
-
-    Returns:
-        Values of the same shape.
-    """
+    """``x`` times the normal distribution function of ``x`` (Hendrycks and Gimpel, 2016), to 1e-6."""
+    # The function is 7.1.26 of Abramowitz and Stegun (1964): SciPy's takes a quarter of a second to load.
     z = np.abs(x)
     z *= np.float32(np.sqrt(0.5))
     t = z * np.float32(0.3275911)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,6 @@ FloatArray = NDArray[np.float32]
 
 NGRAM_SIZES = (2, 3, 4)  # characters, with < and > around a word (Bojanowski et al., 2017)
 NGRAM_BUCKETS = 2048
-NGRAM_TEXTS = 256  # texts whose n-grams are summed at once
 BLOCK = "block"  # begins the names of inputs that are an early block's vectors: block4
 # Inputs by name: the token table that is pooled, and how.
 POOLED_INPUTS = {
@@ -33,15 +33,10 @@ SHORT_TEXT = 8  # tokens that NumPy's sums add one after another
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers: floating point, or int8 with one scale per row.
+    """Rows of numbers: floating point, or int8 with one scale per row."""
 
-    Attributes:
-        values: ``[rows, width]``, int8, float16 or float32.
-        scale: ``[rows]`` float32 for int8 values; else None.
-    """
-
-    values: NDArray[Any]
-    scale: FloatArray | None = None
+    values: NDArray[Any]  # [rows, width], int8, float16 or float32
+    scale: FloatArray | None = None  # [rows], for int8 values
 
     def __getitem__(self, rows: IntArray | slice) -> FloatArray:
         found = self.values[rows].astype(np.float32, copy=False)
@@ -57,8 +52,7 @@ class Table:
     def to_int8(self) -> Table:
         """Round the values to 8 bits; the largest of each row stays exact."""
         rounded, scale = np.empty(self.values.shape, np.int8), np.empty(len(self.values), np.float32)
-        for start in range(0, len(rounded), TABLE_ROWS):
-            chunk = slice(start, start + TABLE_ROWS)
+        for chunk in self._chunks:
             values = self[chunk]
             scale[chunk] = largest = np.abs(values).max(1, initial=0) / INT8_MAX
             rounded[chunk] = np.rint(values / np.where(largest > 0, largest, 1)[:, None])
@@ -67,9 +61,13 @@ class Table:
     def mapped(self, weight: FloatArray) -> Table:
         """Multiply each row by a linear map ``[width, columns]``."""
         made = np.empty((len(self.values), weight.shape[1]), np.float32)
-        for start in range(0, len(made), TABLE_ROWS):
-            made[start : start + TABLE_ROWS] = self[start : start + TABLE_ROWS] @ weight
+        for chunk in self._chunks:
+            made[chunk] = self[chunk] @ weight
         return Table(made)
+
+    @property
+    def _chunks(self) -> list[slice]:
+        return [slice(start, start + TABLE_ROWS) for start in range(0, len(self.values), TABLE_ROWS)]
 
 
 def pool_mean(table: Table, tokens: RaggedArray) -> FloatArray:
@@ -88,17 +86,12 @@ def pool_mean(table: Table, tokens: RaggedArray) -> FloatArray:
     return sums
 
 
-def pool_last(table: Table, tokens: RaggedArray) -> FloatArray:
-    """Take the row of each text's last token, ``[n, width]``."""
-    return table[tokens.values[tokens.offsets[1:] - 1]]
-
-
-def pool_first(table: Table, tokens: RaggedArray) -> FloatArray:
-    """Take the row of each text's first token, ``[n, width]``."""
-    return table[tokens.values[tokens.offsets[:-1]]]
-
-
-POOLING = {"mean": pool_mean, "last": pool_last, "first": pool_first}
+# From a table and each text's tokens to one row a text, [n, width].
+POOLING: dict[str, Callable[[Table, RaggedArray], FloatArray]] = {
+    "mean": pool_mean,
+    "last": lambda table, tokens: table[tokens.values[tokens.offsets[1:] - 1]],
+    "first": lambda table, tokens: table[tokens.values[tokens.offsets[:-1]]],
+}
 
 
 def pool_sequence(table: Table, tokens: RaggedArray, max_tokens: int) -> FloatArray:
@@ -110,43 +103,24 @@ def pool_sequence(table: Table, tokens: RaggedArray, max_tokens: int) -> FloatAr
     return rows.reshape(len(tokens), -1)
 
 
-def hash_ngrams(texts: Sequence[str]) -> tuple[RaggedArray, FloatArray]:
-    """Hash each text's character n-grams to buckets, with weights that have length 1 for each text."""
-    buckets, weights = [], []
-    for text in texts:
-        grams: dict[int, int] = {}
-        for word in casefolded(text).split():
-            marked = f"<{word}>"
-            for size in NGRAM_SIZES:
-                for start in range(len(marked) - size + 1):
-                    bucket = zlib.crc32(marked[start : start + size].encode()) % NGRAM_BUCKETS
-                    grams[bucket] = grams.get(bucket, 0) + 1
-        counts = np.array(list(grams.values()), np.float32)
-        buckets.append(list(grams))
-        weights.append(counts / np.linalg.norm(counts))
-    return RaggedArray.from_lists(buckets), np.concatenate(weights)
-
-
 def pool_ngrams(table: Table, texts: Sequence[str]) -> FloatArray:
-    """Sum the rows of each text's n-grams by weight, ``[n, width]``."""
-    sums = []
-    for start in range(0, len(texts), NGRAM_TEXTS):
-        buckets, weights = hash_ngrams(texts[start : start + NGRAM_TEXTS])
-        sums.append(np.add.reduceat(table[buckets.values] * weights[:, None], buckets.offsets[:-1], axis=0))
-    return np.concatenate(sums)
+    """Sum the rows of each text's hashed character n-grams, with weights of length 1 by count, ``[n, width]``."""
+    sums = np.empty((len(texts), table.width), np.float32)
+    for number, text in enumerate(texts):
+        words = [f"<{word}>" for word in casefolded(text).split()]
+        grams = [word[at : at + size] for word in words for size in NGRAM_SIZES for at in range(len(word) - size + 1)]
+        buckets = Counter(zlib.crc32(gram.encode()) % NGRAM_BUCKETS for gram in grams)
+        weights = np.array(list(buckets.values()), np.float32)
+        weights /= np.linalg.norm(weights)
+        sums[number] = (table[np.array(list(buckets))] * weights[:, None]).sum(0)
+    return sums
 
 
-@dataclass(frozen=True)
-class FeaturePart:
-    """Some columns of the features: a table and how its rows are pooled.
-
-    Attributes:
-        table: its name.
-        pool: a name in `POOLING`; ``sequence``; ``ngrams``; or ``place``, one row per concept of the vectors file.
-    """
+class FeaturePart(NamedTuple):
+    """Some columns of the features: a table and how its rows are pooled."""
 
     table: str
-    pool: str
+    pool: str  # a name in `POOLING`; "sequence"; "ngrams"; or "place", one row per concept of the vectors file
 
 
 def parse_inputs(inputs: str) -> tuple[FeaturePart, ...]:
@@ -163,17 +137,11 @@ def parse_inputs(inputs: str) -> tuple[FeaturePart, ...]:
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """Texts with the rows that they look up.
+    """Texts with the rows that they look up."""
 
-    Attributes:
-        texts: the texts, ``n``.
-        tokens: for each its rows in the token tables.
-        places: for each its row among the concepts of the vectors file, ``[n]``; None for other texts.
-    """
-
-    texts: Sequence[str]
-    tokens: RaggedArray
-    places: IntArray | None = None
+    texts: Sequence[str]  # n
+    tokens: RaggedArray  # each text's rows in the token tables
+    places: IntArray | None = None  # [n], rows among the concepts of the vectors file; None for other texts
 
     def part(self, start: int, stop: int) -> TokenizedTexts:
         """The texts from ``start`` to before ``stop``."""
@@ -186,20 +154,13 @@ class TokenFeatures:
     """A function from tokens to a student's inputs: tables looked up and pooled, side by side, each part standardised.
 
     Folded features contain the student's first linear map (`folded`): their parts are added up, not set side by side.
-
-    Attributes:
-        parts: tables and how they are pooled.
-        tables: by name; ``[types, width]`` for tokens, ``[concepts, d_model]`` for a block.
-        offset, scale: ``[features]``, subtracted and divided by; where folded the offset alone, ``[width]``.
-        max_tokens: length of a sequence.
-        is_folded: whether the parts are added up.
     """
 
     parts: tuple[FeaturePart, ...]
-    tables: dict[str, Table]
-    offset: FloatArray
-    scale: FloatArray
-    max_tokens: int
+    tables: dict[str, Table]  # [types, width] for tokens, [concepts, d_model] for a block
+    offset: FloatArray  # [features], which is subtracted; [width] where folded
+    scale: FloatArray  # [features], the divisor where not folded
+    max_tokens: int  # of a sequence
     is_folded: bool = False
 
     def pooled(self, texts: TokenizedTexts) -> list[FloatArray]:

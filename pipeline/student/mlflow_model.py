@@ -26,17 +26,7 @@ class ServedStudent(PythonModel):
         self.student = Student.load(context.artifacts["student"])
 
     def predict(self, model_input: list[str]) -> list[list[float]]:  # type: ignore[override]
-        """Predict activation vectors, not centred.
-
-        Args:
-            model_input: texts, ``n``.
-
-        Returns:
-            ``[n, d_model]``.
-
-        Raises:
-            MlflowException: no texts, too many, or an unusable one; a server answers 400 with the reason.
-        """
+        """Predict activation vectors of ``n`` texts, ``[n, d_model]``, not centred; wrong texts are status 400."""
         if not 0 < len(model_input) <= MAX_TEXTS:
             reason = f"{len(model_input):,} texts; expected 1 to {MAX_TEXTS:,}"
             raise MlflowException(reason, error_code=BAD_REQUEST)

@@ -40,29 +40,17 @@ BULK_THREADS = min(8, os.cpu_count() or 1)  # each on one core: a tokenizer and 
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A student with all that turns text into a vector. Several threads may use it at once.
+    """A student with all that turns text into a vector. Several threads may use it at once."""
 
-    Attributes:
-        config: its kind and its origin (plain JSON values).
-        parameters: its weights.
-        mean: mu of its training vectors, ``[d_model]``, which is added to its output.
-        features: how it turns tokens into inputs.
-        concepts: the concepts of the vectors file that it was trained on.
-        token_rows: for each concept its rows in the token tables; None where there is a tokenizer.
-        tokenization: how any text becomes rows of the token tables; None where the student knows its concepts only.
-        catalogue: centred true vectors of the first concepts, ``[.., d_model]``; None where it has none.
-        card: the text of its README.
-    """
-
-    config: dict[str, Any]
+    config: dict[str, Any]  # its kind and its origin (plain JSON values)
     parameters: dict[str, FloatArray]
-    mean: FloatArray
+    mean: FloatArray  # [d_model], mu of its training vectors, which is added to its output
     features: TokenFeatures
-    concepts: tuple[str, ...]
-    token_rows: RaggedArray | None = None
-    tokenization: Tokenization | None = None
-    catalogue: Table | None = None
-    card: str = ""
+    concepts: tuple[str, ...]  # of the vectors file that it was trained on
+    token_rows: RaggedArray | None = None  # each concept's rows in the token tables, where there is no tokenizer
+    tokenization: Tokenization | None = None  # for any text; None where the student knows its concepts only
+    catalogue: Table | None = None  # [.., d_model], centred true vectors of the first concepts
+    card: str = ""  # the text of its README
 
     @property
     def d_model(self) -> int:
@@ -88,7 +76,7 @@ class Student:
     def _directions(self) -> FloatArray:
         """The catalogue with rows of length 1, ``[.., d_model]``."""
         assert self.catalogue is not None
-        return _unit(self.catalogue[np.arange(len(self.catalogue.values))])
+        return _unit(self.catalogue[:])
 
     def encode(
         self,
@@ -142,8 +130,7 @@ class Student:
                 from tqdm import tqdm
 
                 done = tqdm(done, total=len(starts), unit="text", unit_scale=batch_size)
-            for _ in done:
-                pass
+            list(done)  # waits, and raises what a chunk raised
         return _unit(vectors) if normalize_embeddings else vectors
 
     def _compute(self, texts: TokenizedTexts, shift: FloatArray, out: FloatArray) -> None:
@@ -163,13 +150,11 @@ class Student:
         if self.tokenization is not None:
             return TokenizedTexts(texts, self.tokenization(texts))
         assert self.token_rows is not None
-        for text in texts:
-            if text not in self._row_of_concept:
-                raise InputError(
-                    f"text {text[:60]!r}: this student answers for the {len(self.concepts):,} concepts of its vectors "
-                    "file only; the one that a sweep leaves in its results answers for any text"
-                )
-        rows = np.array([self._row_of_concept[text] for text in texts], np.int64)
+        try:
+            rows = np.array([self._row_of_concept[text] for text in texts], np.int64)
+        except KeyError as error:
+            hint = f"this student {self.summary} only; the one that a sweep leaves in its results answers for any text"
+            raise InputError(f"text {error.args[0][:60]!r}: {hint}") from None
         return TokenizedTexts(texts, self.token_rows.take(rows), rows)
 
     def nearest(self, vectors: FloatArray, count: int) -> list[list[tuple[str, float]]]:
@@ -215,10 +200,11 @@ class Student:
         Raises:
             InputError: tensors that do not fit together.
         """
+        features = self.features
         tensors: dict[str, NDArray[Any]] = {"mean": self.mean}
         tensors |= {f"parameters.{name}": value for name, value in self.parameters.items()}
-        tensors |= {"reading.offset": self.features.offset, "reading.scale": self.features.scale}
-        tables = {f"tables.{name}": table for name, table in self.features.tables.items()}
+        tensors |= {"reading.offset": features.offset, "reading.scale": features.scale}
+        tables = {f"tables.{name}": table for name, table in features.tables.items()}
         for name, table in (tables if self.catalogue is None else tables | {"catalogue": self.catalogue}).items():
             tensors[f"{name}.values"] = table.values
             if table.scale is not None:
@@ -227,11 +213,7 @@ class Student:
             tensors |= {"token_rows": self.token_rows.values, "token_offsets": self.token_rows.offsets}
         config = self.config | {
             "concepts": list(self.concepts),
-            "reading": {
-                "parts": [[part.table, part.pool] for part in self.features.parts],
-                "longest": self.features.max_tokens,
-                "is_folded": self.features.is_folded,
-            },
+            "reading": {"parts": features.parts, "longest": features.max_tokens, "is_folded": features.is_folded},
         }
         tokenizer = None
         if self.tokenization is not None:
@@ -301,14 +283,9 @@ def _from_folder(found: Folder) -> Student:
 
     stored = config.pop("reading")
     parts = tuple(FeaturePart(str(name), str(pool)) for name, pool in stored["parts"])
-    features = TokenFeatures(
-        parts,
-        {part.table: table(f"tables.{part.table}") for part in parts},
-        tensors["reading.offset"],
-        tensors["reading.scale"],
-        int(stored["longest"]),
-        bool(stored["is_folded"]),
-    )
+    tables = {part.table: table(f"tables.{part.table}") for part in parts}
+    shift = (tensors["reading.offset"], tensors["reading.scale"])
+    features = TokenFeatures(parts, tables, *shift, int(stored["longest"]), bool(stored["is_folded"]))
     prefix = "parameters."
     concepts = config.pop("concepts")
     if not all(isinstance(concept, str) for concept in concepts):

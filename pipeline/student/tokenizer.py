@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -22,20 +21,14 @@ MAX_TEXT_LENGTH = 10_000  # characters
 MAX_CACHED_WORDS = 200_000
 WORDS_PER_TEXT = 512  # words that are encoded together
 BLANK, LINE_BREAK = b" \n"
-LETTERS = re.compile(r"[^\W\d_]+(?: [^\W\d_]+)*")
 
 
 @dataclass(frozen=True)
 class RaggedArray:
-    """Integer lists of different lengths, end to end.
+    """Integer lists of different lengths, end to end."""
 
-    Attributes:
-        values: ``[total]``.
-        offsets: ``[n + 1]``, where each list begins.
-    """
-
-    values: IntArray
-    offsets: IntArray
+    values: IntArray  # [total]
+    offsets: IntArray  # [n + 1], where each list begins
 
     @classmethod
     def from_lists(cls, lists: Sequence[Sequence[int] | IntArray]) -> RaggedArray:
@@ -73,28 +66,13 @@ class RaggedArray:
         return RaggedArray(np.concatenate([self.values, other.values]), offsets)
 
 
-class _Numbering(dict[str, int]):
-    """Numbers of words in the order of first use; words without tokens yet are in ``new``."""
-
-    def __init__(self) -> None:
-        self.new: list[str] = []
-
-    def __missing__(self, word: str) -> int:
-        self.new.append(word)
-        self[word] = number = len(self)
-        return number
-
-
 class TokenCache:
     """The tokens of words, each encoded once; several threads may use it at once."""
 
     def __init__(self) -> None:
-        self._numbers = _Numbering()
+        self._numbers: dict[str, int] = {}
         self._tokens = RaggedArray.from_lists([])
         self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._numbers)
 
     def __reduce__(self) -> tuple[type[TokenCache], tuple[()]]:
         return TokenCache, ()  # a copy, in another process too, begins empty: a lock cannot be pickled
@@ -102,43 +80,31 @@ class TokenCache:
     def tokens(self, words: Sequence[str], encode: Callable[[list[str]], RaggedArray]) -> RaggedArray:
         """Look up the token ids of each word; ``encode`` makes those of new words."""
         with self._lock:
-            numbers = np.fromiter(map(self._numbers.__getitem__, words), np.int64, len(words))
-            new, self._numbers.new = self._numbers.new, []
-            if new:
-                try:
-                    self._tokens += encode(new)
-                except BaseException:
-                    for word in new:
-                        del self._numbers[word]
-                    raise
+            if len(self._numbers) > MAX_CACHED_WORDS:
+                self._numbers, self._tokens = {}, RaggedArray.from_lists([])
+            numbers = list(map(self._numbers.get, words))
+            if None in numbers:
+                new = list(set(words).difference(self._numbers))
+                self._tokens += encode(new)
+                self._numbers |= zip(new, range(len(self._numbers), len(self._tokens)), strict=True)
+                numbers = list(map(self._numbers.get, words))
             known = self._tokens
-        return known.take(numbers)
+        return known.take(np.array(numbers, np.int64))
 
 
 @dataclass(frozen=True)
 class Tokenization:
-    """A function from texts to the teacher's tokens, as they occur in its prompt.
+    """A function from texts to the teacher's tokens, as they occur in its prompt."""
 
-    Attributes:
-        tokenizer: the teacher's.
-        prompt: the template with ``{concept}``, or as much of it as decides a text's tokens.
-        whole: whether all tokens of the prompt are the text's own, except a blank before it.
-        by_word: whether no token crosses a word's end, so that words can be cached.
-        rows: how many tokens have a row in the student's tables; a tokenizer may have more.
-    """
-
-    tokenizer: Tokenizer
-    prompt: str
-    whole: bool
-    by_word: bool
-    rows: int
-    _cache: list[TokenCache] = field(default_factory=lambda: [TokenCache()], compare=False, repr=False)
+    tokenizer: Tokenizer  # the teacher's
+    prompt: str  # the template with {concept}, or as much of it as decides a text's tokens
+    whole: bool  # whether all tokens of the prompt are the text's own, except a blank before it
+    by_word: bool  # whether no token crosses a word's end, so that words can be cached
+    rows: int  # tokens with a row in the student's tables; a tokenizer may have more
+    _cache: TokenCache = field(default_factory=TokenCache, compare=False, repr=False)
 
     def __call__(self, texts: Sequence[str]) -> RaggedArray:
-        """Encode texts.
-
-        Args:
-            texts: as `normalise_texts` returns them.
+        """Encode texts that `normalise_texts` has checked.
 
         Returns:
             Token ids of each text.
@@ -197,9 +163,9 @@ class Tokenization:
     def _encode_words_apart(self, texts: Sequence[str]) -> RaggedArray:
         """Encode texts; those of letters and single blanks are joined from the tokens of cached words."""
         lines = "\n".join(texts)
-        if _are_words(lines) and lines.count("\n") == len(texts) - 1:
+        if _are_words(lines.replace("\n", " ")) and lines.count("\n") == len(texts) - 1:
             return self._join_words(lines)
-        is_plain = np.fromiter((LETTERS.fullmatch(text) is not None for text in texts), bool, len(texts))
+        is_plain = np.array([_are_words(text) for text in texts], bool)
         plain, other = (np.flatnonzero(chosen).tolist() for chosen in (is_plain, ~is_plain))
         found = self._encode([texts[place] for place in other])
         if len(plain):
@@ -208,9 +174,7 @@ class Tokenization:
 
     def _join_words(self, lines: str) -> RaggedArray:
         """Tokens of each line of words with one blank between them."""
-        if len(self._cache[0]) > MAX_CACHED_WORDS:
-            self._cache[0] = TokenCache()  # other threads finish with the one they have
-        found = self._cache[0].tokens(lines.replace("\n", " ").split(" "), self._encode_words)
+        found = self._cache.tokens(lines.replace("\n", " ").split(" "), self._encode_words)
         characters = np.frombuffer(lines.encode(), np.uint8)
         gaps = characters[(characters == BLANK) | (characters == LINE_BREAK)]
         ends = np.flatnonzero(gaps == LINE_BREAK) + 1  # words up to the end of each line but the last
@@ -233,11 +197,9 @@ class Tokenization:
         return found
 
 
-def _are_words(lines: str) -> bool:
-    """Whether lines are words of letters with one blank between them; a regular expression takes five times as long."""
-    gaps = ("  ", " \n", "\n ", "\n\n")
-    is_trimmed = lines[:1] not in " \n" and lines[-1:] not in " \n"
-    return is_trimmed and lines.replace(" ", "").replace("\n", "").isalpha() and not any(gap in lines for gap in gaps)
+def _are_words(text: str) -> bool:
+    """Whether a text is words of letters with one blank between them; a regular expression takes five times as long."""
+    return text.replace(" ", "").isalpha() and "  " not in f" {text} "
 
 
 def nfc(text: str) -> str:
@@ -251,11 +213,7 @@ def casefolded(text: str) -> str:
 
 
 def normalise_texts(texts: Iterable[object], name: Callable[[int], str] = "text {}".format) -> list[str]:
-    """Check texts, strip the blanks around them and bring them to form C.
-
-    Args:
-        texts: any values.
-        name: from a position, from 0, to the name of that text in errors.
+    """Check texts, strip the blanks around them and bring them to form C; ``name`` gives a position its name in errors.
 
     Returns:
         The texts.
