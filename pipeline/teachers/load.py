@@ -132,12 +132,12 @@ def _shorten(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
     if any(parameter.dim() > 1 and id(parameter) not in kept for parameter in model.parameters()):
         model.to(dtype)
         return []
-    hooks = []
     for parameter in model.parameters():
         if id(parameter) in matrices:
             parameter.data = parameter.data.to(dtype)
         elif id(parameter) not in kept:
             parameter.data = parameter.data.float()
+    hooks = []
     for product in products:
         if product.bias is not None:
             product.bias.data = product.bias.data.to(dtype)
@@ -149,11 +149,9 @@ def _shorten(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
 
 def _model_class(source: TeacherSource) -> Any:
     """The auto class that loads it: for causal language models, or for those that read images too."""
-    kind, has_own_code = type(source.config), "auto_map" in source.config.to_dict()
-    if has_own_code or kind in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    # The error of the class for text names an unknown model.
-    return AutoModelForImageTextToText if kind in AutoModelForImageTextToText._model_mapping else AutoModelForCausalLM
+    kind, for_text, for_images = type(source.config), AutoModelForCausalLM, AutoModelForImageTextToText
+    is_text = "auto_map" in source.config.to_dict() or kind in for_text._model_mapping
+    return for_images if not is_text and kind in for_images._model_mapping else for_text
 
 
 def _size(files: Sequence[Path]) -> str:
