@@ -22,13 +22,7 @@ from pipeline.extraction.audit import audit
 from pipeline.extraction.check import Comparison, load_checked
 from pipeline.extraction.parts import PartPlan, merge, read_parts
 from pipeline.extraction.reader import automatic_batch_tokens
-from pipeline.extraction.request import (
-    Request,
-    check_output,
-    check_prompts,
-    make_request,
-    read_output_header,
-)
+from pipeline.extraction.request import Request, check_output, check_prompts, make_request, read_output_header
 from pipeline.extraction.vocabulary import Bar
 from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
 from pipeline.settings import ExtractOptions

@@ -32,24 +32,17 @@ Floats = NDArray[np.floating[Any]]
 class Audit:
     """Properties of the vectors of a file.
 
-    Attributes:
-        layers: the blocks.
-        norms: ``[concepts, templates, layers]``.
-        outliers: concept, template number, block, and norm in units of the block's median, largest first.
-        in_sink: concepts whose vector was read at position 0 of a prompt.
-        agreement: for each layer the mean cosine between a concept's centred vectors under two templates, a ceiling
-            for a student that knows the concept alone; empty for one template.
-        categories: the largest categories.
-        structure: ``[layers, categories, categories]`` mean cosine between centred vectors of two concepts.
+    The agreement of templates is for each layer the mean cosine between a concept's centred vectors under two of them:
+    a ceiling for a student that knows the concept alone.
     """
 
     layers: tuple[int, ...]
-    norms: Floats
-    outliers: list[tuple[str, int, int, float]]
-    in_sink: list[str]
-    agreement: list[float]
-    categories: list[str]
-    structure: Floats
+    norms: Floats  # [concepts, templates, layers]
+    outliers: list[tuple[str, int, int, float]]  # concept, template, block, times the block's median; largest first
+    in_sink: list[str]  # concepts whose vector was read at position 0 of a prompt
+    agreement: list[float]  # [layers], empty for one template
+    categories: list[str]  # the largest
+    structure: Floats  # [layers, categories, categories] mean cosine between centred vectors of two concepts
 
     def manifest(self) -> dict[str, Any]:
         """The audit as plain values, without the structure of categories."""
@@ -71,9 +64,8 @@ class Audit:
         """The audit as MLflow metrics."""
         manifest = self.manifest()
         values = {f"norm_median_layer_{layer}": norms["median"] for layer, norms in manifest["norms"].items()}
-        values |= {
-            f"template_agreement_layer_{layer}": value for layer, value in manifest["template_agreement"].items()
-        }
+        agreement = manifest["template_agreement"]
+        values |= {f"template_agreement_layer_{layer}": value for layer, value in agreement.items()}
         return values | {"norm_outliers": len(self.outliers), "read_at_position_0": len(self.in_sink)}
 
     def warnings(self) -> list[str]:
@@ -94,16 +86,7 @@ def _few(names: list[str]) -> str:
 
 
 def audit(path: Path, request: Request, in_sink: list[str]) -> Audit:
-    """Audit a vectors file, read a few rows at a time.
-
-    Args:
-        path: the vectors file.
-        request: the request that it answers.
-        in_sink: concepts that were read at position 0.
-
-    Returns:
-        The audit.
-    """
+    """Audit a vectors file, a few rows at a time; ``in_sink`` are the concepts that were read at position 0."""
     norms = np.concatenate([np.linalg.norm(chunk, axis=-1) for _, chunk in _chunks(path)])
     rows = len(norms)
     mean = sum(chunk.sum(0) for _, chunk in _chunks(path)) / rows  # [templates, layers, d_model]

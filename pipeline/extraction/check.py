@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -35,34 +35,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reference:
-    """Vectors of the untouched model, ``[prompts, layers, d_model]`` in float32.
+    """Vectors of the untouched model, ``[prompts, layers, d_model]`` in float32."""
 
-    Attributes:
-        prompts: of each template.
-        plain: in the precision asked for.
-        exact: in float32 arithmetic; None where the precision is float32, or the weights are packed.
-    """
-
-    prompts: Sequence[Sequence[Prompt]]
-    plain: Tensor
-    exact: Tensor | None
+    prompts: Sequence[Sequence[Prompt]]  # of each template
+    plain: Tensor  # in the precision asked for
+    exact: Tensor | None  # in float32 arithmetic; None where the precision is float32, or the weights are packed
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Distances from the untouched model's vectors, relative to their norm, for each block.
-
-    Attributes:
-        layers: the blocks.
-        prompts: the number of prompts compared.
-        errors: ours: the largest over prompts in float32, the median in a short type.
-        allowed: the largest that is accepted.
-    """
+    """Distances from the untouched model's vectors, relative to their norm, for each block."""
 
     layers: Sequence[int]
-    prompts: int
-    errors: Sequence[float]
-    allowed: Sequence[float]
+    prompts: int  # the number compared
+    errors: Sequence[float]  # the largest over prompts in float32, the median in a short type
+    allowed: Sequence[float]  # the largest that are accepted
 
     def manifest(self) -> dict[str, Any]:
         """The comparison for an extraction's manifest."""
@@ -106,19 +93,7 @@ def reference_vectors(teacher: Teacher, request: Request) -> Reference:
 
 
 def compare(teacher: Teacher, request: Request, expected: Reference) -> Comparison:
-    """Compare the vectors of an extraction with those of the untouched model.
-
-    Args:
-        teacher: the model as the extraction uses it.
-        request: what is asked for.
-        expected: the vectors of `reference_vectors`.
-
-    Returns:
-        The comparison.
-
-    Raises:
-        WorkError: a block's vectors are too far apart.
-    """
+    """Compare vectors of an extraction with `reference_vectors`; a WorkError where a block's are too far apart."""
     values, _ = Reader(teacher, request, BATCH_TOKENS, lambda prompts: None).read(expected.prompts)
     ours = values.transpose(0, 1).flatten(0, 1).to(expected.plain)  # [prompts, layers, d_model]
     exact = expected.plain if expected.exact is None else expected.exact
@@ -160,18 +135,16 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             tensor.data = data
         return _lengthened(output)
 
-    hooks = []
-    for module in model.modules():
-        if not isinstance(module, nn.Embedding):  # a table has no arithmetic
-            hooks.append(module.register_forward_pre_hook(lengthen, with_kwargs=True))
-        hooks.append(module.register_forward_hook(restore, with_kwargs=True, always_call=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for tensor, data in chain(*short.values()):
-            tensor.data = data
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if not isinstance(module, nn.Embedding):  # a table has no arithmetic
+                hooks.enter_context(module.register_forward_pre_hook(lengthen, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(restore, with_kwargs=True, always_call=True))
+        try:
+            yield
+        finally:
+            for tensor, data in chain(*short.values()):
+                tensor.data = data
 
 
 def _is_short(value: object) -> bool:

@@ -81,23 +81,11 @@ class PartPlan:
         output: Output,
         request: Request,
         d_model: int,
-        workers: int,
+        workers: int,  # their number; each should find work
         batch_tokens: int,
-        dtype_is_open: bool = False,
+        dtype_is_open: bool = False,  # the user left the precision open, and the first worker's holds for all
     ) -> PartPlan:
-        """Read the plan, or write it where there is none.
-
-        Args:
-            output: the vectors file to be.
-            request: what is asked for.
-            d_model: width of the teacher's residual stream.
-            workers: their number; each should find work.
-            batch_tokens: tokens of a batch.
-            dtype_is_open: whether the user left the precision open; then the first worker's holds for all.
-
-        Returns:
-            The plan, whose ``dtype`` holds instead of the request's.
-        """
+        """Read the plan, or write it where there is none; its ``dtype`` holds instead of the request's."""
         row_bytes = 4 * len(request.templates) * len(request.layers) * d_model
         rows = min(PART_ROWS, PART_BYTES // row_bytes, math.ceil(len(request.concepts) / workers))
         content = json.dumps({"part_rows": max(1, rows), "batch_tokens": batch_tokens, "dtype": request.dtype})
@@ -160,20 +148,12 @@ def read_parts(
     request: Request,
     plan: PartPlan,
     parts: Sequence[Part],
-    batch_tokens: int | None = None,
-    progress: Callable[[float], None] = lambda concepts: None,
+    batch_tokens: int | None = None,  # instead of the plan's
+    progress: Callable[[float], None] = lambda concepts: None,  # given each batch's concepts, 1 / templates each
 ) -> dict[str, float]:
     """Read parts of a request and write each as it is finished.
 
     Threads tokenize the next part and write the last one while the teacher works.
-
-    Args:
-        teacher: the model.
-        request: what is asked for.
-        plan: how it is cut.
-        parts: the parts to read.
-        batch_tokens: tokens of a batch, instead of the plan's.
-        progress: called after each batch with its number of concepts, a part of one for each template.
 
     Returns:
         Time, tokens and speed as MLflow metrics.
@@ -266,10 +246,6 @@ def merge(request: Request, plan: PartPlan) -> list[str]:
     """Join all parts to the vectors file and remove them.
 
     Several workers may do so at once: each writes the same bytes and renames them into place.
-
-    Args:
-        request: what is asked for.
-        plan: how it is cut.
 
     Returns:
         The concepts whose vector was read at position 0; none where another worker has merged.

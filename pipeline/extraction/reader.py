@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,30 +48,9 @@ def automatic_batch_tokens(teacher_config: Any, device: torch.device) -> int:
     return int(min(GPU_BATCH_TOKENS, max(256, free // 2 // token_bytes)))
 
 
-def read_texts(
-    teacher: Teacher,
-    texts: Sequence[str],
-    template: str,
-    layer: int,
-    pool: str,
-    batch_tokens: int | None = None,
-    progress: Callable[[int], None] = lambda prompts: None,
-) -> NDArray[np.float32]:
-    """Read activation vectors of any texts, in memory.
-
-    Args:
-        teacher: the model.
-        texts: what to put into the template.
-        template: a prompt with ``{concept}``.
-        layer: the block to read after.
-        pool: "last" or "mean".
-        batch_tokens: tokens of a batch; found from the device by default.
-        progress: called after each batch with its number of prompts.
-
-    Returns:
-        ``[texts, d_model]``.
-    """
-    return _read_prompts(teacher, tokenize(teacher, texts, template), layer, pool, batch_tokens, progress)
+def read_texts(teacher: Teacher, texts: Sequence[str], template: str, layer: int, pool: str) -> NDArray[np.float32]:
+    """Activation vectors ``[texts, d_model]`` of any texts in a template, after a block, in memory."""
+    return _read_prompts(teacher, tokenize(teacher, texts, template), layer, pool)
 
 
 def read_vocabulary(
@@ -79,7 +59,7 @@ def read_vocabulary(
     """Residual stream at an early block of every token after the template's beginning, ``[vocabulary, d_model]``."""
     before = template_prefix(teacher, template)
     prompts = [Prompt([*before, token], [len(before)]) for token in range(len(teacher.embedding_table))]
-    return _read_prompts(teacher, prompts, block, "mean", None, progress)
+    return _read_prompts(teacher, prompts, block, "mean", progress)
 
 
 def _read_prompts(
@@ -87,37 +67,30 @@ def _read_prompts(
     prompts: Sequence[Prompt],
     layer: int,
     pool: str,
-    batch_tokens: int | None,
-    progress: Callable[[int], None],
+    progress: Callable[[int], None] = lambda prompts: None,
 ) -> NDArray[np.float32]:
     if not prompts:
         return np.empty((0, teacher.d_model), np.float32)
     request = Request(
         (), (), (), (layer,), (), teacher.name, teacher.revision, pool, teacher.dtype, depth=len(teacher.blocks)
     )
-    tokens = batch_tokens or automatic_batch_tokens(teacher.model.config, teacher.device)
+    tokens = automatic_batch_tokens(teacher.model.config, teacher.device)
     values, _ = Reader(teacher, request, tokens, progress).read([prompts])  # [prompts, 1, 1, d_model]
     return values[:, 0, 0].cpu().numpy()
 
 
+@dataclass
 class Reader:
-    """Reads prompts and remembers what it finds out about the teacher and the device.
+    """Reads prompts and remembers what it finds out about the teacher and the device."""
 
-    Args:
-        teacher: the model.
-        request: what is asked for.
-        batch_tokens: tokens of a batch; halved whenever memory runs out.
-        progress: called after each batch with its number of prompts.
+    teacher: Teacher
+    request: Request
+    batch_tokens: int  # halved whenever memory runs out
+    progress: Callable[[int], None]  # called after each batch with its number of prompts
+    uses_trees: bool | None = field(default=None, init=False)  # None until the first tree equals the plain pass
 
-    Attributes:
-        uses_trees: whether prompts run as token trees; None until the first tree equals the plain pass.
-    """
-
-    def __init__(self, teacher: Teacher, request: Request, batch_tokens: int, progress: Callable[[int], None]) -> None:
-        self.teacher, self.request, self.progress = teacher, request, progress
-        self.batch_tokens = batch_tokens
-        self.uses_trees: bool | None = None
-        if not can_run_trees(teacher):
+    def __post_init__(self) -> None:
+        if not can_run_trees(self.teacher):
             self._give_up_trees(TreeUnsupported("attention that cannot be exchanged, or a convolution over tokens"))
 
     def read(self, prompts: Sequence[Sequence[Prompt]]) -> tuple[Tensor, int]:
@@ -139,7 +112,7 @@ class Reader:
             except TreeUnsupported as error:
                 self._give_up_trees(error)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-                if _is_out_of_memory(error):
+                if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                     self._halve_batches(error)
                 elif self.uses_trees is None:  # the model fails on a tree
                     self._give_up_trees(error)
@@ -149,10 +122,7 @@ class Reader:
                     ) from error
 
     def read_isolated_tokens(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
-        """Read each distinct token of concepts at the request's token block, after the template's beginning alone.
-
-        Args:
-            prompts: the concepts under the first template.
+        """Read each distinct token of concepts at the request's token block, after the first template's beginning.
 
         Returns:
             ``[types, d_model]``, by ascending token id; ``[0, d_model]`` where the request has no token block.
@@ -205,11 +175,7 @@ class Reader:
         return values, tokens
 
     def _compare_with_plain_pass(self, prompts: Sequence[Prompt], pooled: Tensor) -> None:
-        """Compare the first, last, shortest and longest prompts of a tree with their plain pass.
-
-        Raises:
-            TreeUnsupported: they differ.
-        """
+        """Compare the first, last, shortest and longest prompts of a tree with their plain pass."""
         by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row].token_ids))
         for row in {0, len(prompts) - 1, by_length[0], by_length[-1]}:
             plain = plain_vectors(self.teacher, prompts[row], self.request.layers, self.request.pool)
@@ -261,10 +227,6 @@ def _is_cheaper_whole(tree: TokenTree, prefix: int) -> bool:
     tree_cost = PASS_COST + len(tree.token_ids) + LEVEL_COST * len(tree.levels) + PAIR_COST * pairs
     lengths = (tree.paths >= 0).sum(1) + prefix
     return tree_cost > float(lengths.sum()) + PASS_COST * len(np.unique(lengths))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _pooling(prompts: Sequence[Prompt], paths: Ints, prefix: int, pool: str) -> tuple[Ints, NDArray[np.float32]]:

@@ -91,52 +91,27 @@ class Request:
 
 def make_request(
     source: TeacherSource,
-    catalogue: Catalogue,
+    catalogue: Catalogue,  # whose split holds, whatever the count is
     *,
-    layers: str,
-    templates: Sequence[str],
-    pool: str = "last",
-    count: int | None = None,
-    token_block: int | None = None,
+    layers: str,  # "mid", "all", or block numbers such as "8,15"; 0 is the embedding output
+    templates: Sequence[str],  # prompts, each with {concept} exactly once
+    pool: str = "last",  # the last token of the prompt; "mean" averages over the concept's tokens (in float32)
+    count: int | None = None,  # the number of concepts, spread over the categories; all by default
+    token_block: int | None = None,  # an early block at which to read each of the concepts' tokens by itself as well
 ) -> Request:
-    """Make a request from what the user asks for, before anything slow begins.
-
-    Args:
-        source: the teacher.
-        catalogue: the concepts; the split is that of the whole catalogue, whatever ``count`` is.
-        layers: "mid", "all", or block numbers such as "8,15"; 0 is the embedding output.
-        templates: prompts, each with ``{concept}`` exactly once.
-        pool: "last" reads the last token of the prompt, "mean" averages over the concept's tokens (in float32).
-        count: the number of concepts, spread over the categories; all by default.
-        token_block: an early block at which to read each of the concepts' tokens by itself as well.
-
-    Returns:
-        The request.
-
-    Raises:
-        InputError: a template without ``{concept}``, an unknown pool or layer, or too few concepts.
-    """
+    """Make a request from what the user asks for, before anything slow begins; an InputError where it is wrong."""
     check_prompts(templates, pool)
     if token_block is not None and token_block > source.depth:
         raise InputError(f"--token-block {token_block}: the teacher has {source.depth} blocks")
     rows = catalogue.first(count) if count is not None else range(len(catalogue))
-    sides = split(catalogue)
+    columns = (catalogue.concepts, catalogue.categories, split(catalogue))
+    concepts, categories, splits = (tuple(column[row] for row in rows) for column in columns)
     return Request(
-        concepts=tuple(catalogue.concepts[row] for row in rows),
-        categories=tuple(catalogue.categories[row] for row in rows),
-        splits=tuple(sides[row] for row in rows),
-        layers=parse_layers(layers, source.depth),
-        templates=tuple(map(nfc, templates)),
-        teacher=source.name,
-        revision=source.revision,
-        pool=pool,
-        dtype=source.dtype,
-        depth=source.depth,
-        token_block=token_block,
-        language=catalogue.language,
-        tokenizer=source.tokenizer,
-        reader=1 if source.was_always_read_correctly else 2,
-    )
+        concepts=concepts, categories=categories, splits=splits, layers=parse_layers(layers, source.depth),
+        templates=tuple(map(nfc, templates)), teacher=source.name, revision=source.revision, pool=pool,
+        dtype=source.dtype, depth=source.depth, token_block=token_block, language=catalogue.language,
+        tokenizer=source.tokenizer, reader=1 if source.was_always_read_correctly else 2,
+    )  # fmt: skip
 
 
 def check_prompts(templates: Sequence[str], pool: str) -> None:
@@ -174,21 +149,7 @@ def is_extracted(output: Output, request: Request, header: dict[str, str] | None
 def check_output(
     output: Output, request: Request, header: dict[str, str] | None, concepts: str, overwrite: bool
 ) -> bool:
-    """Find whether the output answers the request already, and refuse to overwrite anything else.
-
-    Args:
-        output: the vectors file to be.
-        request: what it should answer.
-        header: what it begins with, from `read_output_header`.
-        concepts: the file of the concepts, as the user names it.
-        overwrite: whether other vectors may be replaced.
-
-    Returns:
-        Whether it holds the whole answer.
-
-    Raises:
-        InputError: the output is another file, or a .pt file cannot hold the request.
-    """
+    """Whether the output holds the whole answer already; an InputError where it must not be overwritten."""
     is_pt = output.path.suffix == ".pt"
     if is_pt and (len(request.layers), len(request.templates)) != (1, 1):
         raise InputError(f"--output {output}: a .pt file holds one layer and one template; write .safetensors")

@@ -39,18 +39,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All tokens of a teacher.
+    """All tokens of a teacher: ``token_embeddings`` and, where an early block was read, ``token_activations``."""
 
-    Attributes:
-        tables: ``token_embeddings`` and, where an early block was read, ``token_activations``;
-            ``[vocabulary, d_model]`` each, a row a token id.
-        tokenizer: in the tokenizers library's JSON.
-        key: from `key_of`.
-    """
-
-    tables: dict[str, NDArray[Any]] = field(repr=False)
-    tokenizer: str = field(repr=False)
-    key: str
+    tables: dict[str, NDArray[Any]] = field(repr=False)  # by name: [vocabulary, d_model], a row per token id
+    tokenizer: str = field(repr=False)  # in the tokenizers library's JSON
+    key: str  # from `key_of`
 
 
 def key_of(of: Vectors | Request) -> str:
@@ -63,17 +56,7 @@ def key_of(of: Vectors | Request) -> str:
 
 
 def read_teacher_vocabulary(teacher: Teacher, of: Vectors | Request, bar: Bar) -> Vocabulary:
-    """Read a teacher's vocabulary.
-
-    Args:
-        teacher: the model.
-        of: the vectors or request with the template whose beginning stands before each token, and the early block to
-            read; without one the embeddings alone are read.
-        bar: given a number of tokens, a progress bar that is advanced by tokens.
-
-    Returns:
-        The vocabulary, in as few bits as hold it.
-    """
+    """Read a teacher's vocabulary for the template and early block of vectors or a request; in 16 bits if they do."""
     from pipeline.extraction.reader import read_vocabulary  # transformers takes seconds to load
 
     tables = {"token_embeddings": teacher.embedding_table.float().cpu().numpy()}
@@ -123,25 +106,13 @@ def read(path: Path) -> Vocabulary:
 
 def find(
     vectors: Vectors,
-    place: str,
+    place: str,  # where their file is
     device: torch.device | str,
     bar: Bar,
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> Vocabulary | None:
-    """Find the vocabulary of vectors beside their file, or read it from the teacher and keep it there.
-
-    Args:
-        vectors: the vectors.
-        place: where their file is.
-        device: where the teacher computes.
-        bar: a progress bar for reading it.
-        device_map: spread the teacher over several devices instead.
-        trust_remote_code: run model code that comes with its weights.
-
-    Returns:
-        None where there is neither file nor teacher.
-    """
+    """Find the vocabulary of vectors beside their file, or read it from the teacher and keep it there; else None."""
     path = beside(place)
     if ":" not in place or is_remote(place):
         with suppress(InputError):
@@ -191,18 +162,7 @@ def _has_tokens_of(vocabulary: Vocabulary, vectors: Vectors) -> bool:
 
 
 def fastest_tokenization(vocabulary: Vocabulary, vectors: Vectors) -> Tokenization:
-    """The fastest way to the tokens in the vectors file: word by word, without the template, or with it.
-
-    Args:
-        vocabulary: whose tokenizer is used.
-        vectors: whose tokens must come out.
-
-    Returns:
-        The first way that gives exactly these tokens.
-
-    Raises:
-        InputError: no way does.
-    """
+    """The fastest way to exactly the tokens in the vectors file: word by word, without the template, or with it."""
     from tokenizers import Tokenizer
 
     template = vectors.templates[0]
@@ -211,11 +171,7 @@ def fastest_tokenization(vocabulary: Vocabulary, vectors: Vectors) -> Tokenizati
     tokenizer.no_padding()
     tokenizer.no_truncation()
     rows = len(vocabulary.tables["token_embeddings"])
-    for prompt, whole, by_word in (
-        (short, True, short.startswith(" ")),
-        (short, True, False),
-        (template, False, False),
-    ):
+    for prompt, whole, by_word in ((short, True, short[0] == " "), (short, True, False), (template, False, False)):
         tokenization = Tokenization(tokenizer, prompt, whole, by_word, rows)
         with suppress(InputError):
             found = tokenization(vectors.concepts)

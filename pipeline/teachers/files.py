@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,8 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline import hub
 from pipeline.errors import InputError, WorkError
+from pipeline.storage import sha256_of
 
 LFS_POINTER = b"version https://git-lfs"
+COMPILED = "_orig_mod."  # before the names of a compiled model's weights
 
 log = logging.getLogger(__name__)
 
@@ -39,20 +42,14 @@ def revision_files(name: str, folder: Path) -> list[Path]:
 
 
 def weight_files(name: str, source: Path | str) -> list[Path]:
-    """The local files that hold the weights, in the format that `transformers` prefers.
+    """The local files of weights, whole, in the format that `transformers` prefers; of a hub id none."""
+    files = _list_weight_files(name, source) if isinstance(source, Path) else []
+    for file in files:
+        _check_weight_file(name, file)
+    return files
 
-    Args:
-        name: the teacher's.
-        source: a folder, a GGUF file, or a hub id, which has none.
 
-    Returns:
-        The files.
-
-    Raises:
-        InputError: a file that the folder's index names is missing, or a GGUF file is one of several.
-    """
-    if isinstance(source, str):
-        return []
+def _list_weight_files(name: str, source: Path) -> list[Path]:
     if source.is_file():
         if several := re.search(r"-\d{5}-of-(\d{5})\.gguf$", source.name, re.IGNORECASE):
             raise InputError(
@@ -74,12 +71,8 @@ def weight_files(name: str, source: Path | str) -> list[Path]:
     return []
 
 
-def check_weight_file(name: str, file: Path) -> None:
-    """Check that a local file of weights is whole: no pointer of Git LFS, and not cut short.
-
-    Raises:
-        InputError: it is not.
-    """
+def _check_weight_file(name: str, file: Path) -> None:
+    """Refuse a file of weights that is a pointer of Git LFS, or cut short."""
     with file.open("rb") as opened:
         head = opened.read(len(LFS_POINTER))
     if head == LFS_POINTER:
@@ -94,13 +87,35 @@ def check_weight_file(name: str, file: Path) -> None:
             raise InputError(f"--teacher {name}: {file} is not whole ({error}); download it again") from error
 
 
+def check_loaded(name: str, causal: Any, found: dict[str, Any]) -> None:
+    """Refuse missing weights and other shapes, which the library fills at random; the head may be missing."""
+    head = causal.get_output_embeddings()
+    of_head = {id(weight) for weight in head.parameters()} if head is not None else set()
+    own = dict(causal.named_parameters()) | dict(causal.named_buffers())
+    shapes = {key: f"{tuple(stored)}, expected {tuple(shape)}" for key, stored, shape in found["mismatched_keys"]}
+    missing = sorted(key for key in found["missing_keys"] if key not in own or id(own[key]) not in of_head)
+    wrong = sorted([*missing, *shapes])
+    if not wrong:
+        if found["error_msgs"]:
+            raise InputError(f"--teacher {name}: {found['error_msgs'][0]}")
+        return
+    reason = f"{len(wrong)} of {len(own)} weights are not in its files or do not fit its configuration, "
+    reason += f"the first {wrong[0]}" + (f" {shapes[wrong[0]]}" if wrong[0] in shapes else "")
+    if any(COMPILED in key for key in found["unexpected_keys"]):
+        reason += f"; the files' names contain {COMPILED}, the mark of a compiled model: save model.{COMPILED[:-1]}"
+    elif found["unexpected_keys"]:
+        reason += f"; the files have {sorted(found['unexpected_keys'])[0]} instead"
+    raise InputError(f"--teacher {name}: {reason}")
+
+
 def hash_files(files: Sequence[Path]) -> str:
     """Hash of the contents of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return short_hash(b"".join(bytes.fromhex(sha256_of(path)) for path in files))
+
+
+def short_hash(content: bytes) -> str:
+    """The beginning of the SHA-256 of bytes, with the name of the hash."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 @contextmanager
@@ -127,20 +142,15 @@ def silence_libraries(downloads: bool) -> Iterator[None]:
     if log.isEnabledFor(logging.DEBUG):
         yield
         return
-    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings(action="ignore"))
-            if downloads and sys.stderr.isatty():
-                hub.show_bars()
-            else:  # logging goes on: its handlers hold the stream itself
-                stack.enter_context(redirect_stderr(stack.enter_context(Path(os.devnull).open("w"))))
-            yield
-    finally:
-        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with ExitStack() as stack:
+        for logger in map(logging.getLogger, ("huggingface_hub", "transformers")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        stack.callback(transformers_logging.enable_progress_bar)
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        if downloads and sys.stderr.isatty():
+            hub.show_bars()
+        else:  # logging goes on: its handlers hold the stream itself
+            stack.enter_context(redirect_stderr(stack.enter_context(Path(os.devnull).open("w"))))
+        yield

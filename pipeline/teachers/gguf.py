@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import hub
 from pipeline.errors import InputError
+from pipeline.teachers.files import check_loaded
+from pipeline.teachers.find import TeacherSource
 from pipeline.teachers.tokenizer import load_tokenizer
 
 FORM = 4  # of unpacked folders; raised when the files of older ones should be read again
@@ -31,18 +32,16 @@ KEYS = {
 
 def check_read(path: Path, causal: Any) -> None:
     """Refuse a GGUF file whose weights, rotary frequencies or sizes `transformers` has not all read into a model."""
-    reader = GGUFReader(path)
-    architecture = _value(reader, "general.architecture")
-    if fault := _unread(reader, architecture, causal):
+    if fault := _unread(GGUFReader(path), causal):
         raise InputError(
             f"--teacher {path}: transformers {transformers.__version__} does not read all of it: {fault}; give the "
             "model's folder or hub id instead"
         )
 
 
-def _unread(reader: GGUFReader, architecture: str, causal: Any) -> str | None:
+def _unread(reader: GGUFReader, causal: Any) -> str | None:
     """The first part of a file that is not in the model, or None."""
-    config = causal.config.get_text_config()
+    config, architecture = causal.config.get_text_config(), _value(reader, "general.architecture")
     scaling = _value(reader, f"{architecture}.rope.scaling.type")
     factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_")]
     if scaling not in (None, "", "none") or any((own.data != 1).any() for own in factors):
@@ -76,25 +75,14 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     plain(tokenizer_object=tokenizer.backend_tokenizer, **special).save_pretrained(folder)
 
 
-def unpack_gguf(
-    path: Path, revision: str, config: Any, options: dict[str, Any], check: Callable[[Any, dict[str, Any]], None]
-) -> Path | None:
-    """Unpack a GGUF file to exact float32 weights and a tokenizer, in a folder of the hub's cache.
-
-    Args:
-        path: the file.
-        revision: a hash of it.
-        config: the model's configuration.
-        options: what `transformers` needs to read the file.
-        check: raises where weights are missing, given the model and the library's loading info.
+def unpack_gguf(source: TeacherSource) -> Path | None:
+    """Unpack a teacher's GGUF file to exact float32 weights and a tokenizer, in a folder of the hub's cache.
 
     Returns:
         The folder; None where the file is large or the cache cannot be written, so that it is read anew each time.
-
-    Raises:
-        InputError: the library would read the file wrongly.
     """
-    folder = hub.cache() / "unpacked" / f"{revision[:32]}-{transformers.__version__}-{FORM}"
+    [path], config, options = source.files, source.config, source.options
+    folder = hub.cache() / "unpacked" / f"{source.revision[:32]}-{transformers.__version__}-{FORM}"
     if folder.is_dir():
         return folder
     if path.stat().st_size > MAX_BYTES:
@@ -110,7 +98,7 @@ def unpack_gguf(
             path.parent, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
         read, found = loaded
-        check(read, found)
+        check_loaded(source.name, read, found)
         check_read(path, read)
         whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         whole.load_state_dict(read.state_dict())  # the model that was read counts as quantised, and cannot be saved

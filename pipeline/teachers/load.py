@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Bits
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import InputError
-from pipeline.teachers.files import silence_libraries, translate_load_errors
+from pipeline.teachers.files import check_loaded, silence_libraries, translate_load_errors
 from pipeline.teachers.find import DTYPES, Teacher, TeacherSource
 from pipeline.teachers.gguf import check_read, unpack_gguf
 from pipeline.teachers.residuals import residuals
 from pipeline.teachers.tokenizer import check_vocabulary, load_tokenizer
 
-COMPILED = "_orig_mod."  # before the names of a compiled model's weights
 MATRIX_PRODUCTS = (nn.Linear, Conv1D)
 PROBE = (3, 5, 7, 11)  # tokens that every vocabulary has
 
@@ -49,13 +49,9 @@ def load_untouched(source: TeacherSource, device: torch.device | str = "cpu", de
     """Load a teacher without exchanging any arithmetic of the library; arguments and errors as of `load_teacher`."""
     location, own = source.location, dict(source.options)
     log.info("loading %s%s", source.name, _size(source.files))
-
-    def check(causal: Any, found: dict[str, Any]) -> None:
-        _check_loaded(source.name, causal, found)
-
-    if "gguf_file" in own:
+    if source.is_packed:
         with translate_load_errors(source.name, location), silence_libraries(downloads=False):
-            folder = unpack_gguf(Path(location, own["gguf_file"]), source.revision, source.config, own, check)
+            folder = unpack_gguf(source)
         if folder is not None:
             location = str(folder)
             del own["gguf_file"]
@@ -67,7 +63,7 @@ def load_untouched(source: TeacherSource, device: torch.device | str = "cpu", de
         options |= {"quantization_config": quantization, "device_map": {"": device}}
     else:
         # Weights of a GGUF file are unpacked to float32 first; asked for less, the library keeps them packed and slow.
-        options["dtype"] = torch.float32 if "gguf_file" in source.options else DTYPES[source.dtype]
+        options["dtype"] = torch.float32 if source.is_packed else DTYPES[source.dtype]
     if device_map:
         options["device_map"] = device_map
     with translate_load_errors(source.name, source.location), silence_libraries(downloads=not source.files):
@@ -75,7 +71,7 @@ def load_untouched(source: TeacherSource, device: torch.device | str = "cpu", de
         causal, found = _model_class(source).from_pretrained(
             location, config=source.config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    check(causal, found)
+    check_loaded(source.name, causal, found)
     if "gguf_file" in own:
         check_read(source.files[0], causal)
     model: Any = causal.base_model
@@ -136,12 +132,12 @@ def _shorten(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
     if any(parameter.dim() > 1 and id(parameter) not in kept for parameter in model.parameters()):
         model.to(dtype)
         return []
-    hooks = []
     for parameter in model.parameters():
         if id(parameter) in matrices:
             parameter.data = parameter.data.to(dtype)
         elif id(parameter) not in kept:
             parameter.data = parameter.data.float()
+    hooks = []
     for product in products:
         if product.bias is not None:
             product.bias.data = product.bias.data.to(dtype)
@@ -153,37 +149,14 @@ def _shorten(model: nn.Module, dtype: torch.dtype) -> list[RemovableHandle]:
 
 def _model_class(source: TeacherSource) -> Any:
     """The auto class that loads it: for causal language models, or for those that read images too."""
-    kind = type(source.config)
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if kind in auto._model_mapping or "auto_map" in source.config.to_dict():
-            return auto
-    return AutoModelForCausalLM  # whose error names the unknown model
+    kind, for_text, for_images = type(source.config), AutoModelForCausalLM, AutoModelForImageTextToText
+    is_text = "auto_map" in source.config.to_dict() or kind in for_text._model_mapping
+    return for_images if not is_text and kind in for_images._model_mapping else for_text
 
 
 def _size(files: Sequence[Path]) -> str:
     total = sum(file.stat().st_size for file in files)
     return f" ({total / 1e9:.1f} GB)" if total > 1e9 else f" ({total / 1e6:.0f} MB)" if total else ""
-
-
-def _check_loaded(name: str, causal: Any, found: dict[str, Any]) -> None:
-    """Refuse missing weights and other shapes, which the library fills at random; the head may be missing."""
-    head = causal.get_output_embeddings()
-    of_head = {id(weight) for weight in head.parameters()} if head is not None else set()
-    own = dict(causal.named_parameters()) | dict(causal.named_buffers())
-    shapes = {key: f"{tuple(stored)}, expected {tuple(shape)}" for key, stored, shape in found["mismatched_keys"]}
-    missing = sorted(key for key in found["missing_keys"] if key not in own or id(own[key]) not in of_head)
-    wrong = sorted([*missing, *shapes])
-    if not wrong:
-        if found["error_msgs"]:
-            raise InputError(f"--teacher {name}: {found['error_msgs'][0]}")
-        return
-    reason = f"{len(wrong)} of {len(own)} weights are not in its files or do not fit its configuration, "
-    reason += f"the first {wrong[0]}" + (f" {shapes[wrong[0]]}" if wrong[0] in shapes else "")
-    if any(COMPILED in key for key in found["unexpected_keys"]):
-        reason += f"; the files' names contain {COMPILED}, the mark of a compiled model: save model.{COMPILED[:-1]}"
-    elif found["unexpected_keys"]:
-        reason += f"; the files have {sorted(found['unexpected_keys'])[0]} instead"
-    raise InputError(f"--teacher {name}: {reason}")
 
 
 def _find_blocks(model: Any, source: TeacherSource) -> Sequence[nn.Module]:
@@ -200,13 +173,10 @@ def _find_blocks(model: Any, source: TeacherSource) -> Sequence[nn.Module]:
 def _runs(model: Any, blocks: nn.ModuleList) -> bool:
     """Whether every module of a list runs for tokens, once."""
     calls: list[nn.Module] = []
-    hooks = [block.register_forward_hook(lambda block, _args, _output: calls.append(block)) for block in blocks]
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.tensor([PROBE], device=next(model.parameters()).device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(lambda block, _args, _output: calls.append(block)))
+        model(input_ids=torch.tensor([PROBE], device=next(model.parameters()).device), use_cache=False)
     return sorted(map(id, calls)) == sorted(map(id, blocks))
 
 

@@ -13,15 +13,10 @@ from pipeline.teachers.tokenizer import encode
 
 @dataclass(frozen=True)
 class Prompt:
-    """One concept in one template, as tokens.
+    """One concept in one template, as tokens."""
 
-    Attributes:
-        token_ids: the prompt's tokens, without those that a tokenizer appends.
-        positions: of the tokens that overlap the concept's characters, ascending.
-    """
-
-    token_ids: list[int]
-    positions: list[int]
+    token_ids: list[int]  # without those that a tokenizer appends
+    positions: list[int]  # of the tokens that overlap the concept's characters, ascending
 
     @property
     def concept_ids(self) -> list[int]:
@@ -34,12 +29,7 @@ class Prompt:
 
 
 def tokenize(teacher: Teacher, concepts: Sequence[str], template: str) -> list[Prompt]:
-    """Tokenize every concept in a template.
-
-    Args:
-        teacher: the model.
-        concepts: the concepts.
-        template: a prompt with ``{concept}``.
+    """Tokenize every concept in a template with ``{concept}``.
 
     Returns:
         One prompt per concept.

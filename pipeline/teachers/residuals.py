@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -60,15 +60,12 @@ def _reading(teacher: Teacher, layers: Sequence[int]) -> Iterator[dict[int, Tens
         # A block returns its residual stream, alone or first in a tuple or list, depending on the architecture.
         return lambda _module, _args, output: keep(layer, output[0] if isinstance(output, (tuple, list)) else output)
 
-    hooks = [teacher.blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
-    hooks += [block.register_forward_hook(after(number)) for number, block in enumerate(teacher.blocks, start=1)]
-    try:
-        with suppress(_Stop), torch.inference_mode():
-            yield read
-            raise InputError(f"--teacher {teacher.name}: its blocks do not all run, and cannot be read")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, suppress(_Stop), torch.inference_mode():
+        hooks.enter_context(teacher.blocks[0].register_forward_pre_hook(before_first, with_kwargs=True))
+        for number, block in enumerate(teacher.blocks, start=1):
+            hooks.enter_context(block.register_forward_hook(after(number)))
+        yield read
+        raise InputError(f"--teacher {teacher.name}: its blocks do not all run, and cannot be read")
 
 
 def residuals(teacher: Teacher, token_ids: Tensor, layers: Sequence[int]) -> Tensor:
@@ -104,7 +101,7 @@ class _Running:
     prefix: Mapping[int, tuple[Tensor, Tensor]]  # by layer: keys and values, [1, heads, prefix, head_dim]
     levels: Sequence[tuple[int, Tensor]]
     longest: int  # tokens of the longest prompt
-    called: list[int]  # layers whose attention ran
+    called: list[int] = field(default_factory=list)  # layers whose attention ran
 
 
 _running: ContextVar[_Running | None] = ContextVar("running", default=None)
@@ -112,36 +109,17 @@ _running: ContextVar[_Running | None] = ContextVar("running", default=None)
 
 def _tree_attention(
     module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
+    query: Tensor,  # [1, heads, nodes, head_dim], with positions applied
+    key: Tensor,  # [1, key heads, nodes, head_dim], each serving heads / key heads query heads
+    value: Tensor,  # [1, key heads, nodes, value head_dim]
+    mask: Tensor | None,  # a model that makes its own mask is refused
+    scaling: float | None = None,  # of the scores; 1 / sqrt(head_dim) by default
+    sliding_window: int | None = None,  # tokens that a token sees, itself included; all by default
+    softcap: float | None = None,  # bound of the scores, where the architecture has one (Gemma 2)
+    s_aux: Tensor | None = None,  # [heads], the score of each head's sink, where the architecture has one (gpt-oss)
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Attention of every node to the prefix and to its ancestors, in float32.
-
-    Args:
-        module: the teacher's attention module.
-        query: ``[1, heads, nodes, head_dim]``, with positions applied.
-        key: ``[1, key heads, nodes, head_dim]``, each serving ``heads / key heads`` query heads.
-        value: ``[1, key heads, nodes, value head_dim]``.
-        mask: None; a model that makes its own mask is refused.
-        scaling: of the scores; 1 / sqrt(head_dim) by default.
-        sliding_window: tokens that a token sees, itself included; all by default.
-        softcap: bound of the scores, where the architecture has one (Gemma 2).
-        s_aux: ``[heads]``, the score of each head's sink, where the architecture has one (gpt-oss).
-        others: other arguments of attention.
-
-    Returns:
-        ``[1, nodes, heads, value head_dim]``, and no attention weights.
-
-    Raises:
-        TreeUnsupported: the model asks for more than this.
-    """
+    """Attention ``[1, nodes, heads, value head_dim]`` of every node to the prefix and to its ancestors, in float32."""
     tree = _running.get()
     assert tree is not None
     unknown = [name for name, given in others.items() if name not in HARMLESS and given is not None]
@@ -155,8 +133,7 @@ def _tree_attention(
     scaling = head_dim**-0.5 if scaling is None else scaling
     q = query[0].view(groups, heads // groups, nodes, head_dim).permute(2, 0, 1, 3).float() * scaling  # [n, g, h, d]
     k, v = key[0].transpose(0, 1).float(), value[0].transpose(0, 1).float()  # [nodes, groups, head_dim]
-    prefix_scores, prefix_values = None, None
-    length = 0
+    prefix_scores, prefix_values, length = None, None, 0
     if tree.prefix:
         prefix_keys, prefix_values = (part[0].to(q) for part in tree.prefix[module.layer_idx])  # [g, prefix, d]
         length = prefix_keys.shape[1]
@@ -193,9 +170,9 @@ def _window(module: Any) -> float:
     """Tokens that a layer of sliding or chunked attention sees, by its configuration; infinite for full attention."""
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
-    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if kinds and "full" in kinds[module.layer_idx]:
         return math.inf
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((limit for limit in limits if limit), default=math.inf)
 
 
@@ -213,9 +190,8 @@ def _rotary_limit(config: Any) -> float:
 def can_run_trees(teacher: Teacher) -> bool:
     """Whether the model's attention can be exchanged, and no convolution runs over the tokens."""
     can_exchange = getattr(teacher.model, "_can_set_attn_implementation", lambda: True)
-    return can_exchange() and not any(
-        isinstance(module, nn.Conv1d) for block in teacher.blocks for module in block.modules()
-    )
+    modules = (module for block in teacher.blocks for module in block.modules())
+    return can_exchange() and not any(isinstance(module, nn.Conv1d) for module in modules)
 
 
 def prefix_states(teacher: Teacher, token_ids: Sequence[int], layers: Sequence[int]) -> dict[int, tuple[Any, Any]]:
@@ -245,25 +221,21 @@ def tree_residuals(
     Raises:
         TreeUnsupported: a pass of the tree differs from those of its prompts.
     """
-    device, longest = teacher.device, int(tree.depths.max()) + 1
-    if longest > _rotary_limit(teacher.model.config.get_text_config()):
+    device, model, longest = teacher.device, teacher.model, int(tree.depths.max()) + 1
+    if longest > _rotary_limit(model.config.get_text_config()):
         raise TreeUnsupported("rotary positions that change with the longest prompt of a pass")
-    levels = [(start, _to(way, device)) for start, way in tree.levels]
-    called: list[int] = []
-    own_attention = teacher.model.config._attn_implementation
-    token = _running.set(_Running(prefix, levels, longest, called))
+    running = _Running(prefix, [(start, _to(way, device)) for start, way in tree.levels], longest)
+    token_ids, depths = _to(tree.token_ids, device)[None], _to(tree.depths, device)[None]  # [1, nodes]
+    own_attention = model.config._attn_implementation
+    token = _running.set(running)
     try:
-        teacher.model.set_attn_implementation(TREE)
+        model.set_attn_implementation(TREE)
         with _reading(teacher, layers) as read:
-            teacher.model(
-                input_ids=_to(tree.token_ids, device)[None],
-                position_ids=_to(tree.depths, device)[None],
-                use_cache=False,
-            )
+            model(input_ids=token_ids, position_ids=depths, use_cache=False)
     finally:
         _running.reset(token)
-        teacher.model.set_attn_implementation(own_attention)
-    if sorted(called) != list(range(layers[-1])):
+        model.set_attn_implementation(own_attention)
+    if sorted(running.called) != list(range(layers[-1])):
         raise TreeUnsupported("blocks without attention, or with attention that cannot be exchanged")
     return [read[layer][0].to(device) for layer in layers]
 

@@ -92,13 +92,6 @@ def _tree(table: Ints, prompts: Ints, prefix: int) -> TokenTree:
     starts = np.cumsum(sizes) - sizes
     # Rows that share a beginning are neighbours, so a row's node is the newest one of its depth.
     paths = np.where(table >= 0, new.cumsum(0) - 1 + starts, -1)
-    levels = tuple(
-        (int(start), paths[new[:, depth], : depth + 1]) for depth, start in enumerate(starts) if sizes[depth]
-    )
-    return TokenTree(
-        prompts=prompts,
-        token_ids=table.T[new.T],
-        depths=np.repeat(np.arange(len(sizes)), sizes) + prefix,
-        levels=levels,
-        paths=paths,
-    )
+    levels = tuple((int(starts[depth]), paths[new[:, depth], : depth + 1]) for depth in np.flatnonzero(sizes))
+    depths = np.repeat(np.arange(len(sizes)), sizes) + prefix
+    return TokenTree(prompts, table.T[new.T], depths, levels, paths)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,12 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from pipeline import hub
 from pipeline.errors import InputError
-from pipeline.teachers.files import LFS_POINTER
+from pipeline.teachers.files import LFS_POINTER, short_hash
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCABULARIES = (TOKENIZER_JSON, "vocab.json", "vocab.txt", "*.model", "*.tiktoken", "tekken.json")
-OTHER_FILES = (
-    "merges.txt", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenization*.py",
-)  # fmt: skip
+OTHER_FILES = ("merges.txt", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "tokenization*.py")
 READERS = {"*.model": "sentencepiece", "*.tiktoken": "tiktoken", "tekken.json": "mistral_common"}  # Python packages
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")  # which read tokenizer.json unchanged
 NOT_OF_LIBRARIES = (KeyboardInterrupt, SystemExit, MemoryError)
@@ -36,22 +35,18 @@ log = logging.getLogger(__name__)
 def hash_tokenizer(folder: Path) -> str:
     """Hash of the files of a folder that decide how texts become tokens; "" where it has none."""
     files = {file for pattern in (*VOCABULARIES, *OTHER_FILES) for file in folder.glob(pattern) if file.is_file()}
-    if not files:
-        return ""
-    digest = hashlib.sha256()
+    content = b""
     for file in sorted(files):
-        content = file.read_bytes()
+        own = file.read_bytes()
         if file.name == TOKENIZER_CONFIG:
-            content = _without_chat_template(content)
-        digest.update(file.name.encode() + b"\0" + hashlib.sha256(content).digest())
-    return f"sha256:{digest.hexdigest()[:16]}"
+            with suppress(ValueError):  # loading complains of it
+                own = _without_chat_template(own)
+        content += file.name.encode() + b"\0" + hashlib.sha256(own).digest()
+    return short_hash(content) if files else ""
 
 
 def _without_chat_template(content: bytes) -> bytes:
-    try:
-        settings = json.loads(content)
-    except ValueError:
-        return content  # loading complains of it
+    settings = json.loads(content)
     if isinstance(settings, dict):
         settings.pop("chat_template", None)
     return json.dumps(settings, sort_keys=True).encode()
@@ -60,13 +55,7 @@ def _without_chat_template(content: bytes) -> bytes:
 def load_tokenizer(
     name: str, location: str, config: PreTrainedConfig, options: Mapping[str, Any]
 ) -> PreTrainedTokenizerBase:
-    """Load a teacher's tokenizer.
-
-    Args:
-        name: the teacher's.
-        location: a folder or a hub id; the folder of the GGUF file that ``options`` name.
-        config: the model's configuration.
-        options: of `transformers`.
+    """Load a teacher's tokenizer from a folder or hub id, with the options of `transformers`.
 
     Returns:
         A tokenizer with character offsets.
@@ -108,11 +97,6 @@ def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -
 
     Tokens that were added later may lack a row (a padding token, say): only texts that have them are refused.
 
-    Args:
-        name: the teacher's.
-        tokenizer: its tokenizer.
-        rows: of its embedding table.
-
     Raises:
         InputError: the tokenizer is another model's.
     """
@@ -134,10 +118,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[l
 
     A causal model reads appended tokens (an end token, say) last, so no other position changes.
 
-    Args:
-        tokenizer: with character offsets.
-        texts: any texts.
-
     Returns:
         For each text its token ids and their spans of characters, empty for tokens that are not in the text.
 
@@ -151,9 +131,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[tuple[l
             raise
         raise InputError(f"the teacher's tokenizer cannot read a text: {_brief(error)}") from error
     found = []
-    for ids, spans, added in zip(
-        encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
-    ):
+    columns = (encoded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+    for ids, spans, added in zip(*columns, strict=True):
         stop = len(ids)
         while stop and added[stop - 1] and spans[stop - 1][0] == spans[stop - 1][1]:
             stop -= 1
