@@ -138,9 +138,12 @@ def sweep(options: SweepOptions) -> None:
 
     Example: python -m pipeline sweep --grid scaling --seeds 3
     """
+    from pipeline.sweep.grid import read_grid
+
+    grid = read_grid(options.grid, options.epochs, options.seeds)  # before the libraries that take seconds to load
     from pipeline.commands.sweep import train_grid
 
-    train_grid(options)
+    train_grid(options, grid)
 
 
 @cli.command()
