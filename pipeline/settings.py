@@ -14,14 +14,9 @@ from pipeline.errors import InputError
 
 
 def option(default: Any, text: str, **rules: Any) -> Any:
-    """A dataclass field that is also a command-line option.
-
-    Args:
-        default: its value where it is not given.
-        text: its help.
-        rules: bounds (`BOUNDS`); ``plain``: letters, digits and "-_." only, for names in queries and file names;
-            ``aliases``: further spellings; ``bare``: the value of an option that is given without one.
-    """
+    """A dataclass field that is also a command-line option, with its help text and its rules."""
+    # Rules: bounds (`BOUNDS`); plain: letters, digits and "-_." only, for names in queries and file names; aliases:
+    # further spellings; bare: the value of an option that is given without one.
     return field(default=default, metadata={"help": text} | rules)
 
 
