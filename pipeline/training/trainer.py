@@ -104,13 +104,7 @@ def predict(student: str, parameters: Parameters, examples: Examples) -> Tensor:
 
 
 def _finish(
-    cell: Cell,
-    subset: Subset,
-    parameters: Parameters,
-    curves: Curves,
-    best_epoch: int,
-    seconds: float,
-    dtype: str,
+    cell: Cell, subset: Subset, parameters: Parameters, curves: Curves, best_epoch: int, seconds: float, dtype: str
 ) -> TrainedStudent:
     """Scale the output weights to the targets' units, and measure on validation and, only here, on test."""
     parameters = {name: value[None].clone().cpu() for name, value in parameters.items()}
@@ -131,9 +125,7 @@ def _finish(
     return TrainedStudent(cell, parameters, curves, best_epoch, seconds, size, dtype, metrics, test_cosines)
 
 
-def _solve(
-    pairs: Pairs, progress: Progress, checkpointing: Checkpointing
-) -> Iterator[TrainedStudent]:
+def _solve(pairs: Pairs, progress: Progress, checkpointing: Checkpointing) -> Iterator[TrainedStudent]:
     for cell, subset in pairs:
         if checkpointing.pause():
             return
@@ -148,11 +140,7 @@ def _solve(
 
 
 def _descend(
-    pairs: Pairs,
-    device: torch.device,
-    progress: Progress,
-    checkpointing: Checkpointing,
-    automatic: str,
+    pairs: Pairs, device: torch.device, progress: Progress, checkpointing: Checkpointing, automatic: str
 ) -> Iterator[TrainedStudent]:
     # The longest first: members that finish are then at the end, and the rest of the stack stays in place.
     stack = Stack(sorted((start_member(*pair) for pair in pairs), key=lambda member: -member.steps), device, automatic)
