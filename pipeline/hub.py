@@ -35,10 +35,9 @@ def show_bars() -> None:
 
 
 def fetch(place: str) -> Path:
-    """The local path of a student folder or a vectors file, downloaded into the cache."""
+    """Download ``hf://owner/name[@revision]``, a student, or ``hf://datasets/owner/name[@revision]/file``."""
     from huggingface_hub import hf_hub_download
 
-    # hf://owner/name or hf://datasets/owner/name/file; @revision may follow the name.
     path = place.removeprefix(SCHEME)
     kind = "dataset" if path.startswith("datasets/") else "model"
     owner, _, rest = path.removeprefix("datasets/").partition("/")

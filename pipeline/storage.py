@@ -52,7 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_to_stdout(lines: Iterable[str] = ()) -> None:
-    """Write lines to standard output and flush it; BrokenPipeError if the reader is gone, WorkError otherwise."""
+    """Write lines to standard output and flush it; BrokenPipeError if the reader is gone, WorkError on other errors."""
     if sys.stdout is None:  # closed by the parent process
         return
     try:
