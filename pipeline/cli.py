@@ -9,43 +9,32 @@ import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from pipeline import interrupts
+from pipeline import interrupts, settings
 from pipeline.errors import InputError, WorkError
-from pipeline.settings import (
-    EvaluateOptions,
-    ExtractOptions,
-    PredictOptions,
-    PushOptions,
-    ReportOptions,
-    SweepOptions,
-    TrainOptions,
-    check,
-    flag,
-)
 from pipeline.storage import output_folder, write_to_stdout
 
 
-def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def options_of(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of a dataclass; the function receives it, checked, and the command's arguments."""
+    types = get_type_hints(kind)
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def command(**values: Any) -> None:
-            chosen = settings(**{item.name: values.pop(item.name) for item in fields(settings)})
-            check(chosen)
+            chosen = kind(**{name: values.pop(name) for name in types})
+            settings.check(chosen)
             with _allow_closed_output():
                 function(chosen, **values)
                 write_to_stdout()
 
-        types = get_type_hints(settings)
         text = "Also show the libraries' messages and bars, and reasons."
         command = click.option("--verbose", is_flag=True, expose_value=False, callback=_set_level, help=text)(command)
-        for item in reversed(fields(settings)):
+        for item in reversed(fields(kind)):
             command = _click_option(item, types[item.name])(command)
         command.__name__, command.__doc__ = function.__name__, function.__doc__
         return command
@@ -83,13 +72,13 @@ class _OptionalType(click.ParamType[Any]):
 
 
 def _click_option(item: Any, kind: Any) -> Callable[[Any], Any]:
-    name, default, text = flag(item), None if item.default is MISSING else item.default, item.metadata["help"]
+    name, default, text = settings.flag(item), item.default, item.metadata["help"]
     if kind is bool:
         return click.option(f"{name}/--no-{name[2:]}", item.name, default=default, show_default=True, help=text)
-    names, is_multiple = (name, *item.metadata["aliases"], item.name), get_origin(kind) is tuple
+    names, is_multiple = (name, *item.metadata.get("aliases", ()), item.name), get_origin(kind) is tuple
     basic = next((arg for arg in get_args(kind) if arg in (int, float, str)), kind)
     value = _OptionalType(basic) if default is None else basic
-    bare = {"is_flag": False, "flag_value": item.metadata["bare"]} if item.metadata["bare"] else {}
+    bare = {"is_flag": False, "flag_value": item.metadata["bare"]} if "bare" in item.metadata else {}
     return click.option(
         *names, type=value, default=default, multiple=is_multiple, show_default=default is not None, help=text, **bare
     )
@@ -104,8 +93,8 @@ def cli() -> None:
 
 
 @cli.command()
-@options_of(ExtractOptions)
-def extract(options: ExtractOptions) -> None:
+@options_of(settings.ExtractOptions)
+def extract(options: settings.ExtractOptions) -> None:
     """Run a teacher over the concepts and keep its activation vectors.
 
     Example: python -m pipeline extract --teacher gpt2 --layers 4,mid,8
@@ -120,8 +109,8 @@ def extract(options: ExtractOptions) -> None:
 
 
 @cli.command()
-@options_of(TrainOptions)
-def train(options: TrainOptions) -> None:
+@options_of(settings.TrainOptions)
+def train(options: settings.TrainOptions) -> None:
     """Train one student and leave its folder.
 
     Example: python -m pipeline train --student mlp --hidden-dim 512 --concepts 700
@@ -132,20 +121,23 @@ def train(options: TrainOptions) -> None:
 
 
 @cli.command()
-@options_of(SweepOptions)
-def sweep(options: SweepOptions) -> None:
+@options_of(settings.SweepOptions)
+def sweep(options: settings.SweepOptions) -> None:
     """Train every cell of a grid, then write its report.
 
     Example: python -m pipeline sweep --grid scaling --seeds 3
     """
+    from pipeline.sweep.grid import read_grid
+
+    grid = read_grid(options.grid, options.epochs, options.seeds)  # before the libraries that take seconds to load
     from pipeline.commands.sweep import train_grid
 
-    train_grid(options)
+    train_grid(options, grid)
 
 
 @cli.command()
-@options_of(ReportOptions)
-def report(options: ReportOptions) -> None:
+@options_of(settings.ReportOptions)
+def report(options: settings.ReportOptions) -> None:
     """Draw the tables and plots of a sweep, from its results file or from MLflow.
 
     Example: python -m pipeline report --results results/scaling_results_20260101T000000Z.json
@@ -156,8 +148,8 @@ def report(options: ReportOptions) -> None:
 
 
 @cli.command()
-@options_of(EvaluateOptions)
-def evaluate(options: EvaluateOptions) -> None:
+@options_of(settings.EvaluateOptions)
+def evaluate(options: settings.EvaluateOptions) -> None:
     """Measure trained students on the test concepts, and in the teacher.
 
     Example: python -m pipeline evaluate --teacher smollm2-135m
@@ -176,8 +168,8 @@ def evaluate(options: EvaluateOptions) -> None:
 
 @cli.command()
 @click.argument("texts", nargs=-1)
-@options_of(PredictOptions)
-def predict(options: PredictOptions, texts: tuple[str, ...]) -> None:
+@options_of(settings.PredictOptions)
+def predict(options: settings.PredictOptions, texts: tuple[str, ...]) -> None:
     r"""Turn TEXTS into activation vectors with a trained student.
 
     \b
@@ -196,8 +188,8 @@ def predict(options: PredictOptions, texts: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("source")
 @click.argument("repository")
-@options_of(PushOptions)
-def push(options: PushOptions, source: str, repository: str) -> None:
+@options_of(settings.PushOptions)
+def push(options: settings.PushOptions, source: str, repository: str) -> None:
     """Publish SOURCE, a student folder or a vectors file, as REPOSITORY (owner/name) on the Hugging Face hub.
 
     Log in first: hf auth login, or set HF_TOKEN. Students load from there again: Student.load("hf://owner/name").

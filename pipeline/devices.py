@@ -22,16 +22,7 @@ def training_precision(device: torch.device) -> str:
 
 
 def bfloat16_hint(option: str, precision: str, device: torch.device) -> str | None:
-    """Advice to use bfloat16, for processors that have instructions for it while the precision is float32; or None.
-
-    Args:
-        option: the option that selects bfloat16.
-        precision: the precision in use.
-        device: the device in use.
-
-    Returns:
-        One line for the user.
-    """
+    """One line that advises the option for bfloat16, if the processor has instructions for it but uses float32."""
     features = torch.cpu.get_capabilities() if device.type == "cpu" and precision == "float32" else {}
     if not (features.get("amx_bf16") or features.get("avx512_bf16")):
         return None

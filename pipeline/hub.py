@@ -35,38 +35,22 @@ def show_bars() -> None:
 
 
 def fetch(place: str) -> Path:
-    """Download a student folder or a vectors file into the cache.
-
-    Args:
-        place: ``hf://owner/name`` for a student, ``hf://datasets/owner/name/file`` for a file; ``@revision`` may follow
-            the name.
-
-    Returns:
-        The local path.
-
-    Raises:
-        InputError: not found, or not readable.
-        WorkError: the hub does not answer.
-    """
+    """Download ``hf://owner/name[@revision]``, a student, or ``hf://datasets/owner/name[@revision]/file``."""
     from huggingface_hub import hf_hub_download
 
-    kind, repo, revision, name = _parse(place)
-    with translate_errors(place):
-        if name:
-            return Path(hf_hub_download(repo, name, repo_type=kind, revision=revision))
-        files = [hf_hub_download(repo, part, repo_type=kind, revision=revision) for part in FILES]
-    return Path(files[0]).parent
-
-
-def _parse(place: str) -> tuple[str, str, str | None, str]:
     path = place.removeprefix(SCHEME)
     kind = "dataset" if path.startswith("datasets/") else "model"
     owner, _, rest = path.removeprefix("datasets/").partition("/")
-    name, _, file = rest.partition("/")
-    name, _, revision = name.partition("@")
+    full_name, _, file = rest.partition("/")
+    name, _, revision = full_name.partition("@")
     if not owner or not name or (kind == "dataset" and not file):
         raise InputError(f"{place}: expected hf://owner/name, or hf://datasets/owner/name/file")
-    return kind, f"{owner}/{name}", revision or None, file
+    with translate_errors(place):
+        paths = [
+            Path(hf_hub_download(f"{owner}/{name}", part, repo_type=kind, revision=revision or None))
+            for part in ([file] if file else FILES)
+        ]
+    return paths[0] if file else paths[0].parent
 
 
 @contextmanager

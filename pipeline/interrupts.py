@@ -36,14 +36,9 @@ _handled = threading.Event()  # the main thread has raised KeyboardInterrupt
 
 @contextlib.contextmanager
 def close_on_interrupt(close: Callable[[], None]) -> Iterator[None]:
-    """Call ``close`` once if the command is interrupted within the context; the innermost context closes first.
-
-    The thread that leaves the context calls it, or, if that is late, the watching thread. Its errors are ignored: later
-    commands recognise what was not closed.
-
-    Raises:
-        KeyboardInterrupt: the command was interrupted, also where a library raised another error instead.
-    """
+    """Call ``close`` once if the command is interrupted within the context; the innermost context closes first."""
+    # The thread that leaves the context calls it, or, if that is late, the watching thread. Its errors are ignored:
+    # later commands recognise what was not closed. A library may raise another error instead of KeyboardInterrupt.
     once = _once(close)
     _closers.append(once)
     try:
@@ -81,13 +76,9 @@ def sleep(seconds: float) -> None:
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Turn signals into KeyboardInterrupt, and end the process `END_SECONDS` after a signal at the latest.
-
-    To be entered by the main thread before libraries are loaded. Forked processes do not inherit it.
-
-    Raises:
-        KeyboardInterrupt: the command was interrupted, also where a library raised another error instead, or none.
-    """
+    """Turn signals into KeyboardInterrupt, and end the process `END_SECONDS` after a signal at the latest."""
+    # To be entered by the main thread before libraries are loaded. Forked processes do not inherit it. At the end, an
+    # interruption is raised again, in case a library raised another error instead, or none.
 
     def handle(_number: int, _frame: object) -> None:
         if not _handled.is_set():
@@ -119,10 +110,8 @@ def handle_signals() -> Iterator[None]:
 
 
 def exit_interrupted() -> NoReturn:
-    """End the process after an interruption.
-
-    The last exit handler ends it at once: Python's own shutdown takes seconds with torch loaded.
-    """
+    """End the process after an interruption."""
+    # The last exit handler ends it at once: Python's own shutdown takes seconds with torch loaded.
     with contextlib.suppress(OSError, ValueError):  # the reader of standard output is gone
         sys.stdout.flush()
     _say()

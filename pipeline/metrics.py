@@ -62,16 +62,7 @@ def ranks(predicted: Tensor, truth: Tensor) -> Tensor:
 
 
 def faithfulness(predicted: Tensor, truth: Tensor, mean: Tensor) -> dict[str, float]:
-    """All of `NAMES` for one student.
-
-    Args:
-        predicted: centred predictions, ``[N, d_model]``.
-        truth: the teacher's centred vectors, ``[N, d_model]``.
-        mean: mu, ``[d_model]``.
-
-    Returns:
-        Values by name.
-    """
+    """All of `NAMES` for one student: centred predictions and truths, ``[N, d_model]``, and their mu, ``[d_model]``."""
     rank = ranks(predicted, truth)
     return {
         "cosine": cosines(predicted, truth).mean().item(),
@@ -91,13 +82,8 @@ def by_category(values: Sequence[float], categories: Sequence[str]) -> dict[str,
 
 
 def linear_cka(predicted: Tensor, truth: Tensor) -> float:
-    """Linear centred kernel alignment of two sets of vectors, ``[N, d_model]`` each, from 0 to 1.
-
-    Kornblith et al. (2019), "Similarity of neural network representations revisited".
-
-    Returns:
-        The alignment; 0 where either set does not vary.
-    """
+    """Linear centred kernel alignment of two sets of vectors, ``[N, d_model]`` each, from 0 to 1."""
+    # Kornblith et al. (2019), "Similarity of neural network representations revisited"; 0 where either does not vary.
     x, y = (values.double() - values.double().mean(0) for values in (predicted, truth))
     across, own_x, own_y = (x.mT @ y).norm(), (x.mT @ x).norm(), (y.mT @ y).norm()
     return (across.square() / (own_x * own_y)).item() if own_x > 0 and own_y > 0 else 0.0
@@ -105,10 +91,8 @@ def linear_cka(predicted: Tensor, truth: Tensor) -> float:
 
 def norm_error(predicted: Tensor, truth: Tensor) -> Tensor:
     """Relative error of each prediction's length, ``[N, d_model]``, not centred, to ``[N]``."""
-    # Where the true length is 0, the prediction's length.
-    true = truth.norm(dim=-1)
-    error: Tensor = (predicted.norm(dim=-1) - true).abs() / true.where(true > 0, 1.0)
-    return error
+    true = truth.norm(dim=-1)  # where it is 0, the error is the length of the prediction
+    return (predicted.norm(dim=-1) - true).abs() / true.where(true > 0, 1.0)  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=4)

@@ -23,17 +23,7 @@ class Worker:
 
 
 def parse_shard(text: str) -> Worker:
-    """Parse a shard.
-
-    Args:
-        text: ``i/n``.
-
-    Returns:
-        The worker with that index among n.
-
-    Raises:
-        InputError: another form, or i not below n.
-    """
+    """Worker i of n, from ``i/n``."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or int(match[1]) >= int(match[2]):
         raise InputError(f"--shard {text}: expected i/n with i from 0 to n - 1, such as 0/4")
@@ -56,8 +46,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def cores() -> int:
     """Number of cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start() -> Accelerator:

@@ -49,17 +49,7 @@ UNKNOWN_CHECKSUM = re.compile(r"checksum|trailer|aws-chunked|content-sha256|head
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Split a URL.
-
-    Args:
-        url: ``s3://bucket/key``.
-
-    Returns:
-        Bucket and key; the key may be empty.
-
-    Raises:
-        InputError: no bucket is named.
-    """
+    """Bucket and key of ``s3://bucket/key``; the key may be empty."""
     bucket, _, key = url.removeprefix(SCHEME).partition("/")
     if not bucket:
         raise InputError(f"{url}: expected s3://bucket/key")
@@ -85,14 +75,7 @@ def upload(path: Path, url: str, sha256: str) -> None:
 
 
 def download(url: str, path: Path) -> str | None:
-    """Copy an object to a file and check its size.
-
-    Returns:
-        The SHA-256 that was stored with it, or None.
-
-    Raises:
-        WorkError: the copy has another size.
-    """
+    """Copy an object to a file and check its size; the SHA-256 that was stored with it, or None."""
     from boto3.s3.transfer import TransferConfig
 
     with _request(url) as (store, bucket, key):
@@ -136,14 +119,7 @@ def remove_objects(url: str) -> None:
 
 
 def write_if_absent(url: str, text: str) -> str:
-    """Write a small object unless it exists.
-
-    Returns:
-        The text that the object then has, the same for all workers.
-
-    Raises:
-        WorkError: the store does not show the object that it accepted.
-    """
+    """Write a small object unless it exists; the text that it then has, the same for all workers."""
     condition = {"IfNoneMatch": "*"}
     with _request(url) as (store, bucket, key):
         for _ in range(ATTEMPTS):

@@ -7,32 +7,23 @@ from __future__ import annotations
 
 import operator
 import re
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from pipeline.errors import InputError
 
 
-def option(
-    default: Any = MISSING,
-    help: str = "",  # noqa: A002 (the name that click uses)
-    *,
-    aliases: tuple[str, ...] = (),
-    minimum: float | None = None,
-    above: float | None = None,  # exclusive
-    below: float | None = None,  # exclusive
-    plain: bool = False,  # letters, digits and "-_." only, for names in queries and file names
-    bare: str | None = None,  # the value of an option that is given without one
-) -> Any:
-    """A dataclass field that is also a command-line option, with its help text and its bounds."""
-    metadata = {"help": help, "aliases": aliases, "minimum": minimum, "above": above, "below": below, "plain": plain}
-    return field(default=default, metadata=metadata | {"bare": bare})
+def option(default: Any, text: str, **rules: Any) -> Any:
+    """A dataclass field that is also a command-line option, with its help text and its rules."""
+    # Rules: bounds (`BOUNDS`); plain: letters, digits and "-_." only, for names in queries and file names; aliases:
+    # further spellings; bare: the value of an option that is given without one.
+    return field(default=default, metadata={"help": text} | rules)
 
 
 EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-BOUNDS = (
-    ("minimum", operator.ge, "at least"), ("above", operator.gt, "more than"), ("below", operator.lt, "less than"),
-)  # fmt: skip
+BOUNDS = {
+    "minimum": (operator.ge, "at least"), "above": (operator.gt, "more than"), "below": (operator.lt, "less than"),
+}  # fmt: skip
 
 
 def flag(item: Field[Any]) -> str:
@@ -57,18 +48,16 @@ def check(settings: Any) -> None:
                 raise InputError(f"{flag(item)} {value!r}: expected {expected}")
         if item.metadata.get("plain") and not re.fullmatch(r"[\w.-]+", value):
             raise InputError(f"{flag(item)} {value!r}: expected letters, digits, '-', '_' and '.'")
-        for name, holds, words in BOUNDS:
-            bound = item.metadata.get(name)
-            if bound is not None and not holds(value, bound):
+        for name, (holds, words) in BOUNDS.items():
+            if (bound := item.metadata.get(name)) is not None and not holds(value, bound):
                 raise InputError(f"{flag(item)} {value}: expected {words} {bound}")
 
 
 def _is_a(value: object, kind: type) -> bool:
-    if kind in (int, float):
-        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
+# fmt: off
 DEVICE_MAP = "Spread a big teacher over devices: auto, balanced or sequential.  [default: one device]"
 TRUST = "Run model code that comes with the weights; only if you trust its authors."
 TEACHER_DTYPE = "Precision of the teacher, as for extract.  [default: that of the vectors]"
@@ -78,60 +67,36 @@ TEACHER_DTYPE = "Precision of the teacher, as for extract.  [default: that of th
 class ExtractOptions:
     """Run a teacher over the concepts and keep its activation vectors."""
 
-    teacher: str = option(
-        "qwen3-1.7b",
-        "The language model: a short name (qwen3-1.7b, gpt2, smollm2-135m, ...), a Hugging Face hub id, "
-        "a local folder, or a .gguf file.",
-        aliases=("--model",),
-    )
-    concepts: str = option(
-        "data/concepts.csv",
-        "CSV file with the columns concept,category; or wordfreq:en:20000 for the most frequent words of a language.",
-    )
-    language: str | None = option(
-        None,
-        "Language of the concepts (en, de, fr, ...): concepts that share a word stem are held out together.  "
-        "[default: en, or that of wordfreq]",
-    )
-    num_concepts: int | None = option(
-        None, "Extract so many concepts, spread over the categories.  [default: all]", minimum=1
-    )
-    layers: str = option(
-        "mid", "Blocks after which to read: mid, all, or numbers such as 2,6,mid. 0 is the embedding output."
-    )
-    template: tuple[str, ...] = option(
-        ("Tell me about {concept}",), "The prompt around the concept; repeat the option for several."
-    )
+    teacher: str = option("qwen3-1.7b", "The language model: a short name (qwen3-1.7b, gpt2, smollm2-135m, ...), a "
+        "Hugging Face hub id, a local folder, or a .gguf file.", aliases=("--model",))
+    concepts: str = option("data/concepts.csv", "CSV file with the columns concept,category; or wordfreq:en:20000 for "
+        "the most frequent words of a language.")
+    language: str | None = option(None, "Language of the concepts (en, de, fr, ...): concepts that share a word stem "
+        "are held out together.  [default: en, or that of wordfreq]")
+    num_concepts: int | None = option(None, "Extract so many concepts, spread over the categories.  [default: all]",
+        minimum=1)
+    layers: str = option("mid", "Blocks after which to read: mid, all, or numbers such as 2,6,mid. 0 is the embedding "
+        "output.")
+    template: tuple[str, ...] = option(("Tell me about {concept}",), "The prompt around the concept; repeat the option "
+        "for several.")
     pool: str = option("last", "Read the last token of the prompt, or the mean over the concept's tokens (last, mean).")
-    token_block: int = option(
-        1,
-        "Also read every token of the concepts by itself after this early block: a table from which students read "
-        "more than from the embeddings, without running the teacher. 0 reads the embedding output.",
-        minimum=0,
-    )
-    dtype: str = option(
-        "auto",
-        "Precision of the teacher: float32, bfloat16, float16, int8 (8-bit weights, needs bitsandbytes); auto takes "
-        "bfloat16 on CUDA for weights of 16 bits or fewer, else float32.",
-    )
-    batch_tokens: int | None = option(
-        None, "Tokens of a batch; halved when memory runs out.  [default: found from the device]", minimum=1
-    )
+    token_block: int = option(1, "Also read every token of the concepts by itself after this early block: a table from "
+        "which students read more than from the embeddings, without running the teacher. 0 reads the embedding output.",
+        minimum=0)
+    dtype: str = option("auto", "Precision of the teacher: float32, bfloat16, float16, int8 (8-bit weights, needs "
+        "bitsandbytes); auto takes bfloat16 on CUDA for weights of 16 bits or fewer, else float32.")
+    batch_tokens: int | None = option(None, "Tokens of a batch; halved when memory runs out.  [default: found from the "
+        "device]", minimum=1)
     output: str | None = option(None, "Where to write.  [default: data/vectors/<teacher>.safetensors]")
-    overwrite: bool = option(
-        False, "Replace vectors of another request that stand at the output; those that come with the project stay."
-    )
-    check: str = option(
-        "auto",
-        "First compare a few prompts with the untouched model's own pass, one at a time; where vectors differ, nothing "
-        "is extracted: on (as --check alone), off, or auto: for families of models that the tests do not cover.",
-        bare="on",
-    )
+    overwrite: bool = option(False, "Replace vectors of another request that stand at the output; those that come with "
+        "the project stay.")
+    check: str = option("auto", "First compare a few prompts with the untouched model's own pass, one at a time; where "
+        "vectors differ, nothing is extracted: on (as --check alone), off, or auto: for families of models that the "
+        "tests do not cover.", bare="on")
     shard: str = option("0/1", "The part i/n of the work, i from 0; the shard that finishes last merges.")
     merge: bool = option(False, "Read nothing, only join the parts that shards have left.")
-    vocabulary: bool = option(
-        True, "Also write the teacher's whole vocabulary, beside the vectors: with it students answer for any text."
-    )
+    vocabulary: bool = option(True, "Also write the teacher's whole vocabulary, beside the vectors: with it students "
+        "answer for any text.")
     device_map: str | None = option(None, DEVICE_MAP)
     trust_remote_code: bool = option(False, TRUST)
 
@@ -145,7 +110,7 @@ SHORT_NAMES = {  # abbreviations of options in the names of cells
     "skip": "skip", "temperature": "t", "targets": "targets-", "token_dropout": "td", "noise": "n", "mixup": "mix",
     "curriculum": "by-", "pace": "p", "split": "split-", "learning_rate": "lr", "weight_decay": "wd", "dropout": "d",
     "epochs": "e", "batch_size": "b", "evaluations": "evaluations-", "precision": "precision-",
-}  # fmt: skip
+}
 SIZED = ("mlp", "transformer")  # students whose name always states their width and depth
 
 
@@ -157,29 +122,21 @@ class Cell:
     hidden_dim: int = option(256, "Width of the student's hidden layers.", minimum=1)
     layers: int = option(2, "Hidden layers (residual blocks) of the student.", minimum=0)
     student: str = option("mlp", "Kind of student: mlp, transformer, ridge, kernel or truncated.")
-    objective: str = option(
-        "cosine", "What training minimises: cosine, mse, infonce, or a weighted sum such as cosine+0.1*infonce."
-    )
-    layer: int | None = option(
-        None, "Block of the teacher whose vectors to learn.  [default: the middle one of the file]", minimum=0
-    )
+    objective: str = option("cosine", "What training minimises: cosine, mse, infonce, or a weighted sum such as "
+        "cosine+0.1*infonce.")
+    layer: int | None = option(None, "Block of the teacher whose vectors to learn.  [default: the middle one of the "
+        "file]", minimum=0)
     epochs: int = option(100, "Passes over the training concepts.", minimum=1)
     seed: int = option(0, "Seed of initialisation, batch order and dropout.", minimum=0)
     batch_size: int = option(128, "Concepts of a training step at the most; all steps have about as many.", minimum=1)
     learning_rate: float = option(2e-3, "Peak learning rate of AdamW (warm-up, then cosine decay).", above=0)
     weight_decay: float = option(0.1, "AdamW's decoupled weight decay.", minimum=0)
-    dropout: float = option(
-        0.4,
-        "Share of inputs and of hidden units dropped in training; a batch shares its units, so they cost nothing.",
-        minimum=0,
-        below=1,
-    )
-    inputs: str = option(
-        "activations",
-        "What the student reads of a concept: activations (each of its tokens by itself after the teacher's first "
-        "block, from the file's table), embeddings (their input embeddings; also embeddings-first, "
-        "embeddings-whitened), ngrams (hashed characters), bag (learned embeddings), block<k>, or several joined by +.",
-    )
+    dropout: float = option(0.4, "Share of inputs and of hidden units dropped in training; a batch shares its units, "
+        "so they cost nothing.", minimum=0, below=1)
+    inputs: str = option("activations", "What the student reads of a concept: activations (each of its tokens by "
+        "itself after the teacher's first block, from the file's table), embeddings (their input embeddings; also "
+        "embeddings-first, embeddings-whitened), ngrams (hashed characters), bag (learned embeddings), block<k>, or "
+        "several joined by +.")
     blocks: int = option(2, "Early blocks of the teacher that a truncated student runs.", minimum=0)
     skip: bool = option(False, "Give an mlp a linear skip that starts as ridge regression.")
     temperature: float = option(0.3, "Temperature of infonce.", above=0)
@@ -191,14 +148,10 @@ class Cell:
     pace: float = option(0.5, "Share of training after which a curriculum shows all concepts.", above=0)
     split: str = option("concepts", "What is held out: concepts, or whole categories.")
     evaluations: str = option("every", "Validate after every epoch, or after log-spaced ones: every, log.")
-    patience: int | None = option(
-        None, "Stop after so many epochs without a better validation cosine.  [default: never]", minimum=1
-    )
-    precision: str = option(
-        "auto",
-        "Matrix products of training: float32, bfloat16, or auto: bfloat16 on CUDA, float32 elsewhere. They are 0.002 "
-        "cosine apart at most.",
-    )
+    patience: int | None = option(None, "Stop after so many epochs without a better validation cosine.  [default: "
+        "never]", minimum=1)
+    precision: str = option("auto", "Matrix products of training: float32, bfloat16, or auto: bfloat16 on CUDA, "
+        "float32 elsewhere. They are 0.002 cosine apart at most.")
 
     def __post_init__(self) -> None:
         """Convert whole numbers in float fields, so that 0 and 0.0 are one cell with one name and key."""
@@ -210,15 +163,14 @@ class Cell:
     @property
     def configuration_name(self) -> str:
         """Short name without the seed, such as ``c700-h256-l2``; fields with their default are left out."""
-        kind = f"truncated{self.blocks}" if self.student == "truncated" else self.student
         always = ("hidden_dim", "layers") if self.student in SIZED else ()
-        parts = [_name_part("concepts", self.concepts)]
-        in_kind = {"blocks"} if self.student == "truncated" else set()
-        for name, item in Cell.__dataclass_fields__.items():
-            value = getattr(self, name)
-            if name not in {"concepts", "seed", *in_kind} and (name in always or value != item.default):
-                parts.append(_name_part(name, kind if name == "student" else value))
-        return "-".join(parts)
+        values = {item.name: getattr(self, item.name) for item in fields(Cell)
+                  if item.name in always or getattr(self, item.name) != item.default}
+        values = {"concepts": self.concepts} | values
+        values.pop("seed", None)
+        if self.student == "truncated":
+            values["student"] += str(values.pop("blocks", Cell.blocks))
+        return "-".join(_name_part(name, value) for name, value in values.items())
 
     @property
     def name(self) -> str:
@@ -249,30 +201,22 @@ class SweepOptions:
     """Train every cell of a grid."""
 
     grid: str = option("scaling", "A grid of pipeline/grids/ by name, or the path of a YAML file.")
-    epochs: int | None = option(
-        None, "Passes over the training concepts, for every cell.  [default: the grid's]", minimum=1
-    )
-    vectors: str | None = option(
-        None, "The vectors file: a local path or runs:/<run id>/<artifact>.  [default: the grid's, or " + SHIPPED + "]"
-    )
-    seeds: int | None = option(
-        None, "Train each cell with so many seeds, counted up from the grid's.  [default: the grid's, or 1]", minimum=1
-    )
-    max_concepts: int | None = option(
-        None, "Train only the cells with at most so many concepts.  [default: all cells]", minimum=2
-    )
-    sweep_id: str | None = option(
-        None,
-        "Name of the sweep; the same name goes on with the same parent run.  [default: from grid and data]",
-        plain=True,
-    )
+    epochs: int | None = option(None, "Passes over the training concepts, for every cell.  [default: the grid's]",
+        minimum=1)
+    vectors: str | None = option(None, "The vectors file: a local path or runs:/<run id>/<artifact>.  [default: the "
+        f"grid's, or {SHIPPED}]")
+    seeds: int | None = option(None, "Train each cell with so many seeds, counted up from the grid's.  [default: the "
+        "grid's, or 1]", minimum=1)
+    max_concepts: int | None = option(None, "Train only the cells with at most so many concepts.  [default: all cells]",
+        minimum=2)
+    sweep_id: str | None = option(None, "Name of the sweep; the same name goes on with the same parent run.  [default: "
+        "from grid and data]", plain=True)
     output: str = option("results", "Folder for the results file, the plots and the best student.")
     register: str | None = option(None, "Register the best student in MLflow under this name, with the alias best.")
     shard: str = option("0/1", "The part i/n of the cells, i from 0; the shard that completes the sweep reports.")
     report: bool = option(True, "Draw tables and plots at the end; the report command draws them later too.")
-    resume: bool = option(
-        True, "Skip cells that are finished already, with the same settings, data and version of the results."
-    )
+    resume: bool = option(True, "Skip cells that are finished already, with the same settings, data and version of the "
+        "results.")
     dry_run: bool = option(False, "Train nothing; show the cells, how they are dealt out, and about how long it takes.")
     device_map: str | None = option(None, DEVICE_MAP)
     trust_remote_code: bool = option(False, TRUST)
@@ -284,15 +228,10 @@ class ReportOptions:
 
     results: str | None = option(None, "A results file.  [default: the newest in results/]")
     sweep_id: str | None = option(None, "A sweep in MLflow, instead of a results file.", plain=True)
-    vectors: str | None = option(
-        None, "The vectors file that the sweep was trained on.  [default: where the sweep had it, else the grid's]"
-    )
-    predict: int | None = option(
-        None,
-        "Fit the scaling law on the cells with at most so many concepts, and write down what it expects of the larger "
-        "ones of the grid; a later report shows how that fared.",
-        minimum=2,
-    )
+    vectors: str | None = option(None, "The vectors file that the sweep was trained on.  [default: where the sweep had "
+        "it, else the grid's]")
+    predict: int | None = option(None, "Fit the scaling law on the cells with at most so many concepts, and write down "
+        "what it expects of the larger ones of the grid; a later report shows how that fared.", minimum=2)
     output: str = option("results", "Folder for the tables and plots.")
 
 
@@ -300,19 +239,15 @@ class ReportOptions:
 class EvaluateOptions:
     """Measure trained students on the test concepts."""
 
-    run: str | None = option(
-        None, "A student folder, or an MLflow run: a cell's or a whole sweep's.  [default: newest sweep in results/]"
-    )
-    teacher: str | None = option(
-        None,
-        "Also put the vectors into this teacher and compare what it says next (kl_recovered): a name as for extract.",
-    )
+    run: str | None = option(None, "A student folder, or an MLflow run: a cell's or a whole sweep's.  [default: newest "
+        "sweep in results/]")
+    teacher: str | None = option(None, "Also put the vectors into this teacher and compare what it says next "
+        "(kl_recovered): a name as for extract.")
     dtype: str | None = option(None, TEACHER_DTYPE)
     device_map: str | None = option(None, DEVICE_MAP)
     trust_remote_code: bool = option(False, TRUST)
-    vectors: str | None = option(
-        None, "The vectors file that the students were trained on.  [default: where the sweep had it, else the grid's]"
-    )
+    vectors: str | None = option(None, "The vectors file that the students were trained on.  [default: where the sweep "
+        "had it, else the grid's]")
     output: str = option("results", "Folder for the table and the JSON file.")
 
 
@@ -320,18 +255,13 @@ class EvaluateOptions:
 class PredictOptions:
     """Ask a student for the vectors of any text."""
 
-    run: str | None = option(
-        None,
-        "The student: a folder, s3://..., hf://owner/name, runs:/<run id>, or models:/<name>@<alias>.  "
-        "[default: newest in results/]",
-    )
-    file: str | None = option(
-        None, "A file with a text a line, a .csv or .tsv file, or - for standard input; instead of texts as arguments."
-    )
+    run: str | None = option(None, "The student: a folder, s3://..., hf://owner/name, runs:/<run id>, or "
+        "models:/<name>@<alias>.  [default: newest in results/]")
+    file: str | None = option(None, "A file with a text a line, a .csv or .tsv file, or - for standard input; instead "
+        "of texts as arguments.")
     column: str = option("concept", "The column of a .csv or .tsv file that holds the texts.")
-    output: str | None = option(
-        None, "Where to write: .safetensors, .npy, .csv or .jsonl.  [default: JSON lines on standard output]"
-    )
+    output: str | None = option(None, "Where to write: .safetensors, .npy, .csv or .jsonl.  [default: JSON lines on "
+        "standard output]")
     nearest: int | None = option(None, "Also name so many concepts whose true vectors are nearest.", minimum=1)
     compare: bool = option(False, "Also run the teacher, and give the cosine of each vector with the true one.")
     teacher: str | None = option(None, "The teacher to compare with.  [default: the student's own]")
@@ -344,7 +274,6 @@ class PredictOptions:
 class PushOptions:
     """Publish a student or a vectors file on the Hugging Face hub."""
 
-    licence: str | None = option(
-        None, "The teacher's licence, such as apache-2.0, where it is not known.", aliases=("--license",)
-    )
+    licence: str | None = option(None, "The teacher's licence, such as apache-2.0, where it is not known.",
+        aliases=("--license",))
     private: bool = option(False, "Make a new repository private.")

@@ -52,12 +52,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_to_stdout(lines: Iterable[str] = ()) -> None:
-    """Write lines to standard output and flush it.
-
-    Raises:
-        BrokenPipeError: the reader is gone.
-        WorkError: it cannot be written.
-    """
+    """Write lines to standard output and flush it; BrokenPipeError if the reader is gone, WorkError on other errors."""
     if sys.stdout is None:  # closed by the parent process
         return
     try:
@@ -70,14 +65,7 @@ def write_to_stdout(lines: Iterable[str] = ()) -> None:
 
 
 def writable(path: str | Path) -> Path:
-    """Check an output path before long work, and make its folder.
-
-    Returns:
-        The path.
-
-    Raises:
-        InputError: not a local path, a folder, or not writable.
-    """
+    """The output path, checked before long work: a local file that can be written; its folder is made."""
     if "://" in str(path):
         raise InputError(f"--output {path}: expected a local path or s3://bucket/key")
     path = Path(path)
@@ -157,18 +145,10 @@ def upload(path: Path, url: str) -> None:
 
 
 def fetch(place: str) -> Path:
-    """Copy a file or a folder from S3 until the process ends; local ones are used in place.
-
-    Returns:
-        The local path.
-
-    Raises:
-        InputError: not found, or not readable.
-        WorkError: the store does not answer, or the copy differs from the upload.
-    """
+    """The local path of a file or folder; from S3 it is copied, and the copy removed when the process ends."""
     if not is_remote(place):
         return Path(place)
-    path = temporary_folder() / _last_part(place)
+    path = temporary_folder() / Path(*s3.split_url(place)).name
     names = [name for name in s3.object_names(place) if name]
     for name in names:
         download(f"{place.rstrip('/')}/{name}", path / name)
@@ -190,23 +170,12 @@ def _temporary_home() -> tempfile.TemporaryDirectory[str]:
 def staging_path(place: str) -> Path:
     """The local path of an output before its upload; a repeated command finds its own files there."""
     home = Path(tempfile.gettempdir(), f"activation-distillation-{os.getuid()}")
-    return home / hashlib.sha256(place.encode()).hexdigest()[:16] / _last_part(place)
-
-
-def _last_part(url: str) -> str:
-    bucket, key = s3.split_url(url)
-    return Path(key).name or bucket
+    return home / hashlib.sha256(place.encode()).hexdigest()[:16] / Path(*s3.split_url(place)).name
 
 
 @contextmanager
 def output_folder(place: str) -> Iterator[Path]:
-    """A local folder for output files, uploaded at the end where the place is in S3.
-
-    Hidden files are not uploaded, and keep the local folder for a later command that resumes.
-
-    Yields:
-        The folder.
-    """
+    """A local folder for output files, uploaded at the end where the place is in S3."""
     if not is_remote(place):
         yield Path(place)
         return
@@ -218,6 +187,7 @@ def output_folder(place: str) -> Iterator[Path]:
         return
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
+        # Hidden files are not uploaded, and keep the local folder for a later command that resumes.
         if path.is_file() and not str(name).startswith(".") and before.get(path) != path.stat().st_mtime_ns:
             upload(path, f"{place.rstrip('/')}/{name}")
     if not any(folder.glob(".*")):
@@ -226,15 +196,10 @@ def output_folder(place: str) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Output:
-    """An output file: local, or in S3 with a local path at which it is made.
-
-    Attributes:
-        path: the local file.
-        url: its place in S3, or None.
-    """
+    """An output file: local, or in S3 with a local path at which it is made."""
 
     path: Path
-    url: str | None = None
+    url: str | None = None  # its place in S3
 
     @classmethod
     def at(cls, place: str) -> Output:

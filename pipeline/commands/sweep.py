@@ -21,7 +21,7 @@ from pipeline.storage import output_folder, writable, write_atomically
 from pipeline.student.student import Student
 from pipeline.sweep.cells import prepare
 from pipeline.sweep.cost import expected_seconds, plan_table
-from pipeline.sweep.grid import canonical, read_grid
+from pipeline.sweep.grid import Grid, canonical
 from pipeline.sweep.run import Complete, Incomplete, SweepContext, run_sweep
 from pipeline.tracking import Run, Tracker, connect, fetch, retry_tracking
 from pipeline.training.export import export_or_fallback, needs_teacher
@@ -63,7 +63,7 @@ def train_student(options: TrainOptions) -> None:
         _run(SweepJob(cells, context, options, folder if options.output else None, can_leave_baseline=False))
 
 
-def train_grid(options: SweepOptions) -> None:
+def train_grid(options: SweepOptions, grid: Grid) -> None:
     """Train every cell of a grid, or show how they would be trained.
 
     Raises:
@@ -72,7 +72,6 @@ def train_grid(options: SweepOptions) -> None:
     shard = parse_shard(options.shard)
     if shard.count > 1 and not (options.resume or options.dry_run):
         raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
-    grid = read_grid(options.grid, options.epochs, options.seeds)
     most = options.max_concepts
     cells = [cell for cell in grid.cells if most is None or cell.concepts <= most]
     if not cells:

@@ -32,7 +32,7 @@ def training_flops(cell: Cell, data: Dataset) -> float:
     feature_count, kind, val = data.feature_count(cell), KINDS[cell.student], len(data.rows("val", cell.split))
     if kind.solve:
         return 8.0 * cell.concepts * feature_count * min(cell.concepts, feature_count)
-    forward = kind.flops(cell, data)
+    forward = kind.size(cell, data).flops
     first = 2.0 * data.vectors.d_model * data.max_tokens if cell.student == "transformer" else 2.0 * feature_count
     return epochs(cell) * (cell.concepts * (3 * forward - first * cell.hidden_dim) + val * forward)
 
@@ -136,7 +136,7 @@ def expected_seconds(cells: Sequence[Cell], data: Dataset, device: torch.device)
 
 def flops_of_prediction(cell: Cell, data: Dataset) -> float:
     """Floating-point operations of one prediction, with the early blocks that a truncated student runs."""
-    own = KINDS[cell.student].flops(cell, data)
+    own = KINDS[cell.student].size(cell, data).flops
     return own + (teacher_flops(cell.blocks, data) if cell.student == "truncated" else 0.0)
 
 
@@ -153,7 +153,7 @@ def teacher_parameters(blocks: int, data: Dataset) -> int:
 
 def number_of_parameters(cell: Cell, data: Dataset) -> int:
     """Weights and biases of the cell's student."""
-    return KINDS[cell.student].weights(cell, data)
+    return KINDS[cell.student].size(cell, data).weights
 
 
 def plan_table(cells: Sequence[Cell], data: Dataset, workers: int) -> tuple[list[str], list[list[str]]]:

@@ -24,7 +24,6 @@ from pipeline.data import lists
 from pipeline.errors import InputError, choices
 from pipeline.settings import SHIPPED, Cell, check
 from pipeline.storage import fetch, file_name
-from pipeline.training.kinds import KINDS
 
 KEYS = ("vectors", "axes", "fixed", "include", "exclude", "seeds")
 OPTIONS = tuple(item.name for item in fields(Cell))
@@ -193,6 +192,8 @@ def _cell(file: GridFile, values: dict[str, Any]) -> Cell:
 
 def canonical(cell: Cell) -> Cell:
     """The cell with all that its student does not read at the defaults, so that equal work is one cell."""
+    from pipeline.training.kinds import KINDS  # only here: a wrong grid is named before torch is loaded
+
     return KINDS[cell.student].canonical(cell) if cell.student in KINDS else cell
 
 

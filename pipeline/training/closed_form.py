@@ -21,15 +21,9 @@ KERNEL_WIDTHS = (0.2, 0.4, 0.8, 1.6)
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted student.
+    """A fitted student, with the regularisation that was chosen on validation."""
 
-    Attributes:
-        parameters: without the member axis; ``weight`` maps to targets in units of the subset's scale.
-        strength: the chosen regularisation.
-        val_cosine: its validation cosine.
-    """
-
-    parameters: dict[str, Tensor]
+    parameters: dict[str, Tensor]  # without the member axis; `weight` maps to targets in units of the subset's scale
     strength: float
     val_cosine: float
 

@@ -31,35 +31,16 @@ log = logging.getLogger(__name__)
 def checkpoint(
     cell: Cell, parameters: dict[str, Tensor], subset: Subset, data: Dataset, metrics: dict[str, float]
 ) -> Student:
-    """A cell's student, exactly as trained, for the concepts of its vectors file.
-
-    Args:
-        cell: its configuration.
-        parameters: its weights with a member axis of 1.
-        subset: its training data.
-        data: the dataset of the subset.
-        metrics: at its best epoch.
-
-    Returns:
-        The student.
-    """
+    """A cell's student, exactly as trained (parameters with a member axis of 1), for the concepts of its file."""
     vectors = data.vectors
     config = {
-        "student": cell.student,
-        "cell": asdict(cell),
-        "teacher": vectors.teacher,
-        "revision": vectors.revision,
-        "tokenizer": vectors.tokenizer,
-        "layer": cell.layer,
-        "template": vectors.templates[0],
-        "pool": vectors.pool,
-        "dtype": vectors.dtype,
-        "extraction_key": vectors.extraction_key,
-        "vectors_sha256": vectors.sha256,
+        "student": cell.student, "cell": asdict(cell), "teacher": vectors.teacher, "revision": vectors.revision,
+        "tokenizer": vectors.tokenizer, "layer": cell.layer, "template": vectors.templates[0], "pool": vectors.pool,
+        "dtype": vectors.dtype, "extraction_key": vectors.extraction_key, "vectors_sha256": vectors.sha256,
         "metrics": metrics,
-    }
+    }  # fmt: skip
     weights = {name: value.detach().float().cpu().numpy()[0].copy() for name, value in parameters.items()}
-    return Student(config, weights, subset.mean.numpy(), subset.features, vectors.concepts, data.vectors.token_rows)
+    return Student(config, weights, subset.mean.numpy(), subset.features, vectors.concepts, vectors.token_rows)
 
 
 def needs_teacher(cell: Cell) -> bool:
@@ -68,16 +49,7 @@ def needs_teacher(cell: Cell) -> bool:
 
 
 def export_or_fallback(trained: Student, data: Dataset, vocabulary: Vocabulary | None) -> Student:
-    """The exported student, or with a warning the checkpoint, where the teacher's vocabulary is missing or unusable.
-
-    Args:
-        trained: a cell's checkpoint, whose student does not need the teacher.
-        data: its dataset.
-        vocabulary: the teacher's, or None where it was not found.
-
-    Returns:
-        The student to be saved.
-    """
+    """The exported student, or with a warning the checkpoint, where the teacher's vocabulary is missing or unusable."""
     reason = ""
     if vocabulary is not None:
         try:
@@ -91,19 +63,7 @@ def export_or_fallback(trained: Student, data: Dataset, vocabulary: Vocabulary |
 
 
 def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
-    """A student for any text: tables of the whole vocabulary in 8 bits, blocks of low rank, and a card.
-
-    Args:
-        trained: a cell's checkpoint, whose student does not need the teacher.
-        data: its dataset.
-        vocabulary: the teacher's.
-
-    Returns:
-        The student.
-
-    Raises:
-        InputError: the vocabulary's tokenizer gives other tokens than the vectors file has.
-    """
+    """A checkpoint's student for any text: tables of the whole vocabulary in 8 bits, blocks of low rank, and a card."""
     cell = Cell(**trained.config["cell"])
     subset = data.subset(cell)
     features, parameters = _with_vocabulary(trained, data, cell, vocabulary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,64 +21,52 @@ TRAINING_OPTIONS = (
 DATA_OPTIONS = ("student", "concepts", "layer", "targets", "split")
 
 
+class Size(NamedTuple):
+    """The number of weights and biases, and the operations of one prediction without the teacher's blocks."""
+
+    weights: int
+    flops: float
+
+
 @dataclass(frozen=True)
 class StudentKind:
-    """One kind of student.
+    """One kind of student."""
 
-    Attributes:
-        apply: parameters ``[S, ...]``, inputs ``[S, B, features]`` and dropout masks to ``[S, B, d_model]``.
-        reads: the options of a cell that it reads.
-        weights: number of weights and biases.
-        flops: floating-point operations of one prediction, without the teacher's blocks.
-        solve: the closed form, or None.
-        start: random parameters without the member axis, or None for a closed form.
-        dropout_sites: places of a layer where hidden units are dropped.
-    """
-
-    apply: Callable[..., Tensor]
-    reads: tuple[str, ...]
-    weights: Callable[[Cell, Dataset], int]
-    flops: Callable[[Cell, Dataset], float]
-    solve: Callable[[Subset], closed_form.Fit] | None = None
-    start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None
-    dropout_sites: int = 0
+    apply: Callable[..., Tensor]  # parameters [S, ...], inputs [S, B, features] and dropout masks to [S, B, d_model]
+    reads: tuple[str, ...]  # the options of a cell that it reads
+    size: Callable[[Cell, Dataset], Size]
+    solve: Callable[[Subset], closed_form.Fit] | None = None  # the closed form
+    start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None  # random, without the member axis
+    dropout_sites: int = 0  # places of a layer where hidden units are dropped
 
     def canonical(self, cell: Cell) -> Cell:
         """The cell with the defaults for the options that the student does not read, so that equal work is one cell."""
         return Cell(**{item.name: getattr(cell, item.name) for item in fields(Cell) if item.name in self.reads})
 
 
-def _linear_weights(cell: Cell, data: Dataset) -> int:
-    return data.feature_count(cell) * data.vectors.d_model
+def _linear_size(cell: Cell, data: Dataset) -> Size:
+    weights = data.feature_count(cell) * data.vectors.d_model
+    return Size(weights, 2.0 * weights)
 
 
-def _kernel_weights(cell: Cell, data: Dataset) -> int:
+def _kernel_size(cell: Cell, data: Dataset) -> Size:
     feature_count, d_model = data.feature_count(cell), data.vectors.d_model
-    return cell.concepts * (feature_count + d_model) + feature_count * d_model + 1
+    weights = cell.concepts * (feature_count + d_model) + feature_count * d_model + 1
+    return Size(weights, 2.0 * weights)
 
 
-def _mlp_weights(cell: Cell, data: Dataset) -> int:
+def _mlp_size(cell: Cell, data: Dataset) -> Size:
     feature_count, d_model, hidden = data.feature_count(cell), data.vectors.d_model, cell.hidden_dim
-    skip = feature_count * d_model if cell.skip else 0
-    return (feature_count + 1) * hidden + cell.layers * (hidden + 1) * hidden + (hidden + 1) * d_model + skip
+    maps = (feature_count + cell.layers * hidden + d_model) * hidden + cell.skip * feature_count * d_model
+    return Size(maps + (cell.layers + 1) * hidden + d_model, 2.0 * maps)
 
 
-def _mlp_flops(cell: Cell, data: Dataset) -> float:
-    biases = (cell.layers + 1) * cell.hidden_dim + data.vectors.d_model
-    return 2.0 * (_mlp_weights(cell, data) - biases)
-
-
-def _transformer_weights(cell: Cell, data: Dataset) -> int:
-    d_model, hidden = data.vectors.d_model, cell.hidden_dim
-    block = 8 * hidden**2 + 2 * hidden
-    return (d_model + data.max_tokens) * hidden + cell.layers * block + (hidden + 1) * d_model
-
-
-def _transformer_flops(cell: Cell, data: Dataset) -> float:
-    d_model, hidden = data.vectors.d_model, cell.hidden_dim
-    token = d_model * hidden + cell.layers * 8 * hidden**2
-    attention = cell.layers * 2 * data.max_tokens**2 * hidden
-    return 2.0 * (data.max_tokens * token + attention + hidden * d_model)
+def _transformer_size(cell: Cell, data: Dataset) -> Size:
+    d_model, hidden, tokens = data.vectors.d_model, cell.hidden_dim, data.max_tokens
+    per_token, answer = d_model * hidden + cell.layers * 8 * hidden**2, hidden * d_model
+    attention = cell.layers * 2 * tokens**2 * hidden
+    weights = per_token + answer + (tokens + cell.layers * 2) * hidden + d_model
+    return Size(weights, 2.0 * (tokens * per_token + attention + answer))
 
 
 def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parameters:
@@ -95,25 +84,17 @@ def _start_transformer(cell: Cell, subset: Subset, generator: torch.Generator) -
     return transformer.init(tokens, width, d_model, cell.hidden_dim, cell.layers, generator)
 
 
-def _flops_of(weights: Callable[[Cell, Dataset], int]) -> Callable[[Cell, Dataset], float]:
-    """Operations of a student that multiplies once with each of its weights."""
-    return lambda cell, data: 2.0 * weights(cell, data)
-
-
 CLOSED_FORM = (*DATA_OPTIONS, "inputs")
-# Weights, operations and solution.
-LINEAR = _linear_weights, _flops_of(_linear_weights), closed_form.fit_ridge
-KERNEL = _kernel_weights, _flops_of(_kernel_weights), closed_form.fit_kernel
 KINDS = {
     "mlp": StudentKind(
-        mlp.apply, (*DATA_OPTIONS, *TRAINING_OPTIONS, "inputs", "hidden_dim", "layers", "skip"), _mlp_weights,
-        _mlp_flops, start=_start_mlp, dropout_sites=mlp.DROPOUT_SITES,
+        mlp.apply, (*DATA_OPTIONS, *TRAINING_OPTIONS, "inputs", "hidden_dim", "layers", "skip"), _mlp_size,
+        start=_start_mlp, dropout_sites=mlp.DROPOUT_SITES,
     ),
     "transformer": StudentKind(
-        transformer.apply, (*DATA_OPTIONS, *TRAINING_OPTIONS, "hidden_dim", "layers"), _transformer_weights,
-        _transformer_flops, start=_start_transformer, dropout_sites=transformer.DROPOUT_SITES,
+        transformer.apply, (*DATA_OPTIONS, *TRAINING_OPTIONS, "hidden_dim", "layers"), _transformer_size,
+        start=_start_transformer, dropout_sites=transformer.DROPOUT_SITES,
     ),
-    "ridge": StudentKind(closed_form.apply_linear, CLOSED_FORM, *LINEAR),
-    "kernel": StudentKind(closed_form.apply_kernel, CLOSED_FORM, *KERNEL),
-    "truncated": StudentKind(closed_form.apply_linear, (*CLOSED_FORM, "blocks"), *LINEAR),
+    "ridge": StudentKind(closed_form.apply_linear, CLOSED_FORM, _linear_size, closed_form.fit_ridge),
+    "kernel": StudentKind(closed_form.apply_kernel, CLOSED_FORM, _kernel_size, closed_form.fit_kernel),
+    "truncated": StudentKind(closed_form.apply_linear, (*CLOSED_FORM, "blocks"), _linear_size, closed_form.fit_ridge),
 }  # fmt: skip

@@ -23,18 +23,7 @@ Parameters = dict[str, Tensor]
 
 
 def init(inputs: int, outputs: int, hidden_dim: int, layers: int, generator: torch.Generator) -> Parameters:
-    """Random parameters of one member, without the member axis.
-
-    Args:
-        inputs: number of features.
-        outputs: d_model.
-        hidden_dim: width of the hidden stream.
-        layers: residual blocks.
-        generator: on the CPU, so that every device starts from the same numbers.
-
-    Returns:
-        Tensors by name.
-    """
+    """Random parameters of one member, without the member axis; on the CPU, so that all devices start alike."""
     parameters = {"in.weight": uniform(inputs, hidden_dim, generator), "in.bias": torch.zeros(1, hidden_dim)}
     for block in range(layers):
         parameters[f"block{block}.weight"] = torch.zeros(hidden_dim, hidden_dim)

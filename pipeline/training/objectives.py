@@ -31,14 +31,9 @@ def mse(predicted: Tensor, truth: Tensor, weights: Tensor, _temperature: float) 
 
 
 def infonce(predicted: Tensor, truth: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of identifying a concept's true vector in the batch by cosine, in both directions.
-
-    van den Oord, Li and Vinyals (2018), "Representation learning with contrastive predictive coding", in the symmetric
-    form of Radford et al. (2021).
-
-    Returns:
-        The loss of each member, ``[S]``; it does not depend on the length of a prediction.
-    """
+    """Cross-entropy of identifying a concept's true vector in the batch by cosine, in both directions."""
+    # van den Oord, Li and Vinyals (2018), "Representation learning with contrastive predictive coding", in the
+    # symmetric form of Radford et al. (2021).
     similarity = F.normalize(predicted, dim=-1) @ F.normalize(truth, dim=-1).mT / temperature  # [S, B, B]
     is_padding = weights == 0
     similarity = similarity.masked_fill(is_padding[:, None, :] | is_padding[:, :, None], -1e9)
@@ -56,22 +51,11 @@ TERMS = {"cosine": cosine, "mse": mse, "infonce": infonce}
 
 @functools.cache
 def parse_objective(objective: str) -> dict[str, float]:
-    """The weight of each term of an objective such as ``cosine`` or ``cosine+0.1*infonce``.
-
-    Args:
-        objective: a sum of names of `TERMS`, each with an optional positive factor.
-
-    Returns:
-        Weights by name.
-
-    Raises:
-        InputError: not a sum of known terms, or a weight that is not positive.
-    """
+    """The weight of each of `TERMS` in an objective such as ``cosine`` or ``cosine+0.1*infonce``."""
     found: dict[str, float] = {}
     for part in objective.replace(" ", "").split("+"):
         if not (match := TERM.fullmatch(part)) or match[2] not in TERMS:
-            unknown = choices("objective", match[2] if match else part, [*TERMS, "sums such as cosine+0.1*infonce"])
-            raise unknown
+            raise choices("objective", match[2] if match else part, [*TERMS, "sums such as cosine+0.1*infonce"])
         weight = float(match[1] or 1)
         if weight <= 0 or match[2] in found:
             raise InputError(f"--objective {objective}: expected positive weights, and each term once")

@@ -31,16 +31,8 @@ def mixup_weights(cells: Sequence[Cell], steps: Sequence[int]) -> Tensor:
 
 
 def mix_with_next(values: Tensor, weights: Tensor, is_real: Tensor) -> Tensor:
-    """Mix each row with the next row of its batch, the last with the first: a random partner, as batches are shuffled.
-
-    Args:
-        values: ``[S, B, columns]``.
-        weights: share of a row's own values, ``[S]``.
-        is_real: ``[S, B]``, false for the padding at the end, which is no row's partner.
-
-    Returns:
-        ``[S, B, columns]``.
-    """
+    """Mix each row of ``[S, B, columns]`` with the next of its batch, the last with the first; own shares ``[S]``."""
+    # A random partner, as batches are shuffled. The padding at the end is no row's partner: `is_real` [S, B] is false.
     partner = torch.where(is_real.roll(-1, 1)[..., None], values.roll(-1, 1), values[:, :1])
     share = weights[:, None, None].to(values.dtype)
     return share * values + (1 - share) * partner
@@ -48,15 +40,10 @@ def mix_with_next(values: Tensor, weights: Tensor, is_real: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DropoutMasks:
-    """The masks of one training step: 0 where dropped, else 1 / share kept.
+    """The masks of one training step: 0 where dropped, else 1 / share kept."""
 
-    Attributes:
-        inputs: of the features, ``[S or 1, B, features]``.
-        units: of the hidden units at each site, a place where a student drops, ``[S or 1, 1, hidden]`` each.
-    """
-
-    inputs: Tensor
-    units: tuple[Tensor, ...]
+    inputs: Tensor  # [S or 1, B, features]
+    units: tuple[Tensor, ...]  # [S or 1, 1, hidden] at each site, a place where a student drops hidden units
 
 
 def add_with_dropout(stream: Tensor, change: Tensor, masks: DropoutMasks | None, site: int) -> Tensor:
@@ -69,14 +56,7 @@ class Dropout:
 
     Masks are drawn for the largest batch of any stack, so that smaller batches see the start of the same draw. Random
     bytes decide on the inputs, so that their share is rounded to 1/256; every step keeps the same number of hidden
-    units. The scales are exact for these shares.
-
-    Args:
-        cells: of the members, which share the options of dropout and noise.
-        features: number of input features.
-        sites: number of places where hidden units are dropped.
-        dtype: of the masks.
-        device: of the masks.
+    units. The scales are exact for these shares. All cells have the same options of dropout and noise.
     """
 
     def __init__(

@@ -43,21 +43,17 @@ class EpochResult:
     train_loss: float | None = None
 
 
+Progress = Callable[[EpochResult], None]
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a stack between two steps, complete enough to resume its training.
+    """The state of a stack between two steps, complete enough to resume its training."""
 
-    Attributes:
-        step: steps taken.
-        members: cell and `HISTORY` of each, plain values.
-        tensors: parameters, moments and best parameters, the member axis first.
-        generators: state of the dropout generators, by seed.
-    """
-
-    step: int
-    members: list[dict[str, Any]]
-    tensors: dict[str, Tensor]
-    generators: dict[int, Tensor]
+    step: int  # steps taken
+    members: list[dict[str, Any]]  # cell and `HISTORY` of each, plain values
+    tensors: dict[str, Tensor]  # parameters, moments and best parameters, the member axis first
+    generators: dict[int, Tensor]  # states of dropout, by seed
 
 
 def precision_of_cell(cell: Cell, automatic: str) -> str:
@@ -91,8 +87,7 @@ class Member:
     def is_done(self) -> bool:
         """Whether all epochs are over, or its patience is."""
         patience = self.cell.patience
-        idle = self.epoch - self.best_epoch
-        return self.epoch == self.cell.epochs or (patience is not None and idle >= patience)
+        return self.epoch == self.cell.epochs or (patience is not None and self.epoch - self.best_epoch >= patience)
 
     @property
     def is_evaluated(self) -> bool:
@@ -126,13 +121,7 @@ def start_member(cell: Cell, subset: Subset) -> Member:
 
 
 class Stack:
-    """Members of one `stack_key` with their data, stacked on the device.
-
-    Args:
-        members: the students.
-        device: where they train.
-        automatic: the precision of cells whose precision is auto.
-    """
+    """Members of one `stack_key` with their data, on the device; ``automatic`` is the precision of auto cells."""
 
     def __init__(self, members: list[Member], device: torch.device, automatic: str) -> None:
         cells, subsets = [member.cell for member in members], [member.subset for member in members]
@@ -221,19 +210,14 @@ class Stack:
         self.count.fill_(step + 1)
         for (learning_rate, weight_decay), rows in groups.items():
             parameters, first, second = ([one for row in rows for one in self.views[row][part]] for part in range(3))
+            own = [gradient for row in rows for gradient in of_member[row]]
             torch._fused_adamw_(  # the kernel of torch.optim.AdamW(fused=True), here on views of the stack
-                parameters,
-                [gradient for row in rows for gradient in of_member[row]],
-                first,
-                second,
-                [],
-                [self.count] * len(parameters),
-                amsgrad=False, lr=learning_rate, beta1=0.9, beta2=0.999, weight_decay=weight_decay, eps=1e-8,
-                maximize=False,
+                parameters, own, first, second, [], [self.count] * len(parameters), amsgrad=False, lr=learning_rate,
+                beta1=0.9, beta2=0.999, weight_decay=weight_decay, eps=1e-8, maximize=False,
             )  # fmt: skip
 
     @torch.no_grad()
-    def validate(self, rows: slice, progress: Callable[[EpochResult], None]) -> None:
+    def validate(self, rows: slice, progress: Progress) -> None:
         """Measure some members at the end of an epoch, and keep the parameters that are the best so far."""
         own = {name: value[rows] for name, value in self.parameters.items()}
         leaves = {name: value[rows] for name, value in self.leaves.items()}

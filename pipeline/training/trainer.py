@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,12 +19,15 @@ from pipeline.devices import training_precision
 from pipeline.metrics import cosines, faithfulness
 from pipeline.settings import Cell
 from pipeline.training.kinds import KINDS
+from pipeline.training.mlp import Parameters
 from pipeline.training.objectives import is_scale_sensitive
-from pipeline.training.stack import EpochResult, Snapshot, Stack, start_member
+from pipeline.training.stack import EpochResult, Progress, Snapshot, Stack, start_member
 
 SAVE_SECONDS = 5.0  # least time between two snapshots: the work that a kill can lose
 SAVE_SHARE = 0.02  # largest share of the time for snapshots
-OUTPUT_WEIGHTS = ("weight", "out.weight", "out.bias", "skip.weight")  # the maps whose sum is the prediction
+Pairs = list[tuple[Cell, Subset]]
+Curves = dict[str, list[float]]
+OUTPUT_WEIGHTS = {"weight", "out.weight", "out.bias", "skip.weight"}  # the maps whose sum is the prediction
 # Cells that agree in these fields have the same shapes and the same arithmetic.
 STACK_FIELDS = (
     "student", "hidden_dim", "layers", "inputs", "skip", "objective", "temperature", "batch_size", "dropout", "noise",
@@ -34,44 +37,26 @@ STACK_FIELDS = (
 
 @dataclass
 class TrainedStudent:
-    """A student at its best epoch.
-
-    Attributes:
-        cell: its configuration.
-        parameters: weights with a member axis of 1, on the CPU, in the targets' own units.
-        curves: ``train_loss`` and ``val_cosine`` at each evaluated ``epoch`` (from 1; one for a closed form).
-        best_epoch: the epoch (from 1) with the highest validation cosine.
-        train_seconds: its share of the stack's wall time.
-        number_of_parameters: weights and biases.
-        dtype: the type of the matrix products in training.
-        metrics: ``val_*`` and ``test_*`` of `pipeline.metrics.NAMES`, at the best epoch.
-        test_cosines: the centred cosine of each test concept, in the order of the subset's rows.
-    """
+    """A student at its best epoch, the one (from 1) with the highest validation cosine."""
 
     cell: Cell
-    parameters: dict[str, Tensor]
-    curves: dict[str, list[float]]
+    parameters: Parameters  # with a member axis of 1, on the CPU, in the targets' own units
+    curves: Curves  # `train_loss` and `val_cosine` at each evaluated `epoch` (one for a closed form)
     best_epoch: int
-    train_seconds: float
+    train_seconds: float  # its share of the stack's wall time
     number_of_parameters: int
-    dtype: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    test_cosines: list[float] = field(default_factory=list)
+    dtype: str  # of the matrix products in training
+    metrics: dict[str, float]  # val_* and test_* of `pipeline.metrics.NAMES`
+    test_cosines: list[float]  # centred, of each test concept, in the order of the subset's rows
 
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """How a stack saves its state, stops and resumes.
+    """How a stack saves its state, stops and resumes."""
 
-    Attributes:
-        start: the snapshot to resume from.
-        save: called with a snapshot every `SAVE_SECONDS` or less often, and before a stop.
-        pause: called between two steps; true stops the training.
-    """
-
-    start: Snapshot | None = None
-    save: Callable[[Snapshot], None] = lambda snapshot: None
-    pause: Callable[[], bool] = lambda: False
+    start: Snapshot | None = None  # to resume from
+    save: Callable[[Snapshot], None] = lambda snapshot: None  # called every `SAVE_SECONDS` or less often, and at a stop
+    pause: Callable[[], bool] = lambda: False  # called between two steps; true stops the training
 
 
 def stack_key(cell: Cell) -> tuple[object, ...]:
@@ -90,7 +75,7 @@ def train_stack(
     cells: Sequence[Cell],
     subsets: Sequence[Subset],
     device: torch.device,
-    progress: Callable[[EpochResult], None] = lambda step: None,
+    progress: Progress = lambda step: None,
     checkpointing: Checkpointing | None = None,
     automatic: str | None = None,
 ) -> Iterator[TrainedStudent]:
@@ -104,50 +89,43 @@ def train_stack(
         checkpointing: how to save, stop and resume.
         automatic: the precision of cells whose precision is auto; by default, that of the kind of device.
 
-    Yields:
+    Returns:
         Each student when it is done; those that are not done at a stop are left out.
     """
     pairs, checkpointing = list(zip(cells, subsets, strict=True)), checkpointing or Checkpointing()
     if KINDS[cells[0].student].solve:
-        finished = _solve(pairs, progress, checkpointing)
-    else:
-        finished = _descend(pairs, device, progress, checkpointing, automatic or training_precision(device))
-    for trained, subset in finished:
-        _finish(trained, subset)
-        yield trained
+        return _solve(pairs, progress, checkpointing)
+    return _descend(pairs, device, progress, checkpointing, automatic or training_precision(device))
 
 
-def predict(student: str, parameters: dict[str, Tensor], examples: Examples) -> Tensor:
+def predict(student: str, parameters: Parameters, examples: Examples) -> Tensor:
     """A trained student's centred predictions for one part of the split, ``[N, d_model]``."""
-    answer: Tensor = KINDS[student].apply(parameters, examples.inputs[None])[0]
-    return answer
+    return KINDS[student].apply(parameters, examples.inputs[None])[0]
 
 
-def _finish(trained: TrainedStudent, subset: Subset) -> None:
+def _finish(
+    cell: Cell, subset: Subset, parameters: Parameters, curves: Curves, best_epoch: int, seconds: float, dtype: str
+) -> TrainedStudent:
     """Scale the output weights to the targets' units, and measure on validation and, only here, on test."""
+    parameters = {name: value[None].clone().cpu() for name, value in parameters.items()}
     gain = subset.scale
-    if not KINDS[trained.cell.student].solve and not is_scale_sensitive(trained.cell.objective):
+    if not KINDS[cell.student].solve and not is_scale_sensitive(cell.objective):
         # A cosine does not determine the length of an answer; take that of the least squared error on validation.
-        answer = predict(trained.cell.student, trained.parameters, subset.val)
-        answer, truth = answer.double(), subset.val.targets.double()
+        answer, truth = predict(cell.student, parameters, subset.val).double(), subset.val.targets.double()
         gain = ((answer * truth).sum() / answer.square().sum().clamp(min=1e-12)).item()
-    for name in OUTPUT_WEIGHTS:
-        if name in trained.parameters:
-            trained.parameters[name] *= gain
+    for name in parameters.keys() & OUTPUT_WEIGHTS:
+        parameters[name] *= gain
+    metrics: dict[str, float] = {}
     for part, examples in (("val", subset.val), ("test", subset.test)):
-        answer = predict(trained.cell.student, trained.parameters, examples)
+        answer = predict(cell.student, parameters, examples)
         measured = faithfulness(answer, examples.targets, subset.mean)
-        trained.metrics |= {f"{part}_{name}": value for name, value in measured.items()}
-    trained.test_cosines = cosines(answer, examples.targets).tolist()  # of the last part, test
+        metrics |= {f"{part}_{name}": value for name, value in measured.items()}
+    test_cosines = cosines(answer, examples.targets).tolist()  # of the last part, test
+    size = sum(value.numel() for value in parameters.values())
+    return TrainedStudent(cell, parameters, curves, best_epoch, seconds, size, dtype, metrics, test_cosines)
 
 
-Pairs = list[tuple[Cell, Subset]]
-Curves = dict[str, list[float]]
-
-
-def _solve(
-    pairs: Pairs, progress: Callable[[EpochResult], None], checkpointing: Checkpointing
-) -> Iterator[tuple[TrainedStudent, Subset]]:
+def _solve(pairs: Pairs, progress: Progress, checkpointing: Checkpointing) -> Iterator[TrainedStudent]:
     for cell, subset in pairs:
         if checkpointing.pause():
             return
@@ -158,16 +136,12 @@ def _solve(
         seconds = time.perf_counter() - begin
         progress(EpochResult(cell, 1, fitted.val_cosine))
         curves: Curves = {"epoch": [1], "val_cosine": [fitted.val_cosine]}
-        yield _trained(cell, fitted.parameters, curves, 1, seconds, "float64"), subset
+        yield _finish(cell, subset, fitted.parameters, curves, 1, seconds, "float64")
 
 
 def _descend(
-    pairs: Pairs,
-    device: torch.device,
-    progress: Callable[[EpochResult], None],
-    checkpointing: Checkpointing,
-    automatic: str,
-) -> Iterator[tuple[TrainedStudent, Subset]]:
+    pairs: Pairs, device: torch.device, progress: Progress, checkpointing: Checkpointing, automatic: str
+) -> Iterator[TrainedStudent]:
     # The longest first: members that finish are then at the end, and the rest of the stack stays in place.
     stack = Stack(sorted((start_member(*pair) for pair in pairs), key=lambda member: -member.steps), device, automatic)
     step = _resume(stack, checkpointing.start, progress) if checkpointing.start else 0
@@ -196,12 +170,12 @@ def _descend(
             for member in stack.release():
                 curves: Curves = {"epoch": [*member.epochs], "train_loss": member.losses, "val_cosine": member.scores}
                 dtype = str(stack.dtype).removeprefix("torch.")
-                student = _trained(member.cell, member.best, curves, member.best_epoch, member.seconds, dtype)
-                yield student, member.subset
+                best = member.best, curves, member.best_epoch, member.seconds, dtype
+                yield _finish(member.cell, member.subset, *best)
             last = time.perf_counter()
 
 
-def _resume(stack: Stack, snapshot: Snapshot, progress: Callable[[EpochResult], None]) -> int:
+def _resume(stack: Stack, snapshot: Snapshot, progress: Progress) -> int:
     """Restore a stack and report its past epochs; the number of steps taken."""
     stack.restore(snapshot)
     for member in stack.members:
@@ -217,11 +191,3 @@ def _slices(numbers: Sequence[int]) -> list[slice]:
         begin = found.pop().start if found and found[-1].stop == number else number
         found.append(slice(begin, number + 1))
     return found
-
-
-def _trained(
-    cell: Cell, parameters: dict[str, Tensor], curves: Curves, best_epoch: int, seconds: float, dtype: str
-) -> TrainedStudent:
-    stacked = {name: value[None].clone().cpu() for name, value in parameters.items()}
-    size = sum(value.numel() for value in stacked.values())
-    return TrainedStudent(cell, stacked, curves, best_epoch, seconds, size, dtype)

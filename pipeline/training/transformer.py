@@ -20,19 +20,7 @@ DROPOUT_SITES = 2  # of a block
 
 
 def init(tokens: int, width: int, outputs: int, hidden_dim: int, layers: int, generator: torch.Generator) -> Parameters:
-    """Random parameters of one member, without the member axis.
-
-    Args:
-        tokens: T.
-        width: of a token embedding.
-        outputs: d_model.
-        hidden_dim: width of the stream, a multiple of `HEAD_DIM`.
-        layers: blocks of attention and MLP.
-        generator: on the CPU, so that every device starts from the same numbers.
-
-    Returns:
-        Tensors by name.
-    """
+    """Random parameters of one member, as `mlp.init`; ``width`` of a token, ``hidden_dim`` a multiple of `HEAD_DIM`."""
     parameters = {"in.weight": uniform(width, hidden_dim, generator), "positions": torch.zeros(tokens, hidden_dim)}
     for block in range(layers):
         parameters |= {
@@ -46,16 +34,7 @@ def init(tokens: int, width: int, outputs: int, hidden_dim: int, layers: int, ge
 
 
 def apply(parameters: Parameters, inputs: Tensor, masks: DropoutMasks | None = None) -> Tensor:
-    """Predict.
-
-    Args:
-        parameters: each ``[S, rows, columns]``.
-        inputs: ``[S, B, T * width]``, the tokens' embeddings end to end, zeros where there is no token.
-        masks: dropout of this training step.
-
-    Returns:
-        ``[S, B, d_model]``.
-    """
+    """Predict: ``[S, B, T * width]``, embeddings end to end and zeros where no token is, to ``[S, B, d_model]``."""
     tokens, hidden_dim = parameters["positions"].shape[-2:]
     members, batch = inputs.shape[:2]
     width = parameters["in.weight"].shape[-2]

@@ -326,16 +326,16 @@ def test_a_dry_run_shows_the_cells_and_trains_nothing(workplace, run, small_grid
     assert sorted(workplace.iterdir()) == before
 
 
-def test_help_teaches_without_loading_anything_heavy():
-    code = "import sys; sys.argv = ['x', 'sweep', '--help']\n" \
+@pytest.mark.parametrize(("words", "expected"), [("--help", "[default: scaling]"), ("--grid nope", "grid 'nope'")])
+def test_help_and_a_wrong_grid_are_answered_without_loading_anything_heavy(words, expected):
+    code = f"import sys; sys.argv = 'x sweep {words}'.split()\n" \
            "from pipeline.cli import main\n" \
            "try: main()\n" \
            "except SystemExit: pass\n" \
-           "assert not {'torch', 'mlflow', 'transformers'} & set(sys.modules)"  # fmt: skip
+           "assert not {'torch', 'mlflow', 'transformers', 'accelerate'} & set(sys.modules)"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--grid" in done.stdout
-    assert "[default: scaling]" in done.stdout
+    assert expected in done.stdout + done.stderr
 
 
 def test_tracking_goes_to_sqlite_where_the_environment_names_nothing(tmp_path, monkeypatch, run):
