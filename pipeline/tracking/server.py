@@ -69,7 +69,7 @@ def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
             return client, look_up(client)
 
     try:
-        return _retry(look, patience, Exception, f"waiting for the tracking server {without_password(uri)}")
+        return _retry(look, patience, (Exception,), f"waiting for the tracking server {without_password(uri)}")
     except (InputError, WorkError):
         raise
     except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
@@ -89,9 +89,7 @@ def _one_short_try() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _retry(
-    work: Callable[[], T], patience: float, transient: type[Exception] | tuple[type[Exception], ...], notice: str
-) -> T:
+def _retry(work: Callable[[], T], patience: float, transient: tuple[type[Exception], ...], notice: str) -> T:
     """Do work; after transient errors log a notice and try again, for ``patience`` seconds (0: try once)."""
     begin, pause, noticed = time.monotonic(), 0.5, -NOTICE_SECONDS
     while True:
@@ -126,12 +124,6 @@ def _is_of_mlflow(error: MlflowException) -> bool:
 def is_unknown(error: MlflowException) -> bool:
     """Whether MLflow answers that the requested id does not exist or is no id."""
     return _is_of_mlflow(error) and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-
-
-def _is_deleted(error: MlflowException) -> bool:
-    """Whether MLflow answers that the object to change was deleted."""
-    is_inactive = "must be in the 'active' state" in str(error)
-    return _is_of_mlflow(error) and (error.error_code == "RESOURCE_DOES_NOT_EXIST" or is_inactive)
 
 
 def _reason(error: Exception) -> str:
@@ -195,12 +187,13 @@ def retry_tracking(work: Callable[[], T]) -> T:
     except MlflowException as error:
         if error.error_code in DENIED:  # a token that has expired meanwhile
             raise WorkError(_refusal(mlflow.get_tracking_uri(), error)) from error
-        if _is_deleted(error):
+        is_deleted = error.error_code == "RESOURCE_DOES_NOT_EXIST" or "must be in the 'active' state" in str(error)
+        if is_deleted and _is_of_mlflow(error):
             raise WorkError(f"deleted from MLflow meanwhile ({_reason(error)}); run the command again") from error
         raise
-    except RequestException:
-        raise
     except OSError as error:  # artifacts on a disk that is full, or that may not be written
+        if isinstance(error, RequestException):  # which is an OSError
+            raise
         raise WorkError(f"artifacts of MLflow: {error}") from error
 
 
