@@ -20,17 +20,11 @@ OVERHEAD = 1.5  # time of a sweep over that of its matrix products in float32, a
 
 
 def training_flops(cell: Cell, data: Dataset) -> float:
-    """Floating-point operations of a cell's matrix products.
-
-    Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the first
-    layer does without; two a weight and validation row, every epoch. What dropout spares is counted too. A closed form
-    counts as its factorisation.
-
-    Returns:
-        Operations of the whole training.
-    """
+    """Floating-point operations of a cell's matrix products in the whole training."""
+    # Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the
+    # first layer does without; two a weight and validation row, every epoch. What dropout spares is counted too.
     feature_count, kind, val = data.feature_count(cell), KINDS[cell.student], len(data.rows("val", cell.split))
-    if kind.solve:
+    if kind.solve:  # the factorisation
         return 8.0 * cell.concepts * feature_count * min(cell.concepts, feature_count)
     forward = kind.flops(cell, data)
     first = 2.0 * data.vectors.d_model * data.max_tokens if cell.student == "transformer" else 2.0 * feature_count
@@ -57,7 +51,7 @@ def assign_stacks(cells: Sequence[Cell], workers: int, cost: Callable[[Cell], fl
         cost: gives the cost of a cell, in any unit.
 
     Returns:
-        For each worker its stacks. Their union is all cells, each once.
+        For each worker its stacks.
     """
     stacks, costs = stacks_of(cells), {cell: cost(cell) for cell in cells}
     while True:
@@ -89,15 +83,7 @@ def _assign_greedily(
 
 
 def split_by_batch(stack: Sequence[Cell], flops: Mapping[Cell, float]) -> list[list[Cell]]:
-    """Split a stack by batch size where, on a CPU, rows that pad batches cost more than the steps of a further stack.
-
-    Args:
-        stack: cells that can train together.
-        flops: `training_flops` of each.
-
-    Returns:
-        The parts, that of the largest batches first.
-    """
+    """Split a stack by batch size where, on a CPU, rows that pad batches cost more than steps of a further stack."""
     if KINDS[stack[0].student].solve:
         return [list(stack)]
     by_batch: dict[int, list[Cell]] = {}
