@@ -10,6 +10,7 @@ it has; clocks are never compared.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import socket
@@ -31,7 +32,6 @@ from pipeline.tracking.tracker import Tracker
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 30.0  # without a beat, after which a worker counts as dead
 
-RUNNING = "attributes.status = 'RUNNING'"
 log = logging.getLogger(__name__)
 
 
@@ -107,7 +107,7 @@ class Claims:
         """The sweep and the beat of each worker of another version that may live."""
         return {
             worker: (run.data.tags["sweep_id"], beat)
-            for run in retry_tracking(lambda: self.tracker.runs("sweep", RUNNING, work_key=work_key))
+            for run in retry_tracking(lambda: self.tracker.runs("sweep", "RUNNING", work_key=work_key))
             for worker, beat in _beats(run).items()
             if _version(beat) not in ("", self.version) and worker not in self._silent and not _is_known_dead(worker)
         }
@@ -176,13 +176,10 @@ class Claims:
         """Whether a cell's run is finished, and its student was not deleted."""
         return run.info.status == "FINISHED" and (run.info.run_id, run.info.end_time) not in self._without_student
 
-    def unfinished(self) -> list[Run]:
-        """The runs that this worker has claimed and not finished, also those of a claim that was cut short."""
-        return [
-            self.tracker.as_run(run)
-            for run in self.tracker.runs("cell", RUNNING, sweep_id=self.sweep_id)
-            if run.data.tags.get("owner") == self.me
-        ]
+    def close_unfinished(self, status: str) -> None:
+        """Close the runs that this worker has claimed and not finished, also those of a claim that was cut short."""
+        for run in self.tracker.runs("cell", "RUNNING", sweep_id=self.sweep_id, owner=self.me):
+            self.tracker.as_run(run).end(status)
 
     def reread_claim(self, run: Run) -> MlflowRun | None:
         """Read a claimed run again; None where another worker took it over or finished it, or it was deleted."""
@@ -215,9 +212,9 @@ class Claims:
         }
 
     def _beat(self) -> None:
-        number = 0
-        while not self._stop.wait(BEAT_SECONDS):
-            number += 1
+        for number in itertools.count(1):
+            if self._stop.wait(BEAT_SECONDS):
+                return
             try:
                 self._show_beat(number)
                 self._see_beats()

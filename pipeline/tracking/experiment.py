@@ -25,19 +25,7 @@ T = TypeVar("T")
 
 
 def find_experiment(client: MlflowClient, experiment_id: str | None = None, role: str | None = None) -> str:
-    """Find the id of the experiment to track to, and check it; the first worker creates the project's own.
-
-    Args:
-        client: the tracking server's.
-        experiment_id: by default that of the environment, or of the environment's run, or the project's own.
-        role: of the run that the command will write; None where it writes none, which ignores the environment's run.
-
-    Returns:
-        The experiment's id.
-
-    Raises:
-        InputError: experiment or run do not exist, were deleted, or do not go together; or the run holds other work.
-    """
+    """Find the id of the experiment for a run of a role, or to read; check it, and the run of the environment."""
     run_id, uri = os.environ.get(RUN) if role else None, client.tracking_uri
     run = look_up(client.get_run, run_id, f"{RUN} {run_id}: {uri} has no such run{UNSET}") if run_id else None
     named, name = experiment_id or os.environ.get(ID), os.environ.get(NAME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from pipeline.tracking.tracker import Tracker
 
 PEER_SECONDS = 1.0  # longer than a worker needs to look for a run and, where there is none, to create it
 IsAtWork = Callable[[MlflowRun], bool]
+id_of = operator.attrgetter("info.run_id")  # all workers order runs by it
 
 
 def open_sweep(tracker: Tracker, sweep_id: str, name: str, tags: Mapping[str, str], is_at_work: IsAtWork) -> Run:
@@ -82,11 +84,6 @@ def _elect(tracker: Tracker, sweep_id: str, earlier: set[str], is_at_work: IsAtW
         if run is not parent:
             tracker.discard(run, f"took part in sweep {sweep_id}, whose cells are below run {parent.info.run_id}")
     return parent
-
-
-def id_of(run: MlflowRun) -> str:
-    """The run's id, by which all workers order runs alike."""
-    return str(run.info.run_id)
 
 
 def wait_for_peers(begin: float) -> None:

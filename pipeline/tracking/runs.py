@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlflow
@@ -35,6 +36,7 @@ STUDENT_CODE = ("__init__.py", "errors.py", "interrupts.py", "s3.py", "storage.p
 MODEL_ENTRY_POINT = "mlflow_model.py"  # of that room
 EXAMPLE = ["volcano", "slow cooking"]  # the input example that MLflow shows
 STUDENT_NEEDS = ("mlflow", "numpy", "safetensors", "tokenizers")
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,11 @@ class Run:
         self.log(metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
 
     def log(
-        self,
-        *,
-        params: Mapping[str, object] | None = None,
-        tags: Mapping[str, str] | None = None,
-        metrics: Sequence[Metric] = (),
+        self, *, params: Mapping[str, object] = EMPTY, tags: Mapping[str, str] = EMPTY, metrics: Sequence[Metric] = ()
     ) -> None:
         """Log all in one request, or in more where MLflow's limit demands it. A repetition changes nothing."""
-        all_params = [Param(key, str(value)) for key, value in (params or {}).items() if value is not None]
-        all_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
+        all_params = [Param(key, str(value)) for key, value in params.items() if value is not None]
+        all_tags = [RunTag(key, value) for key, value in tags.items()]
         first = ENTRIES_PER_CALL - len(all_params) - len(all_tags)
         if all_params or all_tags or metrics:
             self.client.log_batch(self.id, metrics[:first], all_params, all_tags)

@@ -7,8 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +24,8 @@ from pipeline.storage import tracking_uri, write_atomically
 MOST_PAUSE_SECONDS = 10.0  # between two tries
 NOTICE_SECONDS = 15.0  # between two lines that report the waiting
 PATIENCE = "TRACKING_PATIENCE_SECONDS"
-ONE_SHORT_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}  # of a first look
+# Of a first look: enough to find out whether a server is there at all.
+ONE_SHORT_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 TRANSIENT = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
 
@@ -57,6 +57,7 @@ def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the command says where its run is
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every small file
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `retry_tracking` does the rest
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # MLflow's own default
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # the lines of `_retry` say what its warnings do, and how long
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
@@ -64,9 +65,13 @@ def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
 
     def look() -> tuple[MlflowClient, T]:
         _make_sqlite_file(uri)
-        with _one_short_try():
+        before = {name: os.environ[name] for name in ONE_SHORT_TRY}
+        os.environ.update(ONE_SHORT_TRY)
+        try:
             client = MlflowClient()
             return client, look_up(client)
+        finally:
+            os.environ.update(before)
 
     try:
         return _retry(look, patience, (Exception,), f"waiting for the tracking server {without_password(uri)}")
@@ -74,19 +79,6 @@ def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
         raise
     except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
         raise InputError(_refusal(uri, error)) from error
-
-
-@contextmanager
-def _one_short_try() -> Iterator[None]:
-    """Let MLflow try once, for a few seconds: enough to find out whether a server is there at all."""
-    before = {name: os.environ[name] for name in ONE_SHORT_TRY if name in os.environ}
-    os.environ.update(ONE_SHORT_TRY)
-    try:
-        yield
-    finally:
-        for name in ONE_SHORT_TRY:
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def _retry(work: Callable[[], T], patience: float, transient: tuple[type[Exception], ...], notice: str) -> T:
@@ -191,9 +183,9 @@ def retry_tracking(work: Callable[[], T]) -> T:
         if is_deleted and _is_of_mlflow(error):
             raise WorkError(f"deleted from MLflow meanwhile ({_reason(error)}); run the command again") from error
         raise
+    except RequestException:
+        raise
     except OSError as error:  # artifacts on a disk that is full, or that may not be written
-        if isinstance(error, RequestException):  # which is an OSError
-            raise
         raise WorkError(f"artifacts of MLflow: {error}") from error
 
 

@@ -75,10 +75,10 @@ class Tracker:
             lost.end("KILLED")
             self.client.delete_run(lost.id)
 
-    def runs(self, role: str, condition: str = "", **tags: str) -> list[MlflowRun]:
-        """Find all runs of a role ("sweep", "candidate", "cell") that have the tags and fulfil MLflow's condition."""
+    def runs(self, role: str, status: str | None = None, **tags: str) -> list[MlflowRun]:
+        """Find all runs of a role ("sweep", "candidate", "cell"), with a status and tags."""
         parts = [f"tags.`{key}` = {_quoted(value)}" for key, value in {"role": role, **tags}.items()]
-        return self._search(" and ".join([*parts, condition] if condition else parts))
+        return self._search(" and ".join([*parts, f"attributes.status = '{status}'"] if status else parts))
 
     def find_sweep(self, sweep_id: str) -> MlflowRun | None:
         """Find the newest parent run of a sweep."""
@@ -93,7 +93,7 @@ class Tracker:
 
     def finished_cells(self, keys: Collection[str] | None = None) -> tuple[dict[str, MlflowRun], list[MlflowRun]]:
         """Find finished cells, all or those of some keys: by key with their student, and those that have lost it."""
-        found = self.runs("cell", "attributes.status = 'FINISHED'")
+        found = self.runs("cell", "FINISHED")
         if keys is not None:
             found = [run for run in found if run.data.tags["cell_key"] in keys]
         intact = intact_students(self.client, found)
