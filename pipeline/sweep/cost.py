@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -40,19 +39,9 @@ def stacks_of(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 
 def assign_stacks(cells: Sequence[Cell], workers: int, cost: Callable[[Cell], float]) -> list[list[list[Cell]]]:
-    """Assign stacks to workers, the most expensive first, each to the worker with the least load.
-
-    A stack is split, in halves of like cost, only where a worker would otherwise have over `MAX_IMBALANCE` times its
-    share.
-
-    Args:
-        cells: the cells to train, in an order that all workers agree on.
-        workers: the number of workers.
-        cost: gives the cost of a cell, in any unit.
-
-    Returns:
-        For each worker its stacks.
-    """
+    """Assign stacks to workers, the most expensive first, each to the worker with the least load; by worker."""
+    # A stack is split, in halves of like cost, only where a worker would otherwise have too much. All workers pass the
+    # cells in the same order, and so assign the same.
     stacks, costs = stacks_of(cells), {cell: cost(cell) for cell in cells}
     while True:
         loads, assigned = _assign_greedily(stacks, workers, costs)
@@ -112,11 +101,7 @@ def number_of_steps(cell: Cell) -> int:
 def expected_seconds(cells: Sequence[Cell], data: Dataset, device: torch.device) -> float:
     """Estimate how long cells train on one worker like this, from the rate of matrix products measured now."""
     a, b = torch.randn(128, 1024, device=device), torch.randn(1024, 512, device=device)
-    best, end = math.inf, time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        (a @ b).sum().item()
-        best = min(best, time.perf_counter() - begin)
+    best = min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=100))
     return OVERHEAD * best * sum(training_flops(cell, data) for cell in cells) / (2 * a.numel() * b.shape[1])
 
 

@@ -23,7 +23,7 @@ from pipeline.training.export import checkpoint
 from pipeline.training.stack import EpochResult, Snapshot
 from pipeline.training.trainer import Checkpointing, TrainedStudent, train_stack
 
-Claim = Callable[[list[Cell]], list[Cell]]
+Claim = Callable[[list[Cell]], list[Cell]]  # returns those of some cells that this worker may train
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,7 @@ class Engine:
             self._started_early += [(task, self._start(task)) for task in self._waiting.popleft()]
 
     def train(self, claim: Claim = lambda cells: cells, meanwhile: Callable[[], None] = lambda: None) -> Iterator[Row]:
-        """Train all cells that were added.
-
-        Args:
-            claim: returns those of some cells that this worker may train.
-            meanwhile: called about every second.
-
-        Yields:
-            The rows of the results file, as cells finish.
-        """
+        """Train all cells that this worker may claim, with a call about every second; yields rows as cells finish."""
         self._claim_started(claim)
         ahead = 1
         batch: list[Task] = []

@@ -2,9 +2,7 @@
 
 ``axes`` maps options of `Cell` to lists of values and ``fixed`` maps others to one value; the cells are every
 combination. ``exclude`` lists settings: a cell that has all of one is left out. ``include`` lists settings of further
-cells, on top of ``fixed``. ``seeds`` is the number of seeds of each cell, counted up from its own. An axis that a
-student does not read (ridge has no hidden layers and no seed) does not multiply its cells. ``vectors`` names the
-vectors file that the grid is made for.
+cells, on top of ``fixed``. An axis that a student does not read does not multiply its cells.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +63,7 @@ class GridFile:
         found = OPTION_OF_ERROR.match(str(error))
         option = found[1].removeprefix("--").replace("-", "_") if found else ""
         value = getattr(cell, option, None)
-        positions: list[Position] = [
-            *(("include", number, option) for number in range(len(self.section("include")))),
-            *(("axes", option, number) for number in range(len(self.section("axes").get(option, ())))),
-            ("fixed", option),
-        ]
+        positions = [position for position in self.lines if option in position and position[0] != "exclude"]
         message = str(error).replace(f"--{option.replace('_', '-')} ", f"{option} ", 1)
         # By their text, because 1 == True.
         return self.error(message, *next((each for each in positions if repr(self._at(each)) == repr(value)), ()))
@@ -104,19 +97,7 @@ class Grid:
 
 
 def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = None) -> Grid:
-    """Read a grid and span its cells.
-
-    Args:
-        name_or_path: a grid of ``pipeline/grids`` by name, or the path of a YAML file.
-        epochs: replaces the grid's epochs in every cell.
-        seeds: the number of seeds of each cell, counted up from its own; replaces the grid's.
-
-    Returns:
-        The grid, every cell once.
-
-    Raises:
-        InputError: no such grid, or one that is not valid; the message names the file, the line and the key.
-    """
+    """Read a grid, by name or from a YAML file, and span its cells, each once; epochs and seeds replace the grid's."""
     file = _read(_find(name_or_path))
     _check_sections(file)
     cells = _span(file)
@@ -224,7 +205,7 @@ def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         return fetch(name_or_path)
-    shipped = {Path(str(item)).stem: Path(str(item)) for item in files("pipeline").joinpath("grids").iterdir()}
+    shipped = {path.stem: path for path in (Path(__file__).parent.parent / "grids").glob("*.yaml")}
     if name_or_path not in shipped:
         raise InputError(f"{choices('grid', name_or_path, shipped)}; or the path of a YAML file")
     return shipped[name_or_path]

@@ -35,6 +35,7 @@ from pipeline.interrupts import STOP_SIGNALS, undo_on_exit
 from pipeline.processes import cores
 
 T = TypeVar("T")
+Report = Callable[[Any], None]
 
 GPU_LANES = 4
 # How long Python lets one thread run while others wait. A job in a thread comes back to Python after every product, and
@@ -74,7 +75,7 @@ class JobHandle:
     """A started job."""
 
     should_stop: Callable[[], bool]  # called by the job between two steps; true asks it to stop
-    report: Callable[[Any], None]  # called by the job with its progress
+    report: Report  # called by the job with its progress
     process: int | None = None  # its number; None where the job is a thread
     noticed_stop: memoryview = field(default_factory=_shared_integer)  # 1 once the job has seen that it should stop
     _cancelled: memoryview = field(default_factory=_shared_integer)
@@ -99,9 +100,7 @@ class StackPool(Generic[T]):
     ``on_report`` is called, from any thread, with what jobs report through their handle.
     """
 
-    def __init__(
-        self, size: int, device: torch.device, on_report: Callable[[Any], None], fork: bool | None = None
-    ) -> None:
+    def __init__(self, size: int, device: torch.device, on_report: Report, fork: bool | None = None) -> None:
         self.size, self.device, self.on_report = size, device, on_report
         self.open_jobs = 0  # started, and their end not yet seen by `next_result`
         self._forks = can_fork(device) if fork is None else fork

@@ -125,12 +125,6 @@ class Recorder:
 
         return retry_tracking(read) if cells else {}
 
-    def close_unfinished(self, status: str) -> None:
-        """Close the runs that this worker has claimed and not finished, as "KILLED" or "FAILED"."""
-        with contextlib.suppress(*TrackingError):
-            for run in self.claims.unfinished():
-                run.end(status)
-
 
 def finished_rows(tracker: Tracker, keys: Collection[str]) -> tuple[dict[str, Row], list[MlflowRun]]:
     """The rows of finished cells by key, and the runs of those whose row or student is gone from MLflow."""

@@ -144,7 +144,7 @@ def run_sweep(cells: Sequence[Cell], context: SweepContext) -> Iterator[Complete
         engine.start_early()  # while other workers are looked for
         tags |= {"grid": context.name, "vectors_sha256": data.vectors.sha256, "work_key": work, "precision": precision}
         parent = _open_parent(claims, accelerator, context.name, tags)
-        with _closing(claims, parent, recorder, engine), claims.below(parent):
+        with _closing(claims, parent, engine), claims.below(parent):
             recorded = broadcast_from_main(retry_tracking(lambda: parent.tags.get("precision", precision)))
             if is_precision_open and recorded != precision:
                 raise WorkError(
@@ -221,13 +221,14 @@ def _log_inputs(parent: Run, context: SweepContext) -> None:
 
 
 @contextlib.contextmanager
-def _closing(claims: Claims, parent: Run, recorder: Recorder, engine: Engine) -> Iterator[None]:
+def _closing(claims: Claims, parent: Run, engine: Engine) -> Iterator[None]:
     """Close the runs when work is cut short: KILLED on an interruption, FAILED on any other error."""
 
     def close(status: str) -> None:
         engine.pool.ask_to_stop()  # jobs save their state while the runs are closed
         claims.withdraw()  # before others are looked for: of workers that leave together, the last finds no other
-        recorder.close_unfinished(status)
+        with contextlib.suppress(*TrackingError):
+            claims.close_unfinished(status)
         with contextlib.suppress(*TrackingError):
             if not claims.has_live_peers():
                 parent.end(status)
