@@ -3,15 +3,16 @@
 All train the same cells on the same vectors and data splits, and their best validation cosines are compared. The
 peers: one `train` process a cell; our trainer with stacks of one, one after another; the same loop in plain PyTorch
 with a fused optimizer; Ray Tune with that loop and its MLflow callback, with one core a trial, its best here. Ours is
-the sweep as users run it, tracked to SQLite, with the students logged, and the same without MLflow. The floor is the
-time of the matrix products of training and validation at the float32 rate of this machine for matrices of these
-shapes, measured in the same round; products that dropout spares ours are in it. Medians of several rounds.
-``--sizes`` measures time a cell against the number of cells instead.
+the sweep as users run it, from reading the vectors to the student that it leaves, tracked to SQLite, and the cells and
+their results without MLflow. The floor is the time of the matrix products of training and validation at the float32
+rate of this machine for matrices of these shapes, measured in the same round; products that dropout spares ours are in
+it. Medians of several rounds. ``--sizes`` measures time a cell against the number of cells instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import math
 import os
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.analysis.results import results_of
+from pipeline.analysis.results import read_results, results_of
+from pipeline.commands.find_sweep import newest_results
+from pipeline.commands.sweep import train_grid
 from pipeline.data.dataset import Dataset, Examples, Subset
 from pipeline.data.vectors import read_vectors
 from pipeline.devices import training_precision
 from pipeline.metrics import cosines
-from pipeline.processes import cores, start
-from pipeline.settings import Cell
+from pipeline.processes import cores
+from pipeline.settings import Cell, SweepOptions
 from pipeline.sweep.cells import cell_key, prepare
 from pipeline.sweep.cost import stacks_of, training_flops
 from pipeline.sweep.engine import Engine
 from pipeline.sweep.grid import read_grid
-from pipeline.sweep.run import SweepContext, run_sweep
 from pipeline.sweep.spool import Spool
 from pipeline.tracking import connect
 from pipeline.training.trainer import train_stack
@@ -172,20 +174,17 @@ class Benchmark:
     """The ways to train one grid; each method is one of them, and returns the best validation cosine."""
 
     def __init__(self, vectors: Path, epochs: int, seeds: int = 1) -> None:
+        self.options = SweepOptions("scaling", epochs, str(vectors), seeds, report=False, resume=False)
         self.vectors = vectors
         self.data = Dataset(read_vectors(vectors))
         self.cells = prepare(read_grid("scaling", epochs, seeds).cells, self.data)
         self.subsets = [self.data.subset(cell) for cell in self.cells]
-        self.accelerator = start()
 
-    def tracked(self, folder: Path) -> float:
-        """The sweep as users run it, without its report."""
-        context = SweepContext(
-            "scaling", self.data, str(self.vectors), connect(), self.accelerator, folder / "results", {}, resume=False
-        )
-        with run_sweep(self.cells, context) as done:
-            results = results_of("scaling", self.data, done.rows, done.sweep_id)  # type: ignore[union-attr]
-        return float(results["best"]["val_cosine"])
+    def tracked(self, _folder: Path) -> float:
+        """The sweep as users run it, without its report: the results file and the best student are written too."""
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            train_grid(self.options)
+        return float(read_results(newest_results(Path(self.options.output)))["best"]["val_cosine"])
 
     def untracked(self, folder: Path) -> float:
         """The same without MLflow: the same lanes and results, baselines included, students and snapshots on disk."""

@@ -26,23 +26,10 @@ CHOICES = {
 
 
 def prepare(cells: Sequence[Cell], data: Dataset, file: GridFile | None = None) -> list[Cell]:
-    """Check every cell, and fill in the block of those that name none.
-
-    Args:
-        cells: the cells.
-        data: the vectors.
-        file: the grid of the cells, for errors that name the line.
-
-    Returns:
-        The cells, each once.
-
-    Raises:
-        InputError: an unknown choice, too many concepts, or a block that the file lacks.
-    """
+    """Check every cell, each once, and fill in the block of those that name none; errors name the line of a grid."""
     ready = []
     for cell in cells:
-        layer = data.vectors.middle_layer if cell.layer is None else cell.layer
-        ready.append(replace(cell, layer=layer))
+        ready.append(cell if cell.layer is not None else replace(cell, layer=data.vectors.middle_layer))
         try:
             _check(ready[-1], data)
         except InputError as error:
@@ -61,18 +48,8 @@ def _check(cell: Cell, data: Dataset) -> None:
 
 
 def cell_key(cell: Cell, vectors_identity: str, default_precision: str) -> str:
-    """Identity of a cell's work: configuration, data, precision and version of the results.
-
-    Args:
-        cell: the configuration.
-        vectors_identity: of the data.
-        default_precision: the precision of cells that leave it open.
-
-    Returns:
-        A hash of 32 hexadecimal digits.
-    """
-    content = [asdict(cell), precision_of_cell(cell, default_precision), vectors_identity, RESULTS_VERSION]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    """Identity of a cell's work: a hash of its configuration, data, precision and the version of the results."""
+    return _hash([asdict(cell), precision_of_cell(cell, default_precision), vectors_identity, RESULTS_VERSION])
 
 
 def work_key(cells: Sequence[Cell], vectors_identity: str) -> str:
@@ -80,5 +57,8 @@ def work_key(cells: Sequence[Cell], vectors_identity: str) -> str:
     # Without the options at their defaults, which another version may not know.
     defaults = {name: field.default for name, field in Cell.__dataclass_fields__.items()}
     chosen = [{name: value for name, value in asdict(cell).items() if value != defaults[name]} for cell in cells]
-    content = json.dumps([sorted(json.dumps(cell, sort_keys=True) for cell in chosen), vectors_identity])
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    return _hash([sorted(json.dumps(cell, sort_keys=True) for cell in chosen), vectors_identity])
+
+
+def _hash(content: list[object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,17 +19,11 @@ OVERHEAD = 1.5  # time of a sweep over that of its matrix products in float32, a
 
 
 def training_flops(cell: Cell, data: Dataset) -> float:
-    """Floating-point operations of a cell's matrix products.
-
-    Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the first
-    layer does without; two a weight and validation row, every epoch. What dropout spares is counted too. A closed form
-    counts as its factorisation.
-
-    Returns:
-        Operations of the whole training.
-    """
+    """Floating-point operations of a cell's matrix products in the whole training."""
+    # Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the
+    # first layer does without; two a weight and validation row, every epoch. What dropout spares is counted too.
     feature_count, kind, val = data.feature_count(cell), KINDS[cell.student], len(data.rows("val", cell.split))
-    if kind.solve:
+    if kind.solve:  # the factorisation
         return 8.0 * cell.concepts * feature_count * min(cell.concepts, feature_count)
     forward = kind.size(cell, data).flops
     first = 2.0 * data.vectors.d_model * data.max_tokens if cell.student == "transformer" else 2.0 * feature_count
@@ -46,19 +39,9 @@ def stacks_of(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 
 def assign_stacks(cells: Sequence[Cell], workers: int, cost: Callable[[Cell], float]) -> list[list[list[Cell]]]:
-    """Assign stacks to workers, the most expensive first, each to the worker with the least load.
-
-    A stack is split, in halves of like cost, only where a worker would otherwise have over `MAX_IMBALANCE` times its
-    share.
-
-    Args:
-        cells: the cells to train, in an order that all workers agree on.
-        workers: the number of workers.
-        cost: gives the cost of a cell, in any unit.
-
-    Returns:
-        For each worker its stacks. Their union is all cells, each once.
-    """
+    """Assign stacks to workers, the most expensive first, each to the worker with the least load; by worker."""
+    # A stack is split, in halves of like cost, only where a worker would otherwise have too much. All workers pass the
+    # cells in the same order, and so assign the same.
     stacks, costs = stacks_of(cells), {cell: cost(cell) for cell in cells}
     while True:
         loads, assigned = _assign_greedily(stacks, workers, costs)
@@ -89,15 +72,7 @@ def _assign_greedily(
 
 
 def split_by_batch(stack: Sequence[Cell], flops: Mapping[Cell, float]) -> list[list[Cell]]:
-    """Split a stack by batch size where, on a CPU, rows that pad batches cost more than the steps of a further stack.
-
-    Args:
-        stack: cells that can train together.
-        flops: `training_flops` of each.
-
-    Returns:
-        The parts, that of the largest batches first.
-    """
+    """Split a stack by batch size where, on a CPU, rows that pad batches cost more than steps of a further stack."""
     if KINDS[stack[0].student].solve:
         return [list(stack)]
     by_batch: dict[int, list[Cell]] = {}
@@ -126,11 +101,7 @@ def number_of_steps(cell: Cell) -> int:
 def expected_seconds(cells: Sequence[Cell], data: Dataset, device: torch.device) -> float:
     """Estimate how long cells train on one worker like this, from the rate of matrix products measured now."""
     a, b = torch.randn(128, 1024, device=device), torch.randn(1024, 512, device=device)
-    best, end = math.inf, time.perf_counter() + 0.3
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        (a @ b).sum().item()
-        best = min(best, time.perf_counter() - begin)
+    best = min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=100))
     return OVERHEAD * best * sum(training_flops(cell, data) for cell in cells) / (2 * a.numel() * b.shape[1])
 
 

@@ -23,7 +23,7 @@ from pipeline.training.export import checkpoint
 from pipeline.training.stack import EpochResult, Snapshot
 from pipeline.training.trainer import Checkpointing, TrainedStudent, train_stack
 
-Claim = Callable[[list[Cell]], list[Cell]]
+Claim = Callable[[list[Cell]], list[Cell]]  # returns those of some cells that this worker may train
 
 
 @dataclass(frozen=True)
@@ -34,30 +34,19 @@ class Task:
     snapshot: Snapshot | None = None
 
 
+@dataclass
 class Engine:
-    """Trains cells; a context, whose end stops the stacks that still train and saves their snapshots.
+    """Trains cells; a context, whose end stops the stacks that still train and saves their snapshots."""
 
-    Args:
-        data: the vectors.
-        device: where the cells train.
-        keys: the key of every cell.
-        spool: where finished cells and the snapshots of stopped stacks go; None saves nothing.
-        on_epoch: called, from any thread, after each epoch of each cell.
-        default_precision: the precision of cells that leave it open; that of the device's kind by default.
-    """
+    data: Dataset
+    device: torch.device
+    keys: Mapping[Cell, str]
+    spool: Spool  # where finished cells and the snapshots of stopped stacks go
+    on_epoch: Callable[[EpochResult], None] = lambda step: None  # called, from any thread, after each epoch of a cell
+    default_precision: str | None = None  # of cells that leave it open; by default, that of the kind of device
 
-    def __init__(
-        self,
-        data: Dataset,
-        device: torch.device,
-        keys: Mapping[Cell, str],
-        spool: Spool | None = None,
-        on_epoch: Callable[[EpochResult], None] = lambda step: None,
-        default_precision: str | None = None,
-    ) -> None:
-        self.data, self.device, self.keys, self.spool = data, device, keys, spool
-        self.default_precision = default_precision
-        self.pool: StackPool[Row] = StackPool(max_parallel_stacks(device), device, on_epoch)
+    def __post_init__(self) -> None:
+        self.pool: StackPool[Row] = StackPool(max_parallel_stacks(self.device), self.device, self.on_epoch)
         self._waiting: deque[list[Task]] = deque()  # each item is claimed together
         self._started_early: list[tuple[Task, JobHandle]] = []
         self._lost: set[Cell] = set()  # to other workers
@@ -70,15 +59,10 @@ class Engine:
         self.pool.__exit__(*error)
 
     def add_stacks(self, stacks: Sequence[list[Cell]], resume: bool = True) -> None:
-        """Add cells to train.
-
-        Args:
-            stacks: as `pipeline.sweep.cost` makes them.
-            resume: continue from what the spool holds of them.
-        """
+        """Add stacks of cells to train, which continue from what the spool holds of them unless ``resume`` is false."""
         cells = [cell for stack in stacks for cell in stack]
         found: list[Task] = []
-        if self.spool is not None and resume:
+        if resume:
             finished = [cell for cell in cells if self.spool.row(self.keys[cell])]
             rest = [cell for cell in cells if cell not in finished]
             found = [Task([cell]) for cell in finished]
@@ -101,15 +85,7 @@ class Engine:
             self._started_early += [(task, self._start(task)) for task in self._waiting.popleft()]
 
     def train(self, claim: Claim = lambda cells: cells, meanwhile: Callable[[], None] = lambda: None) -> Iterator[Row]:
-        """Train all cells that were added.
-
-        Args:
-            claim: returns those of some cells that this worker may train.
-            meanwhile: called about every second.
-
-        Yields:
-            The rows of the results file, as cells finish.
-        """
+        """Train all cells that this worker may claim, with a call about every second; yields rows as cells finish."""
         self._claim_started(claim)
         ahead = 1
         batch: list[Task] = []
@@ -134,9 +110,10 @@ class Engine:
         cells = [cell for task, _ in self._started_early for cell in task.cells]
         won = set(claim(cells)) if cells else set()
         for task, job in self._started_early:
-            if not won.issuperset(task.cells):
+            if lost := set(task.cells) - won:
                 job.cancel()
-                self._remove_lost([cell for cell in task.cells if cell not in won])
+                self._lost |= lost
+                self._remove(lost)
                 self._start_won(task, won)
         self._started_early = []
 
@@ -145,25 +122,24 @@ class Engine:
         if own := [cell for cell in task.cells if cell in won]:
             self._start(Task(own, task.snapshot))
 
-    def _remove_lost(self, lost: list[Cell]) -> None:
+    def _remove(self, lost: set[Cell]) -> None:
         """Remove the results of cells that other workers have claimed."""
-        self._lost.update(lost)
-        if self.spool is not None:
-            for cell in lost:
-                self.spool.remove_own_cell(self.keys[cell])
+        for cell in lost:
+            self.spool.remove_own_cell(self.keys[cell])
 
     def _start(self, task: Task) -> JobHandle:
         for cell in task.cells:
             self.data.subset(cell)  # read once here, for all processes that are forked later
-        return self.pool.start(
-            lambda job: self._train(task, job),
-            # Again, because a cancelled job may have finished cells before it stopped.
-            lambda job: self._remove_lost([cell for cell in task.cells if job.is_cancelled and cell in self._lost]),
-        )
+
+        def on_end(job: JobHandle) -> None:
+            if job.is_cancelled:  # it may have finished cells before it stopped
+                self._remove(self._lost & set(task.cells))
+
+        return self.pool.start(lambda job: self._train(task, job), on_end)
 
     def _train(self, task: Task, job: JobHandle) -> Iterator[Row]:
         def save(snapshot: Snapshot) -> None:
-            if self.spool is not None and not job.is_cancelled:
+            if not job.is_cancelled:
                 self.spool.save_snapshot(snapshot, self.keys, self.keys[task.cells[0]])
 
         checkpointing = Checkpointing(task.snapshot, save, lambda: job.should_stop() or job.is_cancelled)
@@ -171,13 +147,14 @@ class Engine:
         trained = train_stack(task.cells, subsets, self.device, job.report, checkpointing, self.default_precision)
         for student in trained:
             yield self._row(student)
-        if self.spool is not None and not checkpointing.pause():
+        if not checkpointing.pause():
             self.spool.remove_snapshots({self.keys[cell] for cell in task.cells})
 
     def _row(self, trained: TrainedStudent) -> Row:
         """The cell's row of the results file; the cell goes to the spool."""
-        cell, key, vectors = trained.cell, self.keys[trained.cell], self.data.vectors
+        cell, key = trained.cell, self.keys[trained.cell]
         subset = self.data.subset(cell)
+        categories = [self.data.vectors.categories[place] for place in subset.test.rows]
         row = {
             "name": self.data.omit_default(cell).name,
             **asdict(cell),
@@ -190,11 +167,8 @@ class Engine:
             "finished": f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}",
             "cell_key": key,
             "test_cosines": rounded(trained.test_cosines),
-            "test_cosine_by_category": by_category(
-                trained.test_cosines, [vectors.categories[place] for place in subset.test.rows]
-            ),
+            "test_cosine_by_category": by_category(trained.test_cosines, categories),
             "curves": trained.curves,
         }
-        if self.spool is not None:
-            self.spool.save_cell(key, row, checkpoint(cell, trained.parameters, subset, self.data, trained.metrics))
+        self.spool.save_cell(key, row, checkpoint(cell, trained.parameters, subset, self.data, trained.metrics))
         return row

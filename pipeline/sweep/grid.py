@@ -2,9 +2,7 @@
 
 ``axes`` maps options of `Cell` to lists of values and ``fixed`` maps others to one value; the cells are every
 combination. ``exclude`` lists settings: a cell that has all of one is left out. ``include`` lists settings of further
-cells, on top of ``fixed``. ``seeds`` is the number of seeds of each cell, counted up from its own. An axis that a
-student does not read (ridge has no hidden layers and no seed) does not multiply its cells. ``vectors`` names the
-vectors file that the grid is made for.
+cells, on top of ``fixed``. An axis that a student does not read does not multiply its cells.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +48,9 @@ class GridFile:
     content: Any
     lines: dict[Position, int]
 
-    def section(self, name: str) -> Any:
+    def get(self, key: str) -> Any:
         """The value of a key; an empty collection where the file lacks it."""
-        return self.content.get(name) or ([] if name in ("include", "exclude") else {})
+        return self.content.get(key) or ([] if key in ("include", "exclude") else {})
 
     def error(self, message: str, *position: str | int) -> InputError:
         """The error for a value at a position, with its line or that of the nearest value around it."""
@@ -65,11 +62,7 @@ class GridFile:
         found = OPTION_OF_ERROR.match(str(error))
         option = found[1].removeprefix("--").replace("-", "_") if found else ""
         value = getattr(cell, option, None)
-        positions: list[Position] = [
-            *(("include", number, option) for number in range(len(self.section("include")))),
-            *(("axes", option, number) for number in range(len(self.section("axes").get(option, ())))),
-            ("fixed", option),
-        ]
+        positions = [position for position in self.lines if option in position and position[0] != "exclude"]
         message = str(error).replace(f"--{option.replace('_', '-')} ", f"{option} ", 1)
         # By their text, because 1 == True.
         return self.error(message, *next((each for each in positions if repr(self._at(each)) == repr(value)), ()))
@@ -103,21 +96,9 @@ class Grid:
 
 
 def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = None) -> Grid:
-    """Read a grid and span its cells.
-
-    Args:
-        name_or_path: a grid of ``pipeline/grids`` by name, or the path of a YAML file.
-        epochs: replaces the grid's epochs in every cell.
-        seeds: the number of seeds of each cell, counted up from its own; replaces the grid's.
-
-    Returns:
-        The grid, every cell once.
-
-    Raises:
-        InputError: no such grid, or one that is not valid; the message names the file, the line and the key.
-    """
+    """Read a grid, by name or from a YAML file, and span its cells, each once; epochs and seeds replace the grid's."""
     file = _read(_find(name_or_path))
-    _check_sections(file)
+    _check_content(file)
     cells = _span(file)
     if epochs is not None:
         cells = [replace(cell, epochs=epochs) for cell in cells]
@@ -127,15 +108,15 @@ def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = 
     return Grid(name, list(dict.fromkeys(seeded)), str(file.content.get("vectors", SHIPPED)), file)
 
 
-def _check_sections(file: GridFile) -> None:
+def _check_content(file: GridFile) -> None:
     if not isinstance(file.content, dict) or not file.content:
         raise file.error(f"expected the keys {', '.join(KEYS)}")
     file.check_keys(KEYS)
-    for section in ("fixed", "axes"):
-        if not isinstance(file.section(section), dict):
-            raise file.error(f"{section}: expected options of a student, found {file.section(section)!r}", section)
-        if file.section(section):
-            file.check_keys(OPTIONS, section)
+    for key in ("fixed", "axes"):
+        if not isinstance(file.get(key), dict):
+            raise file.error(f"{key}: expected options of a student, found {file.get(key)!r}", key)
+        if file.get(key):
+            file.check_keys(OPTIONS, key)
     _check_axes(file)
     _check_lists(file)
     seeds = file.content.get("seeds", 1)
@@ -144,30 +125,30 @@ def _check_sections(file: GridFile) -> None:
 
 
 def _check_axes(file: GridFile) -> None:
-    for axis, values in file.section("axes").items():
+    for axis, values in file.get("axes").items():
         if not isinstance(values, list) or not values:
             raise file.error(f"axis {axis}: expected a list of at least one value, found {values!r}", "axes", axis)
         if len(set(map(repr, values))) != len(values):
             raise file.error(f"axis {axis}: a value stands twice in {values}", "axes", axis)
-        if axis in file.section("fixed"):
+        if axis in file.get("fixed"):
             raise file.error(f"{axis} is both fixed and an axis", "axes", axis)
 
 
 def _check_lists(file: GridFile) -> None:
-    for section in ("include", "exclude"):
-        listed = file.section(section)
+    for key in ("include", "exclude"):
+        listed = file.get(key)
         if not isinstance(listed, list) or not all(isinstance(item, dict) and item for item in listed):
-            raise file.error(f"{section}: expected a list of settings, found {listed!r}", section)
+            raise file.error(f"{key}: expected a list of settings, found {listed!r}", key)
         for number in range(len(listed)):
-            file.check_keys(OPTIONS, section, number)
+            file.check_keys(OPTIONS, key, number)
 
 
 def _span(file: GridFile) -> list[Cell]:
     """The cells, before epochs and seeds of the command line."""
-    axes, fixed, excluded = file.section("axes"), file.section("fixed"), file.section("exclude")
+    axes, fixed, excluded = file.get("axes"), file.get("fixed"), file.get("exclude")
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     spanned = [_cell(file, {**fixed, **point}) for point in points]
-    included = [_cell(file, {**fixed, **item}) for item in file.section("include")]
+    included = [_cell(file, {**fixed, **item}) for item in file.get("include")]
 
     def matches(cell: Cell, item: dict[str, Any]) -> bool:
         return all(getattr(cell, key) == item[key] for key in item)
@@ -225,7 +206,7 @@ def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         return fetch(name_or_path)
-    shipped = {Path(str(item)).stem: Path(str(item)) for item in files("pipeline").joinpath("grids").iterdir()}
+    shipped = {path.stem: path for path in (Path(__file__).parent.parent / "grids").glob("*.yaml")}
     if name_or_path not in shipped:
         raise InputError(f"{choices('grid', name_or_path, shipped)}; or the path of a YAML file")
     return shipped[name_or_path]

@@ -1,7 +1,6 @@
 """A pool of lanes that train stacks in parallel, one stack a lane at a time, and one queue for their results.
 
-A small stack does not keep all cores of a machine busy, nor a GPU: between its matrix products it waits for memory and
-for Python. Stacks that run beside it fill the gaps, and the main thread stays free for tracking.
+A small stack keeps neither all cores busy nor a GPU: between its matrix products it waits for memory and for Python.
 
 On a CPU under Linux each job is a process, forked when a lane is free: it shares all that was read before at no cost,
 and its Python waits for no other thread, which is worth 6 % of a sweep. Elsewhere a job is a thread: on a GPU, with a
@@ -24,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Generic, NoReturn, TypeVar
@@ -35,6 +35,7 @@ from pipeline.interrupts import STOP_SIGNALS, undo_on_exit
 from pipeline.processes import cores
 
 T = TypeVar("T")
+Report = Callable[[Any], None]
 
 GPU_LANES = 4
 # How long Python lets one thread run while others wait. A job in a thread comes back to Python after every product, and
@@ -64,22 +65,20 @@ class StackPoolError(WorkError):
     """A job's process was killed."""
 
 
+def _shared_integer() -> memoryview:
+    """An integer, 0 at first, that processes forked later share with this one."""
+    return memoryview(mmap.mmap(-1, 8)).cast("q")
+
+
+@dataclass(eq=False)
 class JobHandle:
-    """A started job.
+    """A started job."""
 
-    Args:
-        should_stop: called by the job between two steps; true asks it to stop.
-        report: called by the job with its progress.
-
-    Attributes:
-        noticed_stop: 1 once the job has seen that it should stop; shared with its process.
-        process: the number of the job's process; None where it is a thread.
-    """
-
-    def __init__(self, should_stop: Callable[[], bool], report: Callable[[Any], None]) -> None:
-        self.should_stop, self.report = should_stop, report
-        self._cancelled, self.noticed_stop = _shared_integer(), _shared_integer()
-        self.process: int | None = None
+    should_stop: Callable[[], bool]  # called by the job between two steps; true asks it to stop
+    report: Report  # called by the job with its progress
+    process: int | None = None  # its number; None where the job is a thread
+    noticed_stop: memoryview = field(default_factory=_shared_integer)  # 1 once the job has seen that it should stop
+    _cancelled: memoryview = field(default_factory=_shared_integer)
 
     def cancel(self) -> None:
         """Ask the job to stop, and drop its results."""
@@ -98,16 +97,10 @@ OnEnd = Callable[[JobHandle], None]
 class StackPool(Generic[T]):
     """Lanes for jobs, which are iterators; a context, whose end asks all jobs to stop and waits until they have.
 
-    Args:
-        size: number of lanes.
-        device: where the jobs compute.
-        on_report: called, from any thread, with what jobs report through their handle.
-        fork: whether a job is a process rather than a thread; by default what `can_fork` says.
+    ``on_report`` is called, from any thread, with what jobs report through their handle.
     """
 
-    def __init__(
-        self, size: int, device: torch.device, on_report: Callable[[Any], None], fork: bool | None = None
-    ) -> None:
+    def __init__(self, size: int, device: torch.device, on_report: Report, fork: bool | None = None) -> None:
         self.size, self.device, self.on_report = size, device, on_report
         self.open_jobs = 0  # started, and their end not yet seen by `next_result`
         self._forks = can_fork(device) if fork is None else fork
@@ -161,11 +154,9 @@ class StackPool(Generic[T]):
                 self._jobs.put(None)
 
     def stop(self) -> None:
-        """Ask all jobs to stop, and wait until they have.
-
-        A job that does not notice it in time is in the middle of a long step: a process is killed, a thread ends with
-        this process.
-        """
+        """Ask all jobs to stop, and wait until they have."""
+        # A job that does not notice it in time is in the middle of a long step: a process is killed, a thread ends with
+        # this process.
         self.ask_to_stop()
         assert self._stop_time is not None
         for thread in self._threads:
@@ -288,8 +279,3 @@ def _describe_exit(status: int) -> str:
     if number >= 0:
         return f"ended with {number}"
     return f"was killed by {signal.Signals(-number).name}" + (", perhaps for want of memory" if number == -9 else "")
-
-
-def _shared_integer() -> memoryview:
-    """An integer, 0 at first, that processes forked later share with this one."""
-    return memoryview(mmap.mmap(-1, 8)).cast("q")

@@ -18,16 +18,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.settings import Cell
 from pipeline.sweep.spool import Spool
-from pipeline.tracking import (
-    Metric,
-    MlflowRun,
-    Run,
-    Tracker,
-    TrackingError,
-    curve_metrics,
-    final_metrics,
-    retry_tracking,
-)
+from pipeline.tracking import Metric, MlflowRun, Run, Tracker, TrackingError, retry_tracking
 from pipeline.tracking.claims import Claims
 from pipeline.training.stack import EpochResult
 
@@ -37,15 +28,7 @@ CURVE = "val_cosine"  # a metric that every logged epoch has
 
 
 class Recorder:
-    """The runs of the cells that this worker trains.
-
-    Args:
-        claims: this worker's claims, below an open parent run.
-        data: the vectors.
-        spool: where finished cells lie until they are uploaded.
-        keys: the key of every cell.
-        tags: tags of every cell's run.
-    """
+    """The runs of the cells that this worker trains, by the key of each cell, with common tags."""
 
     def __init__(
         self, claims: Claims, data: Dataset, spool: Spool, keys: Mapping[Cell, str], tags: Mapping[str, str]
@@ -58,11 +41,10 @@ class Recorder:
 
     def claim(self, cells: Sequence[Cell]) -> list[Cell]:
         """Claim cells; the ones that this worker may train."""
-        runs = self.claims.claim_cells(
-            [(self.keys[cell], self.data.omit_default(cell).name) for cell in cells], self.tags
-        )
+        named = [(self.keys[cell], self.data.omit_default(cell).name) for cell in cells]
+        runs = retry_tracking(lambda: self.claims.claim_cells(named, self.tags))
         for key, run in runs.items():
-            self.open_runs[key] = Run(self.claims.tracker.client, run.info.run_id, run.info.experiment_id)
+            self.open_runs[key] = self.claims.tracker.as_run(run)
             if CURVE not in run.data.metrics:
                 self._last_logged[key] = 0
         return [cell for cell in cells if self.keys[cell] in runs]
@@ -81,8 +63,7 @@ class Recorder:
                 losses = {step.epoch: step.train_loss for step in steps if step.train_loss is not None}
                 curves = {"train_loss": losses, "val_cosine": {step.epoch: step.val_cosine for step in steps}}
                 self._log_curves(key, run, curves)
-        least, most = FLUSH_SECONDS
-        end = time.monotonic()
+        (least, most), end = FLUSH_SECONDS, time.monotonic()
         self._next_flush = end + min(most, max(least, (end - begin) / FLUSH_SHARE))
 
     def upload(self, key: str, row: Row) -> Row | None:
@@ -104,17 +85,16 @@ class Recorder:
             self.claims.tracker.discard(current, "finished by another worker")
             return False
         model_id = run.log_student(folder / "student", current)
-        curves = dict(row["curves"])
-        epochs = curves.pop("epoch")
+        values = dict(row["curves"])
+        epochs = values.pop("epoch")
+        curves = {name: dict(zip(epochs, values[name], strict=True)) for name in values}
         names = [name for name in row if name.startswith(("val_", "test_")) and isinstance(row[name], float)]
-        final = {name: row[name] for name in [*names, "parameters", "best_epoch", "train_seconds"]}
-        options = {name: row[name] for name in Cell.__dataclass_fields__}
-        self._log_curves(
-            key, run, {name: dict(zip(epochs, values, strict=True)) for name, values in curves.items()},
-            metrics=final_metrics(final, epochs[-1], model_id, now),
-            params=options | {"teacher": self.data.vectors.teacher},
-            tags={"dtype": row["dtype"]},  # no parameter, which could not change where another machine takes over
-        )  # fmt: skip
+        names += ["parameters", "best_epoch", "train_seconds"]
+        # Those of the kept checkpoint are dated after all curves: MLflow shows and sorts by the last of a name.
+        final = [Metric(name, row[name], now + 1, epochs[-1], model_id=model_id) for name in names]
+        params = {name: row[name] for name in Cell.__dataclass_fields__} | {"teacher": self.data.vectors.teacher}
+        tags = {"dtype": row["dtype"]}  # no parameter, which could not change where another machine takes over
+        self._log_curves(key, run, curves, final, params=params, tags=tags)
         run.log_artifact(folder / "cell.json", current)
         run.end("FINISHED")
         return True
@@ -125,33 +105,25 @@ class Recorder:
         """Log the epochs of curves (values by epoch) that no worker has logged yet, and more in the same request."""
         if key not in self._last_logged:
             self._last_logged[key] = run.last_step(CURVE)
-        last = self._last_logged[key]
-        new = {
-            name: {epoch: value for epoch, value in values.items() if epoch > last} for name, values in curves.items()
-        }
+        last, now = self._last_logged[key], int(time.time() * 1000)
         times = {epoch: at for epoch, (at, _) in list(self._epochs[key].items())}
-        run.log(metrics=[*curve_metrics(new, times), *metrics], **rest)
-        self._last_logged[key] = max([last, *(epoch for values in new.values() for epoch in values)])
+        new = [
+            Metric(name, value, times.get(epoch, now), epoch)  # may be logged again with the same date without effect
+            for name, values in curves.items()
+            for epoch, value in values.items()
+            if epoch > last
+        ]
+        run.log(metrics=[*new, *metrics], **rest)
+        self._last_logged[key] = max([last, *(metric.step for metric in new)])
 
     def rows_of_others(self, cells: Sequence[Cell]) -> dict[str, Row]:
         """The rows, by key, of those cells that another worker has finished."""
 
         def read() -> dict[str, Row]:
-            runs = self.claims.runs() if cells else {}
-            return {
-                self.keys[cell]: read_row(self.claims.tracker, run)
-                for cell in cells
-                for run in runs.get(self.keys[cell], [])
-                if self.claims.is_finished(run)
-            }
+            claims, runs, keys = self.claims, self.claims.runs(), [self.keys[cell] for cell in cells]
+            return {key: read_row(claims.tracker, run) for key in keys for run in runs[key] if claims.is_finished(run)}
 
-        return retry_tracking(read)
-
-    def close_unfinished(self, status: str) -> None:
-        """Close the runs that this worker has claimed and not finished, as "KILLED" or "FAILED"."""
-        with contextlib.suppress(*TrackingError):
-            for run in self.claims.unfinished():
-                run.end(status)
+        return retry_tracking(read) if cells else {}
 
 
 def finished_rows(tracker: Tracker, keys: Collection[str]) -> tuple[dict[str, Row], list[MlflowRun]]:

@@ -32,7 +32,7 @@ from pipeline.sweep.engine import Engine
 from pipeline.sweep.pool import StackPoolError
 from pipeline.sweep.recorder import Recorder, finished_rows
 from pipeline.sweep.spool import Spool
-from pipeline.tracking import MlflowRun, Run, Tracker, TrackingError, retry_tracking
+from pipeline.tracking import Run, Tracker, TrackingError, retry_tracking
 from pipeline.tracking.claims import Claims
 from pipeline.training.stack import EpochResult
 
@@ -112,7 +112,9 @@ def run_sweep(cells: Sequence[Cell], context: SweepContext) -> Iterator[Complete
     sweep_id = broadcast_from_main(_sweep_id(context, open_keys))
     precision = broadcast_from_main(retry_tracking(lambda: _precision(tracker, sweep_id, accelerator.device)))
     keys = {cell: cell_key(cell, data.vectors.identity, precision) for cell in cells}
-    rows, gone = _finished_cells(tracker, set(keys.values()), accelerator) if resume else ({}, [])
+    rows, gone = retry_tracking(lambda: finished_rows(tracker, set(keys.values()))) if resume else ({}, [])
+    if (again := {run.data.tags["cell_key"] for run in gone} - set(rows)) and accelerator.is_main_process:
+        log.warning("%d finished cells are trained again: their students or rows are gone from MLflow", len(again))
     if context.shard.index and broadcast_from_main(
         len(rows) == len(cells) and retry_tracking(lambda: tracker.has_results(sweep_id, len(cells)))
     ):  # of many shards that find all cells finished, only the first concludes again
@@ -142,7 +144,7 @@ def run_sweep(cells: Sequence[Cell], context: SweepContext) -> Iterator[Complete
         engine.start_early()  # while other workers are looked for
         tags |= {"grid": context.name, "vectors_sha256": data.vectors.sha256, "work_key": work, "precision": precision}
         parent = _open_parent(claims, accelerator, context.name, tags)
-        with _closing(claims.below(parent), recorder, engine), claims:
+        with _closing(claims, parent, engine), claims.below(parent):
             recorded = broadcast_from_main(retry_tracking(lambda: parent.tags.get("precision", precision)))
             if is_precision_open and recorded != precision:
                 raise WorkError(
@@ -190,17 +192,6 @@ def _precision(tracker: Tracker, sweep_id: str, device: torch.device) -> str:
     return recorded
 
 
-def _finished_cells(
-    tracker: Tracker, keys: set[str], accelerator: Accelerator
-) -> tuple[dict[str, Row], list[MlflowRun]]:
-    """The rows of finished cells by key, and the finished runs whose student or row is gone from MLflow."""
-    rows, gone = retry_tracking(lambda: finished_rows(tracker, keys))
-    again = {run.data.tags["cell_key"] for run in gone} - set(rows)
-    if again and accelerator.is_main_process:
-        log.warning("%d finished cells are trained again: their students or rows are gone from MLflow", len(again))
-    return rows, gone
-
-
 def _check_version(claims: Claims, work: str, accelerator: Accelerator, is_needed: bool) -> None:
     """Refuse to train what other workers train at this moment with another results version."""
     found = claims.find_other_version(work) if is_needed and accelerator.is_main_process else None
@@ -230,16 +221,17 @@ def _log_inputs(parent: Run, context: SweepContext) -> None:
 
 
 @contextlib.contextmanager
-def _closing(claims: Claims, recorder: Recorder, engine: Engine) -> Iterator[None]:
+def _closing(claims: Claims, parent: Run, engine: Engine) -> Iterator[None]:
     """Close the runs when work is cut short: KILLED on an interruption, FAILED on any other error."""
 
     def close(status: str) -> None:
         engine.pool.ask_to_stop()  # jobs save their state while the runs are closed
         claims.withdraw()  # before others are looked for: of workers that leave together, the last finds no other
-        recorder.close_unfinished(status)
+        with contextlib.suppress(*TrackingError):
+            claims.close_unfinished(status)
         with contextlib.suppress(*TrackingError):
             if not claims.has_live_peers():
-                claims.parent_run.end(status)
+                parent.end(status)
         engine.pool.stop()
 
     try:

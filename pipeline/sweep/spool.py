@@ -31,13 +31,9 @@ GENERATOR = "generator."  # of dropout, by seed, among the tensors of a snapshot
 
 @dataclass(frozen=True)
 class Spool:
-    """A folder of work that is not tracked yet.
+    """A folder of work that is not tracked yet."""
 
-    Args:
-        folder: made when first needed; workers may share it.
-    """
-
-    folder: Path
+    folder: Path  # made when first needed; workers may share it
     worker: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def save_cell(self, key: str, row: Mapping[str, Any], student: Student) -> None:
@@ -77,10 +73,9 @@ class Spool:
     def clear(self, keys: Iterable[str]) -> None:
         """Remove everything about tracked cells, with what workers that were killed have left of them."""
         for key in keys:
-            self.remove_cell(key)
             for path in [*self.folder.glob(f"{key}.stack"), *self.folder.glob(f".{key}.stack.*")]:
                 path.unlink(missing_ok=True)
-        self._remove_if_empty()
+            self.remove_cell(key)
 
     def _own_folder(self, key: str) -> Path:
         return self.folder / f"{key}.{self.worker}"
@@ -92,9 +87,7 @@ class Spool:
 
     def save_snapshot(self, snapshot: Snapshot, keys: Mapping[Cell, str], name: str) -> None:
         """Write the snapshot of a stack under a name, in place of an earlier one."""
-        members = [
-            member | {"cell": asdict(member["cell"]), "cell_key": keys[member["cell"]]} for member in snapshot.members
-        ]
+        members = [one | {"cell": asdict(one["cell"]), "cell_key": keys[one["cell"]]} for one in snapshot.members]
         tensors = snapshot.tensors | {f"{GENERATOR}{seed}": state for seed, state in snapshot.generators.items()}
         header = {"step": str(snapshot.step), "members": json.dumps(members)}
         path = self.folder / f"{name}.stack"
@@ -105,14 +98,12 @@ class Spool:
         wanted = {keys[cell]: cell for cell in cells}
         found = []
         for path, members in self._snapshots():
-            own = [wanted.pop(member["cell_key"]) for member in members if member["cell_key"] in wanted]
-            if own:
+            if own := [wanted.pop(member["cell_key"]) for member in members if member["cell_key"] in wanted]:
                 with safe_open(path, "pt") as file:
                     step = int(file.metadata()["step"])
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                generators = {
-                    int(name.removeprefix(GENERATOR)): tensors.pop(name) for name in list(tensors) if GENERATOR in name
-                }
+                names = [name for name in tensors if GENERATOR in name]
+                generators = {int(name.removeprefix(GENERATOR)): tensors.pop(name) for name in names}
                 for member in members:
                     member["cell"] = Cell(**member["cell"])
                 found.append((own, Snapshot(step, members, tensors, generators)))

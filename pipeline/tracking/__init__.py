@@ -12,17 +12,16 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
     from pipeline.tracking.backend import HostBackend
-    from pipeline.tracking.claims import Claims
-    from pipeline.tracking.runs import Run, curve_metrics, final_metrics
+    from pipeline.tracking.runs import Run
     from pipeline.tracking.server import TrackingError, retry_tracking
     from pipeline.tracking.students import fetch, load_student
     from pipeline.tracking.tracker import Tracker, closing, connect
 
 __all__ = [
-    "Claims", "HostBackend", "Metric", "MlflowRun", "Run", "Tracker", "TrackingError", "closing", "connect",
-    "curve_metrics", "fetch", "final_metrics", "load_student", "retry_tracking",
+    "HostBackend", "Metric", "MlflowRun", "Run", "Tracker", "TrackingError", "closing", "connect", "fetch",
+    "load_student", "retry_tracking",
 ]  # fmt: skip
-MODULES = ("runs", "server", "students", "tracker", "claims", "backend")
+MODULES = ("runs", "server", "students", "tracker", "backend")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,15 +11,9 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.exceptions import ExecutionException
+from mlflow.projects import utils
 from mlflow.projects.backend.abstract_backend import AbstractBackend
 from mlflow.projects.submitted_run import LocalSubmittedRun
-from mlflow.projects.utils import (
-    fetch_and_validate_project,
-    get_entry_point_command,
-    get_or_create_run,
-    get_run_env_vars,
-    load_project,
-)
 
 from pipeline.errors import InputError
 from pipeline.tracking.tracker import connect
@@ -46,15 +40,14 @@ class HostBackend(AbstractBackend):
             tracker = connect(experiment_id=experiment_id)
         except InputError as error:
             raise ExecutionException(str(error)) from None
-        work_dir = fetch_and_validate_project(project_uri, version, entry_point, params)
-        project = load_project(work_dir)
-        run = get_or_create_run(None, project_uri, tracker.experiment_id, work_dir, version, entry_point, params)
-        command = get_entry_point_command(project, entry_point, params, backend_config.get("STORAGE_DIR"))
-        environment = {**os.environ, **get_run_env_vars(run.info.run_id, tracker.experiment_id)}
+        work_dir = utils.fetch_and_validate_project(project_uri, version, entry_point, params)
+        project = utils.load_project(work_dir)
+        run = utils.get_or_create_run(None, project_uri, tracker.experiment_id, work_dir, version, entry_point, params)
+        lines = utils.get_entry_point_command(project, entry_point, params, backend_config.get("STORAGE_DIR"))
+        command = ["bash", "-c", " && ".join(lines)]
+        environment = {**os.environ, **utils.get_run_env_vars(run.info.run_id, tracker.experiment_id)}
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        process = subprocess.Popen(
-            ["bash", "-c", " && ".join(command)], cwd=work_dir, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=work_dir, env=environment, start_new_session=True)
         submitted = _HostRun(run.info.run_id, process)
         try:
             succeeded = submitted.wait()

@@ -10,17 +10,18 @@ it has; clocks are never compared.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from mlflow.entities import Run as MlflowRun
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.interrupts import raise_if_interrupted
 from pipeline.tracking.parent import id_of, open_sweep, wait_for_peers
@@ -31,7 +32,6 @@ from pipeline.tracking.tracker import Tracker
 BEAT_SECONDS = 5.0
 SILENCE_SECONDS = 30.0  # without a beat, after which a worker counts as dead
 
-RUNNING = "attributes.status = 'RUNNING'"
 log = logging.getLogger(__name__)
 
 
@@ -64,13 +64,9 @@ def _is_known_dead(worker: str) -> bool:
 
 
 class Claims:
-    """The claims of one worker; as a context it sends the worker's heartbeat.
+    """The claims of one worker, whose code makes results of a version.
 
-    Args:
-        tracker: the tracking server.
-        sweep_id: the sweep.
-        version: of the results that this worker's code makes.
-        without_student: finished runs whose student was deleted from MLflow, whose cells are to be trained again.
+    Finished runs ``without_student``, which was deleted from MLflow, count as unfinished.
     """
 
     parent_run: Run  # set by `below`
@@ -89,7 +85,7 @@ class Claims:
 
     def open_parent(self, name: str, tags: Mapping[str, str]) -> Run:
         """Open the sweep's parent run, the same for all its workers; see `open_sweep`."""
-        return retry_tracking(lambda: open_sweep(self.tracker, self.sweep_id, name, tags, self._is_at_work))
+        return retry_tracking(lambda: open_sweep(self.tracker, self.sweep_id, name, tags, self.has_live_peers))
 
     def find_other_version(self, work_key: str) -> tuple[str, str, str] | None:
         """Find sweep, host and version of a live worker at the same work that has another results version."""
@@ -111,23 +107,21 @@ class Claims:
         """The sweep and the beat of each worker of another version that may live."""
         return {
             worker: (run.data.tags["sweep_id"], beat)
-            for run in retry_tracking(lambda: self.tracker.runs("sweep", RUNNING, work_key=work_key))
+            for run in retry_tracking(lambda: self.tracker.runs("sweep", "RUNNING", work_key=work_key))
             for worker, beat in _beats(run).items()
             if _version(beat) not in ("", self.version) and worker not in self._silent and not _is_known_dead(worker)
         }
 
-    def below(self, parent: Run) -> Claims:
-        """Claim below a parent run: ``with claims.below(parent):``."""
+    @contextlib.contextmanager
+    def below(self, parent: Run) -> Iterator[None]:
+        """Claim below a parent run, with a heartbeat on it, while the context lasts."""
         self.parent_run = parent
-        return self
-
-    def __enter__(self) -> Claims:
         retry_tracking(lambda: self._show_beat(0))
         self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.withdraw()
+        try:
+            yield
+        finally:
+            self.withdraw()
 
     def withdraw(self) -> None:
         """End the heartbeat, and remove it and those of dead workers from the parent run."""
@@ -144,15 +138,10 @@ class Claims:
 
     def claim_cells(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
         """Claim cells (key and name) that nobody has finished and no live worker is at; the runs won, by key."""
-        return retry_tracking(lambda: self._claim_cells(cells, tags))
-
-    def _claim_cells(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
-        begin = time.monotonic()
-        known = self.runs()
-        claimed = set()
+        begin, known, claimed, ours = time.monotonic(), self.runs(), set(), {}
         for key, name in cells:
             raise_if_interrupted()
-            runs = known.get(key, [])
+            runs = known[key]
             if any(self.is_finished(run) or self._is_held(run) for run in runs):
                 continue
             claimed.add(key)
@@ -160,11 +149,10 @@ class Claims:
                 self.tracker.reopen(min(runs, key=id_of), {"owner": self.me})
             else:
                 own = {"role": "cell", "cell_key": key, "sweep_id": self.sweep_id, "owner": self.me}
-                self.tracker.open_child(self.parent_run, name, {**tags, **own})
+                self.tracker.create_run(name, {**tags, **own, MLFLOW_PARENT_RUN_ID: self.parent_run.id})
         if not claimed:
             return {}
         wait_for_peers(begin)
-        ours = {}
         for key, runs in self.runs().items():
             if key not in claimed:
                 continue
@@ -176,10 +164,10 @@ class Claims:
                 ours[key] = chosen
         return ours
 
-    def runs(self) -> dict[str, list[MlflowRun]]:
+    def runs(self) -> defaultdict[str, list[MlflowRun]]:
         """All runs of the sweep's cells by cell key, after a look at all heartbeats."""
         self._see_beats()
-        found: dict[str, list[MlflowRun]] = defaultdict(list)
+        found = defaultdict(list)
         for run in self.tracker.runs("cell", sweep_id=self.sweep_id):
             found[run.data.tags["cell_key"]].append(run)
         return found
@@ -188,13 +176,10 @@ class Claims:
         """Whether a cell's run is finished, and its student was not deleted."""
         return run.info.status == "FINISHED" and (run.info.run_id, run.info.end_time) not in self._without_student
 
-    def unfinished(self) -> list[Run]:
-        """The runs that this worker has claimed and not finished, also those of a claim that was cut short."""
-        return [
-            self.tracker.as_run(run)
-            for run in self.tracker.runs("cell", RUNNING, sweep_id=self.sweep_id)
-            if run.data.tags.get("owner") == self.me
-        ]
+    def close_unfinished(self, status: str) -> None:
+        """Close the runs that this worker has claimed and not finished, also those of a claim that was cut short."""
+        for run in self.tracker.runs("cell", "RUNNING", sweep_id=self.sweep_id, owner=self.me):
+            self.tracker.as_run(run).end(status)
 
     def reread_claim(self, run: Run) -> MlflowRun | None:
         """Read a claimed run again; None where another worker took it over or finished it, or it was deleted."""
@@ -202,19 +187,15 @@ class Claims:
         is_open = current.info.status != "FINISHED" and current.info.lifecycle_stage == "active"
         return current if is_open and current.data.tags["owner"] == self.me else None
 
-    def has_live_peers(self) -> bool:
-        """Whether another worker of the sweep lives."""
-        return self._is_at_work(self.tracker.client.get_run(self.parent_run.id))
+    def has_live_peers(self, parent: MlflowRun | None = None) -> bool:
+        """Whether another worker lives below a parent run, by default this worker's, read now."""
+        self._see_beats(parent)
+        return any(worker != self.me and self._is_alive(worker) for worker in self._seen)
 
     def _is_held(self, run: MlflowRun) -> bool:
         """Whether another live worker is at a run."""
         owner = run.data.tags.get("owner", self.me)
         return run.info.status == "RUNNING" and owner != self.me and self._is_alive(owner)
-
-    def _is_at_work(self, parent: MlflowRun) -> bool:
-        """Whether another worker lives below a parent run."""
-        self._see_beats(parent)
-        return any(worker != self.me and self._is_alive(worker) for worker in _beats(parent))
 
     def _is_alive(self, worker: str) -> bool:
         if worker not in self._seen or _is_known_dead(worker):
@@ -222,7 +203,7 @@ class Claims:
         return time.monotonic() - self._seen[worker][1] < SILENCE_SECONDS
 
     def _see_beats(self, parent: MlflowRun | None = None) -> None:
-        """Note the beats of all workers below a parent run, by default this worker's, read now."""
+        """Note the beats of all workers, and when this worker first saw each."""
         parent = parent or self.tracker.client.get_run(self.parent_run.id)
         now, before = time.monotonic(), self._seen
         self._seen = {
@@ -231,9 +212,9 @@ class Claims:
         }
 
     def _beat(self) -> None:
-        number = 0
-        while not self._stop.wait(BEAT_SECONDS):
-            number += 1
+        for number in itertools.count(1):
+            if self._stop.wait(BEAT_SECONDS):
+                return
             try:
                 self._show_beat(number)
                 self._see_beats()

@@ -20,33 +20,19 @@ EXPERIMENT = "activation-distillation"
 ID, NAME, RUN = "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"
 SWEEPS = ("sweep", "candidate", "worker")  # roles of runs that are or might have been a sweep's parent
 ROLES = (*SWEEPS, "cell", "extract", "evaluate")
+UNSET = "; unset the variable"
 T = TypeVar("T")
 
 
 def find_experiment(client: MlflowClient, experiment_id: str | None = None, role: str | None = None) -> str:
-    """Find the experiment to track to; the first worker creates the project's own.
-
-    Args:
-        client: the tracking server's.
-        experiment_id: the experiment; by default the one that the environment names, or that of the run that it names,
-            or the project's own.
-        role: of the run that the command will write; None where it writes none, which ignores the environment's run.
-
-    Returns:
-        The experiment's id.
-
-    Raises:
-        InputError: an experiment or a run does not exist, was deleted, or does not go with the other; or the run holds
-            the work of another command.
-    """
-    run_id = os.environ.get(RUN) if role else None
-    uri = client.tracking_uri
-    run = _look_up(client.get_run, run_id, uri, f"{RUN} {run_id}", "such run") if run_id else None
+    """Find the id of the experiment for a run of a role, or to read; check it, and the run of the environment."""
+    run_id, uri = os.environ.get(RUN) if role else None, client.tracking_uri
+    run = look_up(client.get_run, run_id, f"{RUN} {run_id}: {uri} has no such run{UNSET}") if run_id else None
     named, name = experiment_id or os.environ.get(ID), os.environ.get(NAME)
     if named or (run is not None and not name):
         variable = f"{ID} {named}" if named else f"{RUN} {run_id}"
         wanted = named or run.info.experiment_id  # type: ignore[union-attr]
-        found = _look_up(client.get_experiment, wanted, uri, variable, f"experiment {wanted}")
+        found = look_up(client.get_experiment, wanted, f"{variable}: {uri} has no experiment {wanted}{UNSET}")
     else:
         found = _by_name(client, name or EXPERIMENT)
     _check_experiment(client, found)
@@ -57,14 +43,14 @@ def find_experiment(client: MlflowClient, experiment_id: str | None = None, role
     return str(found.experiment_id)
 
 
-def _look_up(get: Callable[[str], T], identity: str, uri: str, variable: str, what: str) -> T:
-    """Get the run or experiment that a variable names."""
+def look_up(get: Callable[[str], T], identity: str, message: str) -> T:
+    """Get a run or an experiment; an InputError with the message where MLflow answers that it does not exist."""
     try:
         return get(identity)
     except MlflowException as error:
-        if not is_unknown(error):
-            raise
-        raise InputError(f"{variable}: {uri} has no {what}; unset the variable") from error
+        if is_unknown(error):
+            raise InputError(message) from error
+        raise
 
 
 def _by_name(client: MlflowClient, name: str) -> Experiment:
@@ -102,18 +88,17 @@ def _check_run(run: MlflowRun, experiment: Experiment, role: str) -> None:
             f"({experiment.experiment_id}); unset the variable, or name its experiment with {ID}"
         )
     if run.info.lifecycle_stage == LifecycleStage.DELETED:
-        raise InputError(
-            f"{RUN} {run_id}: was deleted; bring it back with: mlflow runs restore --run-id {run_id}, or unset the "
-            "variable"
-        )
+        back = f"bring it back with: mlflow runs restore --run-id {run_id}, or unset the variable"
+        raise InputError(f"{RUN} {run_id}: was deleted; {back}")
     is_same = before == role or (role in SWEEPS and before in SWEEPS)
     if before in ROLES and (not is_same or (role not in SWEEPS and run.info.status == "FINISHED")):
-        raise InputError(occupied(run))
+        raise occupied(run)
 
 
-def occupied(run: MlflowRun) -> str:
-    """The error message for a run of the environment that holds finished work or that of another command."""
-    return f"{RUN} {run.info.run_id}: holds what an earlier command tracked ({run.info.run_name}); unset the variable"
+def occupied(run: MlflowRun) -> InputError:
+    """The error for a run of the environment that holds finished work or that of another command."""
+    name = run.info.run_name
+    return InputError(f"{RUN} {run.info.run_id}: holds what an earlier command tracked ({name}){UNSET}")
 
 
 def artifact_folder(location: str) -> Path | None:

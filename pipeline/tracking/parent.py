@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -11,54 +12,36 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from pipeline import interrupts
-from pipeline.errors import InputError
-from pipeline.interrupts import close_on_interrupt
+from pipeline.interrupts import close_on_interrupt, sleep
 from pipeline.tracking.experiment import RUN, occupied
 from pipeline.tracking.runs import Run
 from pipeline.tracking.tracker import Tracker
 
 PEER_SECONDS = 1.0  # longer than a worker needs to look for a run and, where there is none, to create it
 IsAtWork = Callable[[MlflowRun], bool]
+id_of = operator.attrgetter("info.run_id")  # all workers order runs by it
 
 
 def open_sweep(tracker: Tracker, sweep_id: str, name: str, tags: Mapping[str, str], is_at_work: IsAtWork) -> Run:
-    """Open the parent run of a sweep, the same for all workers that ask at the same time.
-
-    A sweep of the same id goes on in the same run. Under ``mlflow run`` the run that it opened is the parent, unless
-    others are at work on the sweep.
-
-    Args:
-        tracker: the tracking server.
-        sweep_id: the sweep.
-        name: the run's name.
-        tags: the run's tags; those that the sweep's first worker recorded stay.
-        is_at_work: whether a worker lives below a parent run.
-
-    Returns:
-        The parent run.
-
-    Raises:
-        InputError: the run of the environment holds another finished sweep.
-    """
+    """Open the parent run of a sweep, the same for all workers that ask at the same time."""
+    # A sweep of the same id goes on in the same run. Under ``mlflow run`` the run that it opened is the parent, unless
+    # others are at work on the sweep.
     begin, client, opened = time.monotonic(), tracker.client, os.environ.get(RUN)
     if opened:
         current = client.get_run(opened)
         if current.info.status == "FINISHED" and current.data.tags.get("sweep_id", sweep_id) != sweep_id:
-            raise InputError(occupied(current))
+            raise occupied(current)
     earlier = {run.info.run_id: run for run in tracker.runs("sweep", sweep_id=sweep_id)}
-    if opened in earlier:
-        parent: MlflowRun | None = earlier[opened]
-    else:
-        usable = [run for run in earlier.values() if opened is None or is_at_work(run)]
-        parent = max(usable, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
-    if parent is None:
+    usable = [run for run in earlier.values() if opened is None or is_at_work(run)]
+    newest = max(usable, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
+    if (parent := earlier.get(opened or "", newest)) is None:
         own = tracker.open_run(name, {**tags, "sweep_id": sweep_id, "role": "candidate"})
         with close_on_interrupt(lambda: own.end("KILLED")):
             wait_for_peers(begin)
             parent = _elect(tracker, sweep_id, set(earlier), is_at_work)
     run = tracker.as_run(parent)
     with close_on_interrupt(lambda: None if is_at_work(client.get_run(run.id)) else run.end("KILLED")):
+        # The tags that the sweep's first worker recorded stay.
         new_tags = {key: value for key, value in tags.items() if key not in parent.data.tags}
         tracker.reopen(parent, new_tags | {"role": "sweep"})
         for candidate in tracker.runs("candidate", sweep_id=sweep_id):
@@ -103,15 +86,7 @@ def _elect(tracker: Tracker, sweep_id: str, earlier: set[str], is_at_work: IsAtW
     return parent
 
 
-def id_of(run: MlflowRun) -> str:
-    """The run's id, by which all workers order runs alike."""
-    return str(run.info.run_id)
-
-
 def wait_for_peers(begin: float) -> None:
-    """Wait until all workers that looked at the same time have created what they found missing.
-
-    Args:
-        begin: when this worker began to look, by `time.monotonic`; others may take twice as long as it took.
-    """
-    interrupts.sleep(max(PEER_SECONDS, 2 * (time.monotonic() - begin)))
+    """Wait until all workers that began to look at the same time have created what they found missing."""
+    # Others may take twice as long as this one has taken.
+    sleep(max(PEER_SECONDS, 2 * (time.monotonic() - begin)))

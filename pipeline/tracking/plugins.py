@@ -77,11 +77,7 @@ def _image(folder: str) -> str | None:
 
 
 def check_container(folder: Path) -> None:
-    """Check, without writing, whether ``docker run`` of the project can work.
-
-    Raises:
-        InputError: a path that cannot be mounted, no Docker, no image, or a database that the container cannot see.
-    """
+    """Check, without writing, whether ``docker run`` of the project can work."""
     image, home, uri = _image(str(folder)), folder.resolve(), tracking_uri()
     is_local = uri.startswith("sqlite:")
     # MLflow quotes nothing where it mounts a database and its artifacts; Docker takes no colon in any path.

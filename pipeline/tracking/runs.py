@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlflow
@@ -35,6 +36,7 @@ STUDENT_CODE = ("__init__.py", "errors.py", "interrupts.py", "s3.py", "storage.p
 MODEL_ENTRY_POINT = "mlflow_model.py"  # of that room
 EXAMPLE = ["volcano", "slow cooking"]  # the input example that MLflow shows
 STUDENT_NEEDS = ("mlflow", "numpy", "safetensors", "tokenizers")
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,11 @@ class Run:
         self.log(metrics=[Metric(key, value, now, 0) for key, value in metrics.items()])
 
     def log(
-        self,
-        *,
-        params: Mapping[str, object] | None = None,
-        tags: Mapping[str, str] | None = None,
-        metrics: Sequence[Metric] = (),
+        self, *, params: Mapping[str, object] = EMPTY, tags: Mapping[str, str] = EMPTY, metrics: Sequence[Metric] = ()
     ) -> None:
         """Log all in one request, or in more where MLflow's limit demands it. A repetition changes nothing."""
-        all_params = [Param(key, str(value)) for key, value in (params or {}).items() if value is not None]
-        all_tags = [RunTag(key, value) for key, value in (tags or {}).items()]
+        all_params = [Param(key, str(value)) for key, value in params.items() if value is not None]
+        all_tags = [RunTag(key, value) for key, value in tags.items()]
         first = ENTRIES_PER_CALL - len(all_params) - len(all_tags)
         if all_params or all_tags or metrics:
             self.client.log_batch(self.id, metrics[:first], all_params, all_tags)
@@ -98,8 +96,7 @@ class Run:
 
     def log_artifact(self, path: Path, current: MlflowRun | None = None) -> None:
         """Upload a file; ``current`` is the run as it stands on the server, where the caller has read it."""
-        current = current or self.client.get_run(self.id)
-        self._store(current.info.artifact_uri).log_artifact(str(path))
+        self._store((current or self.client.get_run(self.id)).info.artifact_uri).log_artifact(str(path))
 
     def log_json(self, name: str, content: object) -> None:
         """Upload plain values as a JSON file."""
@@ -115,19 +112,10 @@ class Run:
         _retry_once(lambda: self.client.log_inputs(self.id, inputs))
 
     def log_student(self, folder: Path, current: MlflowRun, name: str = "student") -> str:
-        """Log a student folder as an MLflow model that carries its code and needs no pickle.
-
-        Args:
-            folder: the student.
-            current: the run as it stands on the server. A model of that name that an earlier try began is used again.
-            name: the model's name.
-
-        Returns:
-            The model's id.
-        """
+        """Log a student folder as an MLflow model that carries its code and needs no pickle; returns the model's id."""
         has_begun = current.outputs and current.outputs.model_outputs
         begun = logged_models(self.client, [current])[self.id] if has_begun else []  # without those that were deleted
-        model = next((model for model in begun if model.name == name), None)
+        model = next((model for model in begun if model.name == name), None)  # which an earlier try began
         if model is None:
             model = self.client.create_logged_model(self.experiment_id, name, self.id)
             self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
@@ -189,14 +177,3 @@ def _model_template() -> tuple[Path, dict[str, Any]]:
     flavor = content["flavors"]["python_function"]  # without the paths of this machine
     flavor["model_code_path"], flavor["artifacts"]["student"]["uri"] = MODEL_ENTRY_POINT, STUDENT_PLACE
     return stage / "model", content
-
-
-def curve_metrics(curves: Mapping[str, Mapping[int, float]], times: Mapping[int, int]) -> list[Metric]:
-    """Convert curves (values by epoch) to MLflow's metrics, dated by the end of each epoch (ms since 1970) if known."""
-    now = int(time.time() * 1000)  # metrics with the same dates may be logged again without effect
-    return [Metric(key, values[step], times.get(step, now), step) for key, values in curves.items() for step in values]
-
-
-def final_metrics(metrics: Mapping[str, float], step: int, model_id: str, now: int) -> list[Metric]:
-    """Metrics of the kept checkpoint, dated after all curves: MLflow shows and sorts by the last of a name."""
-    return [Metric(key, value, now + 1, step, model_id=model_id) for key, value in metrics.items()]

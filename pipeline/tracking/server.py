@@ -7,8 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +24,8 @@ from pipeline.storage import tracking_uri, write_atomically
 MOST_PAUSE_SECONDS = 10.0  # between two tries
 NOTICE_SECONDS = 15.0  # between two lines that report the waiting
 PATIENCE = "TRACKING_PATIENCE_SECONDS"
-ONE_SHORT_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}  # of a first look
+# Of a first look: enough to find out whether a server is there at all.
+ONE_SHORT_TRY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 TRANSIENT = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
 
@@ -57,6 +57,7 @@ def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the command says where its run is
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for every small file
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # `retry_tracking` does the rest
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # MLflow's own default
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # the lines of `_retry` say what its warnings do, and how long
     uri = tracking_uri()
     mlflow.set_tracking_uri(uri)
@@ -64,34 +65,23 @@ def reach(look_up: Callable[[MlflowClient], T]) -> tuple[MlflowClient, T]:
 
     def look() -> tuple[MlflowClient, T]:
         _make_sqlite_file(uri)
-        with _one_short_try():
+        before = {name: os.environ[name] for name in ONE_SHORT_TRY}
+        os.environ.update(ONE_SHORT_TRY)
+        try:
             client = MlflowClient()
             return client, look_up(client)
+        finally:
+            os.environ.update(before)
 
     try:
-        return _retry(look, patience, Exception, f"waiting for the tracking server {without_password(uri)}")
+        return _retry(look, patience, (Exception,), f"waiting for the tracking server {without_password(uri)}")
     except (InputError, WorkError):
         raise
     except Exception as error:  # every store and driver raises its own kind; all mean that tracking is out of reach
         raise InputError(_refusal(uri, error)) from error
 
 
-@contextmanager
-def _one_short_try() -> Iterator[None]:
-    """Let MLflow try once, for a few seconds: enough to find out whether a server is there at all."""
-    before = {name: os.environ[name] for name in ONE_SHORT_TRY if name in os.environ}
-    os.environ.update(ONE_SHORT_TRY)
-    try:
-        yield
-    finally:
-        for name in ONE_SHORT_TRY:
-            del os.environ[name]
-        os.environ.update(before)
-
-
-def _retry(
-    work: Callable[[], T], patience: float, transient: type[Exception] | tuple[type[Exception], ...], notice: str
-) -> T:
+def _retry(work: Callable[[], T], patience: float, transient: tuple[type[Exception], ...], notice: str) -> T:
     """Do work; after transient errors log a notice and try again, for ``patience`` seconds (0: try once)."""
     begin, pause, noticed = time.monotonic(), 0.5, -NOTICE_SECONDS
     while True:
@@ -126,12 +116,6 @@ def _is_of_mlflow(error: MlflowException) -> bool:
 def is_unknown(error: MlflowException) -> bool:
     """Whether MLflow answers that the requested id does not exist or is no id."""
     return _is_of_mlflow(error) and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-
-
-def _is_deleted(error: MlflowException) -> bool:
-    """Whether MLflow answers that the object to change was deleted."""
-    is_inactive = "must be in the 'active' state" in str(error)
-    return _is_of_mlflow(error) and (error.error_code == "RESOURCE_DOES_NOT_EXIST" or is_inactive)
 
 
 def _reason(error: Exception) -> str:
@@ -195,7 +179,8 @@ def retry_tracking(work: Callable[[], T]) -> T:
     except MlflowException as error:
         if error.error_code in DENIED:  # a token that has expired meanwhile
             raise WorkError(_refusal(mlflow.get_tracking_uri(), error)) from error
-        if _is_deleted(error):
+        is_deleted = error.error_code == "RESOURCE_DOES_NOT_EXIST" or "must be in the 'active' state" in str(error)
+        if is_deleted and _is_of_mlflow(error):
             raise WorkError(f"deleted from MLflow meanwhile ({_reason(error)}); run the command again") from error
         raise
     except RequestException:

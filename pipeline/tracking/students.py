@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -19,8 +21,8 @@ from pipeline import hub, storage
 from pipeline.errors import InputError
 from pipeline.student.folder import CONFIG, MODEL
 from pipeline.student.student import Student
-from pipeline.tracking.experiment import artifact_folder
-from pipeline.tracking.server import is_unknown, reach, retry_tracking
+from pipeline.tracking.experiment import artifact_folder, look_up
+from pipeline.tracking.server import reach, retry_tracking
 
 RUNS_PER_SEARCH = 100  # MLflow gives as many models in one page
 STUDENT_PLACE = "artifacts/student"  # in the folder of a logged model
@@ -34,13 +36,18 @@ def logged_models(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str, 
         some = runs[start : start + RUNS_PER_SEARCH]
         experiments = sorted({run.info.experiment_id for run in some})
         query = "source_run_id IN ({})".format(", ".join(f"'{run.info.run_id}'" for run in some))
-        page = client.search_logged_models(experiments, query)
-        models = list(page)
-        while page.token:
-            page = client.search_logged_models(experiments, query, page_token=page.token)
-            models += page
-        for model in models:
+        for model in all_pages(functools.partial(client.search_logged_models, experiments, query)):
             found[str(model.source_run_id)].append(model)
+    return found
+
+
+def all_pages(search: Callable[..., Any]) -> list[Any]:
+    """Collect all that a search of MLflow's client finds, page by page."""
+    page = search()
+    found = list(page)
+    while page.token:
+        page = search(page_token=page.token)
+        found += page
     return found
 
 
@@ -48,18 +55,17 @@ def intact_students(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str
     """Find the logged students that nobody has deleted and whose files exist, by run id."""
     # Local files are checked one by one. Elsewhere one request lists the folder of an experiment's models, and a model
     # counts as intact if its own folder exists.
-    listed: dict[str, Collection[str]] = {}
+
+    @functools.cache
+    def names_in(folder: str) -> set[str]:
+        store = get_artifact_repository(folder, tracking_uri=client.tracking_uri)
+        return {Path(item.path).name for item in store.list_artifacts()}
 
     def is_intact(model: LoggedModel) -> bool:
         if (folder := artifact_folder(model.artifact_location)) is not None:
             return all((folder / name).is_file() for name in NEEDED)
         parent, _, rest = model.artifact_location.partition(f"/{model.model_id}/")
-        if not rest:  # a server with another layout of its store
-            return True
-        if parent not in listed:
-            store = get_artifact_repository(parent, tracking_uri=client.tracking_uri)
-            listed[parent] = {Path(item.path).name for item in store.list_artifacts()}
-        return model.model_id in listed[parent]
+        return not rest or model.model_id in names_in(parent)  # no rest: a server with another layout of its store
 
     found = {run_id: list(filter(is_intact, models)) for run_id, models in logged_models(client, runs).items()}
     return {run_id: models for run_id, models in found.items() if models}
@@ -67,12 +73,7 @@ def intact_students(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str
 
 def read_student(client: MlflowClient, run_id: str) -> Student:
     """Read the student that a run has logged; an InputError says that it has none, several, or a damaged one."""
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if not is_unknown(error):
-            raise
-        raise InputError(f"runs:/{run_id}: {client.tracking_uri} has no such run") from error
+    run = look_up(client.get_run, run_id, f"runs:/{run_id}: {client.tracking_uri} has no such run")
     models = intact_students(client, [run]).get(run_id, [])
     if not models and run.outputs and run.outputs.model_outputs:
         raise InputError(f"run {run_id}: its student is gone from MLflow; the same sweep again trains it again")
@@ -86,10 +87,8 @@ def read_student(client: MlflowClient, run_id: str) -> Student:
             path = mlflow.artifacts.download_artifacts(f"models:/{models[0].model_id}", dst_path=folder)
             return Student.load(Path(path) / STUDENT_PLACE)
     except InputError as error:
-        raise InputError(
-            f"run {run_id}: its student in MLflow is damaged ({error}); to train it again: mlflow runs delete --run-id "
-            f"{run_id}, then the same sweep"
-        ) from error
+        advice = f"to train it again: mlflow runs delete --run-id {run_id}, then the same sweep"
+        raise InputError(f"run {run_id}: its student in MLflow is damaged ({error}); {advice}") from error
 
 
 def fetch(uri: str) -> Path:
@@ -110,10 +109,8 @@ def fetch(uri: str) -> Path:
         return hub.fetch(uri)
     if not uri.startswith(("runs:", "models:")):
         if "://" in uri and not storage.is_remote(uri):
-            raise InputError(
-                f"{uri}: expected a local path, s3://bucket/key, hf://owner/name, runs:/<run id>/<artifact> or "
-                "models:/<name>@<alias>"
-            )
+            remote = "s3://bucket/key, hf://owner/name, runs:/<run id>/<artifact> or models:/<name>@<alias>"
+            raise InputError(f"{uri}: expected a local path, {remote}")
         return storage.fetch(uri)
     _reach_any_experiment()
     try:

@@ -31,7 +31,7 @@ from pipeline.student.student import Student
 from pipeline.tracking.experiment import RUN, find_experiment
 from pipeline.tracking.runs import Run
 from pipeline.tracking.server import TrackingError, reach, retry_tracking
-from pipeline.tracking.students import intact_students, read_student
+from pipeline.tracking.students import all_pages, intact_students, read_student
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class Tracker:
         if run_id := os.environ.get(RUN):
             self.client.update_run(run_id, name=name)
             return self.reopen(self.client.get_run(run_id), tags)
-        return self._create(name, tags, self.experiment_id)
+        return self.create_run(name, tags)
 
-    def open_child(self, parent: Run, name: str, tags: Mapping[str, str]) -> Run:
-        """Open a new run below another."""
-        return self._create(name, {**tags, MLFLOW_PARENT_RUN_ID: parent.id}, parent.experiment_id)
+    def create_run(self, name: str, tags: Mapping[str, str]) -> Run:
+        """Open a new run."""
+        all_tags = {**_context_tags(self.client), MLFLOW_RUN_NAME: name, **tags}
+        return self.as_run(self.client.create_run(self.experiment_id, tags=all_tags, run_name=name))
 
     def reopen(self, run: MlflowRun, tags: Mapping[str, str]) -> Run:
         """Set a run that exists to RUNNING, with further tags."""
@@ -74,10 +75,10 @@ class Tracker:
             lost.end("KILLED")
             self.client.delete_run(lost.id)
 
-    def runs(self, role: str, condition: str = "", **tags: str) -> list[MlflowRun]:
-        """Find all runs of a role ("sweep", "candidate", "cell") that have the tags and fulfil MLflow's condition."""
+    def runs(self, role: str, status: str | None = None, **tags: str) -> list[MlflowRun]:
+        """Find all runs of a role ("sweep", "candidate", "cell"), with a status and tags."""
         parts = [f"tags.`{key}` = {_quoted(value)}" for key, value in {"role": role, **tags}.items()]
-        return self._search(" and ".join([*parts, condition] if condition else parts))
+        return self._search(" and ".join([*parts, f"attributes.status = '{status}'"] if status else parts))
 
     def find_sweep(self, sweep_id: str) -> MlflowRun | None:
         """Find the newest parent run of a sweep."""
@@ -91,15 +92,8 @@ class Tracker:
         return any(tag.startswith("best_run_id") for tag in parent.data.tags)  # one for each block and split
 
     def finished_cells(self, keys: Collection[str] | None = None) -> tuple[dict[str, MlflowRun], list[MlflowRun]]:
-        """Find finished cells of the experiment.
-
-        Args:
-            keys: the ``cell_key`` of each cell to look for; all cells by default.
-
-        Returns:
-            The runs that have their student, by ``cell_key``, and those whose student or its files were deleted.
-        """
-        found = self.runs("cell", "attributes.status = 'FINISHED'")
+        """Find finished cells, all or those of some keys: by key with their student, and those that have lost it."""
+        found = self.runs("cell", "FINISHED")
         if keys is not None:
             found = [run for run in found if run.data.tags["cell_key"] in keys]
         intact = intact_students(self.client, found)
@@ -107,12 +101,7 @@ class Tracker:
         return complete, [run for run in found if run.info.run_id not in intact]
 
     def _search(self, query: str) -> list[MlflowRun]:
-        page = self.client.search_runs([self.experiment_id], query)
-        found = list(page)
-        while page.token:
-            page = self.client.search_runs([self.experiment_id], query, page_token=page.token)
-            found += page
-        return found
+        return all_pages(functools.partial(self.client.search_runs, [self.experiment_id], query))
 
     def artifact(self, run: MlflowRun, name: str) -> str:
         """Read the text of a run's artifact; an InputError says that it was removed."""
@@ -128,13 +117,10 @@ class Tracker:
     def newest_artifact(self, run: MlflowRun, part: str) -> tuple[str, str]:
         """Read stem and text of a sweep's JSON artifact whose name contains ``part`` and sorts last."""
         names = [item.path for item in self.client.list_artifacts(run.info.run_id) if part in item.path]
-        newest = max((name for name in names if name.endswith(".json")), default=None)
-        if newest is None:
-            raise InputError(
-                f"run {run.info.run_id} has no results file: the sweep did not finish, or its artifacts were removed; "
-                "run it again"
-            )
-        return Path(newest).stem, self.artifact(run, newest)
+        if not (found := [name for name in names if name.endswith(".json")]):
+            why = "the sweep did not finish, or its artifacts were removed; run it again"
+            raise InputError(f"run {run.info.run_id} has no results file: {why}")
+        return Path(max(found)).stem, self.artifact(run, max(found))
 
     def students_below(self, run_id: str) -> tuple[str, str, list[str]]:
         """Find name and grid of a sweep's run and the ids of its finished cells; a cell's run stands for itself."""
@@ -161,18 +147,13 @@ class Tracker:
             raise InputError(f"--register {name}: {error}") from error
         return str(made.version)
 
-    def _create(self, name: str, tags: Mapping[str, str], experiment_id: str) -> Run:
-        all_tags = {**_context_tags(self.client), MLFLOW_RUN_NAME: name, **tags}
-        return self.as_run(self.client.create_run(experiment_id, tags=all_tags, run_name=name))
-
 
 def _quoted(value: str) -> str:
     """Quote a value for MLflow's query language, which knows two kinds of quotes and no escapes."""
-    if "'" not in value:
-        return f"'{value}'"
-    if '"' in value:
+    quote = '"' if "'" in value else "'"
+    if quote in value:
         raise InputError(f"--sweep-id {value}: MLflow cannot look for what has both kinds of quotes; name another")
-    return f'"{value}"'
+    return f"{quote}{value}{quote}"
 
 
 @functools.cache
@@ -186,18 +167,7 @@ def _context_tags(client: MlflowClient) -> dict[str, str]:
 
 
 def connect(role: str | None = None, experiment_id: str | None = None) -> Tracker:
-    """Connect to the project's experiment on the tracking server of the environment; see `server.reach`.
-
-    Args:
-        role: of the run that the command will write; None where it only reads.
-        experiment_id: another experiment than that of the environment.
-
-    Returns:
-        The tracker.
-
-    Raises:
-        InputError: the server does not answer, or an experiment or run that the environment names does not exist.
-    """
+    """Connect to the project's experiment, for a run of a role or to read; see `server.reach` and `find_experiment`."""
     return Tracker(*reach(lambda client: find_experiment(client, experiment_id, role)))
 
 
