@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.analysis import scaling
-from pipeline.analysis.page import html_page, markdown_page, page_section, page_title
+from pipeline.commands.page import html_page, markdown_page, page_section, page_title
 from pipeline.analysis.results import Section, sections
 from pipeline.analysis.rows import cell_of
 from pipeline.commands import display
