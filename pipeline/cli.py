@@ -9,7 +9,7 @@ import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -28,7 +28,7 @@ from pipeline.settings import (
     check,
     flag,
 )
-from pipeline.storage import output_folder, write_to_stdout
+from pipeline.storage import write_to_stdout
 
 
 def options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -162,16 +162,9 @@ def evaluate(options: EvaluateOptions) -> None:
 
     Example: python -m pipeline evaluate --teacher smollm2-135m
     """
-    from pipeline.commands import display
     from pipeline.commands.evaluate import run_evaluate
-    from pipeline.processes import start
 
-    with output_folder(options.output) as output:
-        bar = display.counting("evaluate", "students")
-        head, rows, written = run_evaluate(replace(options, output=str(output)), start(), bar)
-    display.table(head, rows)
-    for path in written:
-        click.echo(path)
+    run_evaluate(options)
 
 
 @cli.command()
@@ -185,12 +178,9 @@ def predict(options: PredictOptions, texts: tuple[str, ...]) -> None:
       python -m pipeline predict volcano "slow cooking" --nearest 5
       python -m pipeline predict --file words.txt --output vectors.npy
     """
-    from pipeline.commands import display
     from pipeline.commands.predict import run_predict
 
-    rows = run_predict(options, texts, display.counting("predict", "texts"))
-    if rows is not None:
-        display.table(*rows)
+    run_predict(options, texts)
 
 
 @cli.command()
@@ -202,9 +192,9 @@ def push(options: PushOptions, source: str, repository: str) -> None:
 
     Log in first: hf auth login, or set HF_TOKEN. Students load from there again: Student.load("hf://owner/name").
     """
-    from pipeline.commands import push
+    from pipeline.commands.push import run_push
 
-    click.echo(push.push(Path(source), repository, options.licence, options.private))
+    run_push(options, Path(source), repository)
 
 
 def main() -> None:
