@@ -33,7 +33,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.settings import Cell
 from pipeline.storage import write_to_stdout
 from pipeline.sweep.run import ProgressListener
-from pipeline.training.stack import EpochResult as Epoch
+from pipeline.training.stack import EpochResult
 from pipeline.training.trainer import epochs
 
 NOTICE_SECONDS = 15.0  # between two lines where there is no terminal
@@ -42,13 +42,9 @@ console = Console(stderr=True, highlight=False)
 
 
 class _Rate(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"{self.unit}")
+        speed, unit = task.finished_speed or task.speed, task.fields["unit"]
+        return Text(f"{speed:,.0f} {unit}/s" if speed else unit)
 
 
 @contextmanager
@@ -64,33 +60,29 @@ def _bar(*columns: ProgressColumn) -> Iterator[Progress]:
         return
     begin, ended = time.monotonic(), threading.Event()
 
-    def print_tasks() -> None:
-        for task in bar.tasks:
-            _print_task(task, columns)
-
     def print_regularly() -> None:
         while not ended.wait(NOTICE_SECONDS):
-            print_tasks()
+            _print_tasks(bar, columns)
 
     thread = threading.Thread(target=print_regularly, name="progress", daemon=True)
     thread.start()
     try:
         yield bar
         if time.monotonic() - begin > NOTICE_SECONDS:
-            print_tasks()
+            _print_tasks(bar, columns)
     finally:
         ended.set()
         thread.join()
 
 
-def _print_task(task: Task, columns: Sequence[ProgressColumn]) -> None:
+def _print_tasks(bar: Progress, columns: Sequence[ProgressColumn]) -> None:
     """Print progress, speed and remaining time as one line."""
-    parts = [str(column.render(task)).strip() for column in columns]
-    parts.append(f"{timedelta(seconds=int(task.elapsed or 0))} so far")
-    if not task.finished and task.time_remaining is not None:
-        parts.append(f"about {timedelta(seconds=int(task.time_remaining))} left")
-    line = f"{task.description}: {', '.join(part for part in parts if part)}"
-    console.print(line, soft_wrap=True, markup=False)
+    for task in bar.tasks:
+        parts = [str(column.render(task)).strip() for column in columns]
+        parts.append(f"{timedelta(seconds=int(task.elapsed or 0))} so far")
+        if not task.finished and task.time_remaining is not None:
+            parts.append(f"about {timedelta(seconds=int(task.time_remaining))} left")
+        console.print(f"{task.description}: {', '.join(filter(None, parts))}", soft_wrap=True, markup=False)
 
 
 def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextManager[Callable[[float], None]]]:
@@ -98,8 +90,8 @@ def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextMana
 
     @contextmanager
     def shown(total: int | None) -> Iterator[Callable[[float], None]]:
-        with _bar(MofNCompleteColumn(), _Rate(unit)) as bar:
-            task = bar.add_task(work, total=total)
+        with _bar(MofNCompleteColumn(), _Rate()) as bar:
+            task = bar.add_task(work, total=total, unit=unit)
             yield lambda count: bar.advance(task, count)
 
     return shown
@@ -120,9 +112,8 @@ def sweep(data: Dataset) -> Iterator[ProgressListener]:
             if len({section_of(vars(cell)) for cell in (*todo, *done)}) > 1:
                 best = math.inf  # cosines of several blocks or splits have no best
             if done:
-                console.print(
-                    f"{len(done)} of {len(todo) + len(done)} cells were finished before (--no-resume repeats them)"
-                )
+                known = f"{len(done)} of {len(todo) + len(done)} cells were finished before"
+                console.print(f"{known} (--no-resume repeats them)")
             # The time of an epoch is roughly proportional to its concepts.
             bar.update(task, total=sum(epochs(cell) * cell.concepts for cell in todo), cells=f"0/{len(todo)} cells")
 
@@ -130,7 +121,7 @@ def sweep(data: Dataset) -> Iterator[ProgressListener]:
             bar.advance(task, (epoch - last_epochs.get(cell, 0)) * cell.concepts)
             last_epochs[cell] = epoch
 
-        def on_epoch(step: Epoch) -> None:
+        def on_epoch(step: EpochResult) -> None:
             nonlocal best
             if step.val_cosine > best:
                 best = step.val_cosine

@@ -74,7 +74,7 @@ def _find_students(run: str | None, tracker: Tracker) -> tuple[str, str, str | N
     if run is not None and (is_remote(run) or Path(run).is_dir()):
         return base_name(Path(run)), "", None, [Student.load(run)]
     if run is None:
-        results = read_results(newest_results(Path("results")))
+        results = read_results(newest_results())
         found, recorded = [row["run_id"] for row in results["cells"]], results.get("vectors")
         name = grid = results["grid"]
     else:
