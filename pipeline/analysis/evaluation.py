@@ -143,9 +143,7 @@ def _row(
         for answer in answers
     ]
     row |= {f"test_{key}": float(np.mean([one[key] for one in measured])) for key in measured[0]}
-    row["by"] = {
-        kind: {value: _group_row(each[:, own]) for value, own in found.items()} for kind, found in groups.items()
-    }
+    row["by"] = {kind: {group: _group_row(each[:, own]) for group, own in of.items()} for kind, of in groups.items()}
     if of_mean is not None:
         distributions, divergence = of_mean
         kl = np.stack([distributions.kl(answer + mean) if answer.any() else divergence for answer in answers])

@@ -23,6 +23,7 @@ from pipeline.teachers.find import Teacher
 from pipeline.teachers.prompts import tokenize
 
 BATCH_TOKENS = 2048
+BOOTSTRAPS = 2000
 SAME_KL = 1e-3  # nats: two passes that differ by less differ by rounding, also in bfloat16
 
 
@@ -68,15 +69,10 @@ def skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
 class NextTokenDistributions:
     """A teacher's next-token distributions after prompts, from its own activations or from vectors in their place.
 
-    The activations of all but the last position do not depend on the last one: their keys and values are computed
-    once, and each call costs one position per prompt in the blocks behind ``layer``. Models that cannot continue from
-    a cache run whole prompts.
-
-    Args:
-        teacher: the model.
-        concepts: texts for the template.
-        template: a prompt with ``{concept}``; the last token's activation is replaced.
-        layer: the block after which it is replaced; 0 is the embedding output.
+    Vectors replace the last token's activation after block ``layer``; 0 is the embedding output. The activations of
+    all but the last position do not depend on the last one: their keys and values are computed once, and each call
+    costs one position per prompt in the blocks behind ``layer``. Models that cannot continue from a cache run whole
+    prompts.
     """
 
     def __init__(self, teacher: Teacher, concepts: Sequence[str], template: str, layer: int) -> None:
@@ -159,13 +155,11 @@ def kl_recovered(kl: NDArray[np.float64], of_mean: NDArray[np.float64]) -> float
     return float(1 - kl.mean() / of_mean.mean())
 
 
-def recovered_interval(
-    kl: NDArray[np.float64], of_mean: NDArray[np.float64], samples: int = 2000
-) -> tuple[float, float]:
+def recovered_interval(kl: NDArray[np.float64], of_mean: NDArray[np.float64]) -> tuple[float, float]:
     """95 % bootstrap interval of `kl_recovered` over concepts; ``kl`` is ``[seeds, N]``, ``of_mean`` ``[N]``."""
     draw = np.random.default_rng(0)
     values = []
-    for _ in range(samples):
+    for _ in range(BOOTSTRAPS):
         columns, rows = draw.integers(kl.shape[1], size=kl.shape[1]), draw.integers(len(kl), size=len(kl))
         values.append(1 - kl[rows][:, columns].mean() / of_mean[columns].mean())
     low, high = np.quantile(values, [0.025, 0.975])

@@ -180,9 +180,9 @@ def alignment(truth: Floats, predicted: Floats, categories: Sequence[str], title
     palette = plt.get_cmap("tab20")
     for panel, (name, points) in zip(panels.flat, shown.items(), strict=True):
         for place, category in enumerate(sorted(set(categories))):
-            own = points[[c == category for c in categories]]
+            x, y = points[np.array(categories) == category].T
             style = {"color": palette(place % 20), "marker": "os^"[place % 3]}
-            panel.scatter(own[:, 0], own[:, 1], s=28, label=category, alpha=0.85, **style)
+            panel.scatter(x, y, s=28, label=category, alpha=0.85, **style)
         is_pca = name.startswith("PCA")
         x, y = (f"component {i + 1} ({share[i]:.0f} % of variance)" if is_pca else f"t-SNE {i + 1}" for i in (0, 1))
         panel.set(title=name, xlabel=x, ylabel=y)
@@ -284,13 +284,9 @@ def transitions(cells: list[Row]) -> Figure:
                 panel.plot(found.steepest, score[epochs.index(found.steepest)], "*", color=colour, markersize=14)
         panel.set(xscale="log", xlabel="epoch", title=f"{number} training concepts")
     panels[0].set_ylabel("validation cosine, training loss")
-    styles: dict[str, dict[str, Any]] = {
-        "validation cosine": {},
-        "training loss": {"linestyle": ":"},
-        "concepts memorised": {"linestyle": "", "marker": "|", "markersize": 12},
-        "late transition": {"linestyle": "", "marker": "*", "markersize": 12},
-    }
+    styles = {"validation cosine": "-", "training loss": ":", "concepts memorised": "|", "late transition": "*"}
     handles = [Line2D([], [], color=colour) for colour in colours.values()]
-    handles += [Line2D([], [], color="grey", **style) for style in styles.values()]
+    for style in styles.values():
+        handles += panels[0].plot([], [], style, color="grey", markersize=12)
     _legend_below(figure, handles, [*colours, *styles])
     return figure

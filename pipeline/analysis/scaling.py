@@ -56,16 +56,12 @@ class Law:
     @property
     def values(self) -> dict[str, dict[str, float] | None]:
         """Each constant by its usual name with its interval; None for a term that is left out."""
-
-        def natural(rows: Array) -> Array:
-            return np.where([True, True, False, True, False], np.exp(rows), rows)
-
-        low, high = np.quantile(natural(self.samples), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        best = natural(self.parameters)
-        return {
-            name: {"value": float(best[i]), "low": float(low[i]), "high": float(high[i])} if self.free[i] else None
-            for i, name in enumerate(CONSTANT_NAMES)
-        }
+        rows = np.vstack([self.parameters, self.samples])
+        rows = np.where([True, True, False, True, False], np.exp(rows), rows)
+        low, high = np.quantile(rows[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
+        columns = zip(rows[0].tolist(), low, high, strict=True)
+        found = [dict(zip(("value", "low", "high"), column, strict=True)) for column in columns]
+        return {name: found[i] if self.free[i] else None for i, name in enumerate(CONSTANT_NAMES)}
 
     def cosine(self, concepts: float, size: float) -> float:
         """The cosine that the law predicts for numbers of concepts and parameters."""
@@ -183,17 +179,8 @@ def _descend(
     """Minimise the Huber loss of many problems at once: Levenberg and Marquardt's method within `BOUNDS`.
 
     Weights that follow from the residuals turn squares into the Huber loss (Holland and Welsch, 1977, "Robust
-    regression using iteratively reweighted least-squares"); only steps that lower the loss are taken.
-
-    Args:
-        starts: parameters to begin with, ``[problems, 5]``.
-        logs: log concepts and log parameters, ``[2, cells]``.
-        errors: log (1 - cosine), ``[cells]``.
-        free: as in `Law`.
-        counts: weight of each cell, ``[problems, cells]``.
-
-    Returns:
-        The loss that each problem reached, ``[problems]``, and its parameters, ``[problems, 5]``.
+    regression using iteratively reweighted least-squares"); only steps that lower the loss are taken. From ``starts``
+    ``[problems, 5]`` and weights ``counts`` ``[problems, cells]`` to losses ``[problems]`` and parameters.
     """
     low, high = np.where(free, BOUNDS, [ABSENT, ABSENT, 0.0, ABSENT, 0.0])
 
@@ -273,7 +260,7 @@ def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str,
 def check(predictions: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | None:
     """Coverage of the intervals of `predict`, with the largest and the mean error; None where no cell is trained."""
     measured = {cell_of(cell): cell["test_cosine"] for cell in cells}
-    known = [cell for cell in predictions["cells"] if set(cell) >= set(CELL_FIELDS)]  # older files have names only
+    known = [cell for cell in predictions["cells"] if set(cell) >= set(CELL_FIELDS)]  # older files lack new fields
     pairs = [(cell, measured[cell_of(cell)]) for cell in known if cell_of(cell) in measured]
     if not pairs:
         return None

@@ -6,6 +6,7 @@ import io
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -104,7 +105,7 @@ def sweep(data: Dataset) -> Iterator[ProgressListener]:
         task = bar.add_task("train", total=None, cells="", best="")
         number_done = number_todo = 0
         best = -1.0
-        last_epochs: dict[Cell, int] = {}
+        last_epochs: Counter[Cell] = Counter()
 
         def on_start(todo: Sequence[Cell], done: Sequence[Cell]) -> None:
             nonlocal number_todo, best
@@ -118,7 +119,7 @@ def sweep(data: Dataset) -> Iterator[ProgressListener]:
             bar.update(task, total=sum(epochs(cell) * cell.concepts for cell in todo), cells=f"0/{len(todo)} cells")
 
         def advance(cell: Cell, epoch: int) -> None:
-            bar.advance(task, (epoch - last_epochs.get(cell, 0)) * cell.concepts)
+            bar.advance(task, (epoch - last_epochs[cell]) * cell.concepts)
             last_epochs[cell] = epoch
 
         def on_epoch(step: EpochResult) -> None:

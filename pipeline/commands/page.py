@@ -13,19 +13,9 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from pipeline.analysis import plots, scaling, transitions
+from pipeline.analysis import plots, scaling, tables, transitions
 from pipeline.analysis.results import Section
 from pipeline.analysis.rows import baseline_labeller, grouped, labeller
-from pipeline.analysis.tables import (
-    TABLE_NOTE,
-    cell_table,
-    configuration_table,
-    configurations,
-    markdown_table,
-    mean_of,
-    test_cosines,
-    verdict,
-)
 from pipeline.data.dataset import Dataset
 from pipeline.metrics import interval
 from pipeline.student.student import Student
@@ -66,16 +56,9 @@ class PageSection(NamedTuple):
 def page_section(
     section: Section, student: Student, data: Dataset, predictions: dict[str, dict[str, Any]]
 ) -> PageSection:
-    """The pictures, tables and sentences of a section.
+    """What `html_page` and `markdown_page` show of a section, with the student of its best cell.
 
-    Args:
-        section: of the results file.
-        student: of its best cell.
-        data: the vectors that it was trained on.
-        predictions: earlier results of `scaling.predict` for this grid, by the names of their files.
-
-    Returns:
-        What `html_page` and `markdown_page` show.
+    ``predictions``: earlier results of `scaling.predict` for this grid, by the names of their files.
     """
     results, vectors = section.results, data.vectors
     best, cells, block = results["best"], results["cells"], results["layer"]
@@ -84,7 +67,7 @@ def page_section(
     truth = vectors.vectors[test, 0, vectors.layer_index(block)].astype(np.float32) - student.mean
     predicted = student.encode(names) - student.mean
     figures: dict[str, Figure] = {}
-    sentences = [verdict(results)]
+    sentences = [tables.verdict(results)]
     if family := scaling.largest_family(cells):
         law = scaling.law_of(family)
         sentences.append(scaling.describe(law))
@@ -96,12 +79,10 @@ def page_section(
         figures |= {"scaling": plots.scaling(cells, results["baselines"]), "heatmap": plots.heat_map(cells)}
     else:
         figures["ranking"] = plots.ranking(_ranked(results), best["concepts"])
-    described = (
-        f"{best['name']} on {len(test)} test concepts, {results['teacher']} block {block}, "
-        f"test cosine {best['test_cosine']:.3f}"
-    )
+    place = f"{best['name']} on {len(test)} test concepts, {results['teacher']} block {block}"
+    title = f"{place}, test cosine {best['test_cosine']:.3f}"
     figures["curves"] = plots.curves(cells)
-    figures["alignment"] = plots.alignment(truth, predicted, categories, described)
+    figures["alignment"] = plots.alignment(truth, predicted, categories, title)
     figures["pareto"] = plots.pareto(cells, (block, teacher_parameters(block, data), teacher_flops(block, data)))
     ranked = sorted(cells, key=lambda row: -row["val_cosine"])
     best_of_kinds = [rows[0] for rows in grouped(ranked, lambda row: row["student"]).values()]
@@ -110,13 +91,14 @@ def page_section(
         figures["law"] = plots.fitted(family, law)
     head = ["concept", "category", "cosine", "true vectors nearest to the answer"]
     neighbours = _neighbours(names, categories, truth, predicted)
-    tables = [
-        PageTable("Configurations", *configuration_table(results), TABLE_NOTE),
+    note = "Cosines are centred on the mean training vector, except raw ones."
+    shown = [
+        PageTable("Configurations", *tables.configuration_table(results), tables.TABLE_NOTE),
         PageTable("Best and worst test concepts", head, neighbours, f"As {best['name']} answers them."),
-        PageTable("Cells", *cell_table(results), "Cosines are centred on the mean training vector, except raw ones."),
+        PageTable("Cells", *tables.cell_table(results), note),
     ]
     pictures = {name: _png(figure) for name, figure in figures.items()}
-    return PageSection(section.title[:1].upper() + section.title[1:], sentences, pictures, tables)
+    return PageSection(section.title[:1].upper() + section.title[1:], sentences, pictures, shown)
 
 
 def _png(figure: Figure) -> bytes:
@@ -129,11 +111,11 @@ def _png(figure: Figure) -> bytes:
 def _ranked(results: dict[str, Any]) -> list[tuple[str, float, float, float]]:
     """Name, test cosine and the ends of its interval, of each configuration and each baseline, the best first."""
     cell_label, baseline_label = labeller(results["cells"]), baseline_labeller(results["baselines"])
-    groups = {
-        cell_label(rows[0]) if "name" in rows[0] else f"({baseline_label(rows[0])})": rows
-        for rows in configurations(results)
-    }
-    return [(name, mean_of(rows, "test_cosine"), *interval(test_cosines(rows))) for name, rows in groups.items()]
+    ranked = []
+    for rows in tables.configurations(results):
+        name = cell_label(rows[0]) if "name" in rows[0] else f"({baseline_label(rows[0])})"
+        ranked.append((name, tables.mean_of(rows, "test_cosine"), *interval(tables.test_cosines(rows))))
+    return ranked
 
 
 def _neighbours(
@@ -167,11 +149,10 @@ def html_page(title: str, sections: Sequence[PageSection]) -> str:
 
 def markdown_page(title: str, sections: Sequence[PageSection]) -> str:
     """The tables and the findings of each section in Markdown."""
-    lines = [f"# {title}", ""]
+    lines = [f"# {title}\n"]
     for section in sections:
-        if section.title:
-            lines += [f"## {section.title}", ""]
-        note = f"{TABLE_NOTE} Cosines are centred on the mean training vector, except `_raw`."
-        lines += [line for paragraph in (*section.sentences, note) for line in (paragraph, "")]
-        lines += [markdown_table(table.head, table.rows) for table in (section.tables[0], section.tables[-1])]
+        lines += [f"## {section.title}\n"] if section.title else []
+        note = f"{tables.TABLE_NOTE} Cosines are centred on the mean training vector, except `_raw`."
+        lines += [f"{paragraph}\n" for paragraph in (*section.sentences, note)]
+        lines += [tables.markdown_table(table.head, table.rows) for table in (section.tables[0], section.tables[-1])]
     return "\n".join(lines)

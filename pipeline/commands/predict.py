@@ -163,10 +163,10 @@ def _read_twice(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[
 
 
 def _read(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[list[str]]:
-    if options.file is not None and lists.is_table(options.file):
-        table = lists.table(file, name, [options.column])
-        return _checked_chunks(((line, text) for line, (text,) in table), f"{name}, line")
-    return _checked_chunks(lists.texts(file, name), f"{name}, line")
+    numbered = lists.texts(file, name)
+    if lists.is_table(str(options.file)):
+        numbered = ((line, text) for line, (text,) in lists.table(file, name, [options.column]))
+    return _checked_chunks(numbered, f"{name}, line")
 
 
 def _checked_chunks(numbered: Iterable[tuple[int, str]], name: str) -> Iterator[list[str]]:
@@ -215,8 +215,8 @@ def _write_csv(path: Path, chunks: Iterable[Chunk], _total: int | None, student:
             if number == 0:
                 asked = {"nearest": chunk.nearest, "cosine": chunk.cosines}
                 table.writerow(["text", *(name for name, values in asked.items() if values is not None), *columns])
-            for row, vector in zip(_rows(chunk), _numbers(chunk.vectors), strict=True):
-                table.writerow([*row, *vector])
+            pairs = zip(_rows(chunk), _numbers(chunk.vectors), strict=True)
+            table.writerows([*row, *vector] for row, vector in pairs)
         if file.tell() == 0:  # there were no texts
             table.writerow(["text", *columns])
 

@@ -76,11 +76,8 @@ def _predict_section(section: Section, most: int, data: Dataset, output: Path) -
     }
     path = output / f"{results['grid']}_predictions{section.suffix}_{predictions['time']}.json"
     _write(path, json.dumps(predictions, indent=1).encode())
-    lines = [
-        f"{cell['name']}: {cell['cosine']:.3f} ({cell['interval'][0]:.3f} to {cell['interval'][1]:.3f})"
-        for cell in predictions["cells"]
-    ]
-    return [*lines, str(path)]
+    line = "{name}: {cosine:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+    return [*(line.format_map(cell) for cell in predictions["cells"]), str(path)]
 
 
 def write_report(
