@@ -113,11 +113,9 @@ def _style(row: Row, cells: list[Row]) -> dict[str, Any]:
 
 def heat_map(cells: list[Row]) -> Figure:
     """Mean test cosine of every kind of student (rows) and number of training concepts (columns)."""
-    label = labeller(cells)
-    kinds, numbers = list(grouped(cells, label)), sorted({row["concepts"] for row in cells})
-    grid = np.full((len(kinds), len(numbers)), np.nan)
-    for (kind, n), rows in grouped(cells, lambda row: (label(row), row["concepts"])).items():
-        grid[kinds.index(kind), numbers.index(n)] = np.mean([row["test_cosine"] for row in rows])
+    frame = pd.DataFrame(cells).assign(kind=list(map(labeller(cells), cells)))
+    table = frame.pivot_table("test_cosine", "kind", "concepts", sort=False).sort_index(axis=1)
+    kinds, numbers, grid = list(table.index), list(table.columns), table.to_numpy()
     width = 2.4 + 0.09 * max(map(len, kinds)) + 0.9 * len(numbers)
     figure, axes = plt.subplots(figsize=(width, 1.4 + 0.36 * len(kinds)), layout="constrained")
     image = axes.imshow(grid, aspect="auto", cmap="viridis")

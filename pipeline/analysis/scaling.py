@@ -27,8 +27,7 @@ from pipeline.settings import Cell
 HUBER = 0.01  # log residuals beyond this (1 % of the error) count linearly
 BOOTSTRAPS = 100
 LEVEL = 0.9  # of every interval
-# Equally likely values of a normal variable.
-NORMAL_QUANTILES = np.array([NormalDist().inv_cdf((step + 0.5) / 40) for step in range(40)])
+NORMAL_QUANTILES = np.array([NormalDist().inv_cdf((step + 0.5) / 40) for step in range(40)])  # equally likely
 CONSTANT_NAMES = ("E", "A", "alpha", "B", "beta")
 EXPONENTS = np.linspace(0.05, 1.5, 16)
 STARTS = 3  # of the grid's best

@@ -12,18 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rich import box
+from rich import box, progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -42,19 +32,18 @@ NOTICE_SECONDS = 15.0  # between two lines where there is no terminal
 console = Console(stderr=True, highlight=False)
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
+class _Rate(progress.ProgressColumn):
+    def render(self, task: progress.Task) -> Text:
         speed, unit = task.finished_speed or task.speed, task.fields["unit"]
         return Text(f"{speed:,.0f} {unit}/s" if speed else unit)
 
 
 @contextmanager
-def _bar(*columns: ProgressColumn) -> Iterator[Progress]:
+def _bar(*columns: progress.ProgressColumn) -> Iterator[progress.Progress]:
     """A progress bar on a terminal; elsewhere (a pod's log, a file) a line from time to time."""
-    bar = Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+    first = progress.TextColumn("[bold]{task.description}"), progress.BarColumn()
+    last = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+    bar = progress.Progress(*first, *columns, *last, console=console, disable=not console.is_terminal)
     if console.is_terminal:
         with bar:
             yield bar
@@ -76,7 +65,7 @@ def _bar(*columns: ProgressColumn) -> Iterator[Progress]:
         thread.join()
 
 
-def _print_tasks(bar: Progress, columns: Sequence[ProgressColumn]) -> None:
+def _print_tasks(bar: progress.Progress, columns: Sequence[progress.ProgressColumn]) -> None:
     """Print progress, speed and remaining time as one line."""
     for task in bar.tasks:
         parts = [str(column.render(task)).strip() for column in columns]
@@ -91,7 +80,7 @@ def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextMana
 
     @contextmanager
     def shown(total: int | None) -> Iterator[Callable[[float], None]]:
-        with _bar(MofNCompleteColumn(), _Rate()) as bar:
+        with _bar(progress.MofNCompleteColumn(), _Rate()) as bar:
             task = bar.add_task(work, total=total, unit=unit)
             yield lambda count: bar.advance(task, count)
 
@@ -101,7 +90,7 @@ def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextMana
 @contextmanager
 def sweep(data: Dataset) -> Iterator[ProgressListener]:
     """One bar for a sweep of cells of these vectors: cells done, the best validation cosine, the time left."""
-    with _bar(TextColumn("{task.fields[cells]}"), TextColumn("{task.fields[best]}")) as bar:
+    with _bar(progress.TextColumn("{task.fields[cells]}"), progress.TextColumn("{task.fields[best]}")) as bar:
         task = bar.add_task("train", total=None, cells="", best="")
         number_done = number_todo = 0
         best = -1.0

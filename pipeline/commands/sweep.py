@@ -64,11 +64,7 @@ def train_student(options: TrainOptions) -> None:
 
 
 def train_grid(options: SweepOptions) -> None:
-    """Train every cell of a grid, or show how they would be trained.
-
-    Raises:
-        InputError: no cell has so few concepts, or a shard without ``--resume``.
-    """
+    """Train every cell of a grid, or show how they would be trained."""
     shard = parse_shard(options.shard)
     if shard.count > 1 and not (options.resume or options.dry_run):
         raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
