@@ -110,13 +110,9 @@ def extract(options: ExtractOptions) -> None:
 
     Example: python -m pipeline extract --teacher gpt2 --layers 4,mid,8
     """
-    from pipeline.commands import display
     from pipeline.commands.extract import run_extract
-    from pipeline.processes import start
 
-    bars = display.counting("extract", "concepts"), display.counting("vocabulary", "tokens")
-    if summary := run_extract(options, start(), *bars):
-        click.echo(summary)
+    run_extract(options)
 
 
 @cli.command()
