@@ -21,10 +21,7 @@ class ExportChoice(NamedTuple):
 
 
 def best_exportable(results: dict[str, Any], baselines: bool = True) -> ExportChoice:
-    """The best student of a section on validation that needs no teacher, of whatever kind; else the best cell.
-
-    ``baselines``: choose among the baselines too.
-    """
+    """The best student of a section on validation that needs no teacher, ``baselines`` included; else the best cell."""
     others = results["baselines"] if baselines else []
     candidates = [row for row in results["cells"] if not needs_teacher(cell_of(row))]
     candidates += [row for row in others if row["student"] in KINDS and not needs_teacher(baseline_cell(row))]

@@ -44,11 +44,7 @@ class Section:
 
 
 def results_of(name: str, data: Dataset, rows: list[Row], sweep_id: str) -> dict[str, Any]:
-    """Build the content of the results file of a grid's name: rows, their baselines, best and fit of each section.
-
-    The best cell of a section has the highest validation cosine. Where there are several sections, each has its own
-    best and fit in ``sections``, and ``best`` and ``fit`` of the whole are None: other blocks or splits are not ranked.
-    """
+    """Build the content of a grid's results file: rows, their baselines, and the best cell and fit of each section."""
     ridge_cells = dict.fromkeys(ridge_baseline(cell_of(row)) for row in rows)
     baselines = [row for cell in ridge_cells for row in baseline_rows(cell, data)]
     results = {
@@ -61,6 +57,7 @@ def results_of(name: str, data: Dataset, rows: list[Row], sweep_id: str) -> dict
         "baselines": list({(row["student"], *map(row.get, BASELINE_FIELDS)): row for row in baselines}.values()),
     }
     parts = [{key: section.results[key] for key in SECTION_KEYS} for section in sections(results)]
+    # Cells of several blocks or splits are not ranked: then the whole has no best cell and no fit.
     layers, only = {part["layer"] for part in parts}, parts[0] if len(parts) == 1 else {}
     whole = {"layer": layers.pop() if len(layers) == 1 else None, "best": only.get("best"), "fit": only.get("fit")}
     return results | whole | {"sections": parts}

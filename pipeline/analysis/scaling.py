@@ -178,8 +178,10 @@ def _descend(
     """Minimise the Huber loss of many problems at once: Levenberg and Marquardt's method within `BOUNDS`.
 
     Weights that follow from the residuals turn squares into the Huber loss (Holland and Welsch, 1977, "Robust
-    regression using iteratively reweighted least-squares"); only steps that lower the loss are taken. From ``starts``
-    ``[problems, 5]`` and weights ``counts`` ``[problems, cells]`` to losses ``[problems]`` and parameters.
+    regression using iteratively reweighted least-squares"); only steps that lower the loss are taken.
+
+    Returns:
+        The loss that each problem reached, ``[problems]``, and its parameters, ``[problems, 5]``.
     """
     low, high = np.where(free, BOUNDS, [ABSENT, ABSENT, 0.0, ABSENT, 0.0])
 

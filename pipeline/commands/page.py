@@ -56,10 +56,7 @@ class PageSection(NamedTuple):
 def page_section(
     section: Section, student: Student, data: Dataset, predictions: dict[str, dict[str, Any]]
 ) -> PageSection:
-    """What `html_page` and `markdown_page` show of a section, with the student of its best cell.
-
-    ``predictions``: earlier results of `scaling.predict` for this grid, by the names of their files.
-    """
+    """What the pages show of a section, with its best student and earlier results of `scaling.predict` by file name."""
     results, vectors = section.results, data.vectors
     best, cells, block = results["best"], results["cells"], results["layer"]
     test = data.rows("test", student.config["cell"]["split"])

@@ -37,13 +37,7 @@ class Chunk(NamedTuple):
 
 
 def run_predict(options: PredictOptions, texts: Sequence[str]) -> None:
-    """Predict vectors of texts, and print them or write them to a file.
-
-    Nearest concepts and cosines are printed as a table where the output cannot hold them.
-
-    Raises:
-        InputError: no texts or an empty one, an unknown kind of file, or no such student.
-    """
+    """Predict vectors of texts and write or print them; nearest concepts and cosines as a table, if not in the file."""
     if bool(texts) == (options.file is not None):
         raise InputError("predict: expected texts as arguments, or --file FILE (- for standard input)")
     output = None if options.output is None else Output.at(options.output)
