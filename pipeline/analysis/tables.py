@@ -33,7 +33,7 @@ SHORT_TITLES = {"hidden_dim": "hidden", "parameters": "params", "learning_rate":
 
 
 def cell_table(results: dict[str, Any], metrics: Sequence[str] = METRICS, named: bool = False) -> Table:
-    """Cells and baselines by concepts and test cosine, with a column per differing option or all in one if ``named``."""
+    """Cells and baselines by concepts and test cosine; a column per differing option, or one for all if ``named``."""
     rows = sorted(results["cells"] + results["baselines"], key=lambda row: (row["concepts"], row["test_cosine"]))
     options = _options(rows)
     head = ["cell"] if named else ["student", *options]
