@@ -25,7 +25,7 @@ from pipeline.analysis.transitions import detect
 COLOURS = plt.get_cmap("viridis")
 COLUMNS = 4  # of panels beside each other
 Floats = NDArray[np.floating[Any]]
-BASELINE_STYLES = {"ridge": ("black", "--"), "nearest": ("dimgrey", ":"), "mean": ("darkgrey", "-.")}
+BASELINE_STYLES = {"mean": ("darkgrey", "-."), "nearest": ("dimgrey", ":"), "ridge": ("black", "--")}
 
 
 def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, NDArray[Any]]:
