@@ -183,8 +183,8 @@ class Benchmark:
     def tracked(self, _folder: Path) -> float:
         """The sweep as users run it, without its report: the results file and the best student are written too."""
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            train_grid(self.options)
-        return float(read_results(newest_results(Path(self.options.output)))["best"]["val_cosine"])
+            train_grid(self.options, read_grid("scaling", self.options.epochs, self.options.seeds))
+        return float(read_results(newest_results())["best"]["val_cosine"])
 
     def untracked(self, folder: Path) -> float:
         """The same without MLflow: the same lanes and results, baselines included, students and snapshots on disk."""

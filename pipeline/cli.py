@@ -9,7 +9,7 @@ import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -17,7 +17,7 @@ import click
 
 from pipeline import interrupts, settings
 from pipeline.errors import InputError, WorkError
-from pipeline.storage import output_folder, write_to_stdout
+from pipeline.storage import write_to_stdout
 
 
 def options_of(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -99,13 +99,9 @@ def extract(options: settings.ExtractOptions) -> None:
 
     Example: python -m pipeline extract --teacher gpt2 --layers 4,mid,8
     """
-    from pipeline.commands import display
     from pipeline.commands.extract import run_extract
-    from pipeline.processes import start
 
-    bars = display.counting("extract", "concepts"), display.counting("vocabulary", "tokens")
-    if summary := run_extract(options, start(), *bars):
-        click.echo(summary)
+    run_extract(options)
 
 
 @cli.command()
@@ -154,16 +150,9 @@ def evaluate(options: settings.EvaluateOptions) -> None:
 
     Example: python -m pipeline evaluate --teacher smollm2-135m
     """
-    from pipeline.commands import display
     from pipeline.commands.evaluate import run_evaluate
-    from pipeline.processes import start
 
-    with output_folder(options.output) as output:
-        bar = display.counting("evaluate", "students")
-        head, rows, written = run_evaluate(replace(options, output=str(output)), start(), bar)
-    display.table(head, rows)
-    for path in written:
-        click.echo(path)
+    run_evaluate(options)
 
 
 @cli.command()
@@ -177,12 +166,9 @@ def predict(options: settings.PredictOptions, texts: tuple[str, ...]) -> None:
       python -m pipeline predict volcano "slow cooking" --nearest 5
       python -m pipeline predict --file words.txt --output vectors.npy
     """
-    from pipeline.commands import display
     from pipeline.commands.predict import run_predict
 
-    rows = run_predict(options, texts, display.counting("predict", "texts"))
-    if rows is not None:
-        display.table(*rows)
+    run_predict(options, texts)
 
 
 @cli.command()
@@ -194,9 +180,9 @@ def push(options: settings.PushOptions, source: str, repository: str) -> None:
 
     Log in first: hf auth login, or set HF_TOKEN. Students load from there again: Student.load("hf://owner/name").
     """
-    from pipeline.commands import push
+    from pipeline.commands.push import run_push
 
-    click.echo(push.push(Path(source), repository, options.licence, options.private))
+    run_push(options, Path(source), repository)
 
 
 def main() -> None:

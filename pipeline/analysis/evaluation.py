@@ -64,8 +64,7 @@ def evaluate(
     """
     if teacher is not None and data.vectors.pool != "last":
         raise InputError(f"--teacher: takes vectors of one position (--pool last), found {data.vectors.pool}")
-    rows: list[Row] = []
-    done: set[tuple[Any, ...]] = set()
+    rows: dict[str, Row] = {}
     distributions: dict[tuple[Any, ...], NextTokenDistributions] = {}  # by block and split
     divergences: dict[tuple[Any, ...], MeanDivergence] = {}  # by concepts, block and split
     cells = {name: cell_of_student(seeds[0], data) for name, seeds in students.items()}
@@ -75,29 +74,27 @@ def evaluate(
         subset = data.subset(cell)
         truth, mean = subset.test.targets, subset.mean
         concepts = [data.vectors.concepts[row] for row in subset.test.rows]
-        place = (cell.concepts, cell.layer, cell.split)
+        section = section_of(vars(cell))
+        place = (cell.concepts, *section)
         if teacher is not None and place not in divergences:
-            if place[1:] not in distributions:
+            if section not in distributions:
                 template, layer = data.vectors.templates[0], cell.layer or 0
-                distributions[place[1:]] = NextTokenDistributions(teacher, concepts, template, layer)
-            known = distributions[place[1:]]
+                distributions[section] = NextTokenDistributions(teacher, concepts, template, layer)
+            known = distributions[section]
             divergences[place] = known, known.kl(mean.expand(len(concepts), -1))
         common = (cell, truth, mean, group_concepts(data, subset.test.rows), divergences.get(place))
         ridge = ridge_baseline(cell)
+        reads = [ridge.inputs, "" if ridge.targets == "first" else f"targets {ridge.targets}"]
         for baseline, answer in BASELINES.items():
-            details = [f"{cell.concepts} concepts"]
-            if baseline == "nearest":
-                details += [ridge.inputs, *([] if ridge.targets == "first" else [f"targets {ridge.targets}"])]
-            details.append(sections[section_of(vars(cell))][0])
-            title = f"({', '.join(filter(None, [baseline, *details]))})"
-            if (title, *place) not in done:
-                done.add((title, *place))
-                rows.append(_row(title, answer(data.subset(ridge), subset.test)[None], *common))
+            own = [baseline, f"{cell.concepts} concepts", *(reads * (baseline == "nearest")), sections[section][0]]
+            title = f"({', '.join(filter(None, own))})"
+            if title not in rows:
+                rows[title] = _row(title, answer(data.subset(ridge), subset.test)[None], *common)
         answers = torch.stack([torch.from_numpy(student.encode(concepts)) - mean for student in seeds])
         val = float(np.mean([student.config["metrics"]["val_cosine"] for student in seeds]))
-        rows.append({"val_cosine": val} | _row(name, answers, *common))
+        rows[name] = {"val_cosine": val} | _row(name, answers, *common)
         advance(len(seeds))
-    return rows
+    return list(rows.values())
 
 
 def cell_of_student(student: Student, data: Dataset) -> Cell:
@@ -111,9 +108,8 @@ def students_by_configuration(students: Sequence[Student], data: Dataset) -> dic
     """The seeds of each configuration: by the name of the cell, or of the configuration where there are several."""
     named = {}
     for shared, own in grouped(students, lambda student: configuration(cell_of_student(student, data))).items():
-        several = len(own) > 1
-        cell = data.omit_default(shared if several else cell_of_student(own[0], data))
-        named[cell.configuration_name if several else cell.name] = own
+        one = cell_of_student(own[0], data)
+        named[data.omit_default(shared).configuration_name if len(own) > 1 else data.omit_default(one).name] = own
     return named
 
 
@@ -138,16 +134,16 @@ def _row(
 ) -> Row:
     """All that is measured of one configuration: ``answers`` is ``[seeds, N, d_model]``, centred."""
     each = cosines(answers, truth.expand_as(answers)).numpy()  # [seeds, N]
-    measured = [faithfulness(answer, truth, mean) for answer in answers]
     low, high = interval(each)
     row: Row = {"student": name, "concepts": cell.concepts, "layer": cell.layer, "split": cell.split}
     row |= {"seeds": len(answers), "test_cosine_low": low, "test_cosine_high": high}
+    measured = [
+        faithfulness(answer, truth, mean)
+        | {"cka": linear_cka(answer, truth), "norm_error": norm_error(answer + mean, truth + mean).mean().item()}
+        for answer in answers
+    ]
     row |= {f"test_{key}": float(np.mean([one[key] for one in measured])) for key in measured[0]}
-    row["test_cka"] = float(np.mean([linear_cka(answer, truth) for answer in answers]))
-    row["test_norm_error"] = float(np.mean([norm_error(answer + mean, truth + mean).mean() for answer in answers]))
-    row["by"] = {
-        kind: {value: _group_row(each[:, own]) for value, own in found.items()} for kind, found in groups.items()
-    }
+    row["by"] = {kind: {group: _group_row(each[:, own]) for group, own in of.items()} for kind, of in groups.items()}
     if of_mean is not None:
         distributions, divergence = of_mean
         kl = np.stack([distributions.kl(answer + mean) if answer.any() else divergence for answer in answers])
@@ -167,12 +163,11 @@ def evaluation_table(rows: Sequence[Row], brief: bool = False) -> Table:
     columns = [key for key in (TERMINAL_COLUMNS if brief else COLUMNS) if key in rows[0]]
 
     def text(row: Row, key: str) -> str:
-        if not isinstance(row[key], float):
-            return str(row[key])
+        value = f"{row[key]:.3f}" if isinstance(row[key], float) else str(row[key])
         if f"{key}_low" not in row:
-            return f"{row[key]:.3f}"
+            return value
         low, high = row[f"{key}_low"], row[f"{key}_high"]
-        return f"{row[key]:.3f} ± {(high - low) / 2:.3f}" if brief else f"{row[key]:.3f} ({low:.3f} to {high:.3f})"
+        return f"{value} ± {(high - low) / 2:.3f}" if brief else f"{value} ({low:.3f} to {high:.3f})"
 
     return [COLUMNS[key] for key in columns], [[text(row, key) for key in columns] for row in rows]
 

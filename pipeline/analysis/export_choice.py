@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.analysis.results import best_of, train_alone
 from pipeline.analysis.rows import BASELINE_FIELDS, BASELINE_NAMES, Row, cell_of
@@ -14,8 +13,7 @@ from pipeline.training.export import checkpoint, needs_teacher
 from pipeline.training.kinds import KINDS
 
 
-@dataclass(frozen=True)
-class ExportChoice:
+class ExportChoice(NamedTuple):
     """The student that a section exports."""
 
     row: Row  # of a cell, which has a ``run_id``, or of a baseline
@@ -23,25 +21,17 @@ class ExportChoice:
 
 
 def best_exportable(results: dict[str, Any], baselines: bool = True) -> ExportChoice:
-    """The best student of a section on validation that needs no teacher, of whatever kind; else the best cell.
-
-    Args:
-        results: of one section.
-        baselines: choose among the baselines too.
-
-    Returns:
-        The student's row, and why it was chosen.
-    """
-    fitted = [row for row in results["baselines"] if row["student"] in KINDS] if baselines else []
+    """The best student of a section on validation that needs no teacher, ``baselines`` included; else the best cell."""
+    others = results["baselines"] if baselines else []
     candidates = [row for row in results["cells"] if not needs_teacher(cell_of(row))]
-    candidates += [row for row in fitted if not needs_teacher(baseline_cell(row))]
+    candidates += [row for row in others if row["student"] in KINDS and not needs_teacher(baseline_cell(row))]
     best = best_of(candidates or results["cells"])
     reason = f"{_describe(best)}, validation cosine {best['val_cosine']:.3f}"
-    if others := [row for row in candidates if row["student"] != best["student"]]:
-        rival = best_of(others)
+    if rivals := [row for row in candidates if row["student"] != best["student"]]:
+        rival = best_of(rivals)
         kind = "trained student" if KINDS[rival["student"]].solve is None else "student of another kind"
         reason += f"; the best {kind}, {_describe(rival)}, has {rival['val_cosine']:.3f}"
-    highest = best_of([*results["cells"], *(results["baselines"] if baselines else [])])
+    highest = best_of([*results["cells"], *others])
     if highest["val_cosine"] > best["val_cosine"]:
         why = "runs blocks of the teacher" if highest["student"] in KINDS else "is no student"
         reason += f"; {_describe(highest)} has {highest['val_cosine']:.3f}, but {why}"

@@ -23,6 +23,7 @@ from pipeline.teachers.find import Teacher
 from pipeline.teachers.prompts import tokenize
 
 BATCH_TOKENS = 2048
+BOOTSTRAPS = 2000
 SAME_KL = 1e-3  # nats: two passes that differ by less differ by rounding, also in bfloat16
 
 
@@ -50,19 +51,6 @@ def at_block(teacher: Teacher, layer: int, change: Callable[[Tensor], Tensor]) -
 
 
 @contextmanager
-def replaced(teacher: Teacher, layer: int, vectors: Tensor) -> Iterator[None]:
-    """Put ``vectors`` ``[batch, d_model]`` in place of the last position's residual stream after block ``layer``."""
-
-    def put(stream: Tensor) -> Tensor:
-        changed = stream.clone()
-        changed[:, -1] = vectors.to(stream)
-        return changed
-
-    with at_block(teacher, layer, put):
-        yield
-
-
-@contextmanager
 def skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Make blocks return their input, in passes where their output is replaced."""
 
@@ -81,15 +69,10 @@ def skipped(blocks: Sequence[nn.Module]) -> Iterator[None]:
 class NextTokenDistributions:
     """A teacher's next-token distributions after prompts, from its own activations or from vectors in their place.
 
-    The activations of all but the last position do not depend on the last one: their keys and values are computed
-    once, and each call costs one position per prompt in the blocks behind ``layer``. Models that cannot continue from
-    a cache run whole prompts.
-
-    Args:
-        teacher: the model.
-        concepts: texts for the template.
-        template: a prompt with ``{concept}``; the last token's activation is replaced.
-        layer: the block after which it is replaced; 0 is the embedding output.
+    Vectors replace the last token's activation after block ``layer``; 0 is the embedding output. The activations of
+    all but the last position do not depend on the last one: their keys and values are computed once, and each call
+    costs one position per prompt in the blocks behind ``layer``. Models that cannot continue from a cache run whole
+    prompts.
     """
 
     def __init__(self, teacher: Teacher, concepts: Sequence[str], template: str, layer: int) -> None:
@@ -102,7 +85,7 @@ class NextTokenDistributions:
         for length in np.unique(lengths):
             rows = np.flatnonzero(lengths == length)
             self.batches += np.array_split(rows, -(-len(rows) * int(length) // BATCH_TOKENS))
-        self._caches: list[Cache | None] = [self._cache(batch) for batch in self.batches]
+        self._caches: list[Cache | None] = list(map(self._cache, self.batches))
         if not self._can_continue_from_cache():
             self._caches = [None] * len(self.batches)
         self.true = self._log_probabilities(None)
@@ -130,15 +113,19 @@ class NextTokenDistributions:
                 whole, short = (self._next_tokens(batch, held, drawn) for held in (None, cache))
             except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
                 return False
-            return bool((whole.exp() * (whole - short)).sum(-1).abs().max() < SAME_KL)
+            return bool(_divergence(whole, short).abs().max() < SAME_KL)
         return False
 
     def _next_tokens(self, batch: NDArray[np.intp], cache: Cache | None, vectors: Tensor | None) -> Tensor:
         """Next-token log-probabilities of a batch, ``[batch, vocabulary]``, float32."""
         ids = self._ids(batch)
+
+        def replace_last(stream: Tensor) -> Tensor:
+            return torch.cat([stream[:, :-1], vectors[:, None].to(stream)], 1)  # type: ignore[index]
+
         with ExitStack() as stack:
             if vectors is not None:
-                stack.enter_context(replaced(self.teacher, self.layer, vectors))
+                stack.enter_context(at_block(self.teacher, self.layer, replace_last))
             if cache is not None:
                 ids, cache = ids[:, -1:], copy.deepcopy(cache)  # the model appends to it
                 if vectors is not None:
@@ -148,18 +135,19 @@ class NextTokenDistributions:
     @torch.inference_mode()
     def _log_probabilities(self, vectors: Tensor | None) -> Tensor:
         """Next-token log-probabilities, ``[concepts, vocabulary]``, float32."""
-        rows: list[Tensor] = [torch.empty(0)] * len(self.prompts)
-        for batch, cache in zip(self.batches, self._caches, strict=True):
-            own = None if vectors is None else vectors[batch]
-            for row, value in zip(batch, self._next_tokens(batch, cache, own).cpu(), strict=True):
-                rows[row] = value
-        return torch.stack(rows)
+        rows = [
+            self._next_tokens(batch, cache, None if vectors is None else vectors[batch]).cpu()
+            for batch, cache in zip(self.batches, self._caches, strict=True)
+        ]
+        return torch.cat(rows)[np.argsort(np.concatenate(self.batches))]
 
     def kl(self, vectors: Tensor) -> NDArray[np.float64]:
         """Divergence in nats, ``[concepts]``, that vectors ``[concepts, d_model]``, not centred, cause."""
-        changed = self._log_probabilities(vectors)
-        divergence = (self.true.exp() * (self.true - changed)).sum(-1)
-        return divergence.double().numpy()
+        return _divergence(self.true, self._log_probabilities(vectors)).double().numpy()
+
+
+def _divergence(true: Tensor, other: Tensor) -> Tensor:
+    return (true.exp() * (true - other)).sum(-1)
 
 
 def kl_recovered(kl: NDArray[np.float64], of_mean: NDArray[np.float64]) -> float:
@@ -167,14 +155,12 @@ def kl_recovered(kl: NDArray[np.float64], of_mean: NDArray[np.float64]) -> float
     return float(1 - kl.mean() / of_mean.mean())
 
 
-def recovered_interval(
-    kl: NDArray[np.float64], of_mean: NDArray[np.float64], level: float = 0.95, samples: int = 2000
-) -> tuple[float, float]:
-    """Bootstrap interval of `kl_recovered` over concepts; ``kl`` is ``[seeds, N]``, ``of_mean`` ``[N]``."""
+def recovered_interval(kl: NDArray[np.float64], of_mean: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % bootstrap interval of `kl_recovered` over concepts; ``kl`` is ``[seeds, N]``, ``of_mean`` ``[N]``."""
     draw = np.random.default_rng(0)
     values = []
-    for _ in range(samples):
+    for _ in range(BOOTSTRAPS):
         columns, rows = draw.integers(kl.shape[1], size=kl.shape[1]), draw.integers(len(kl), size=len(kl))
         values.append(1 - kl[rows][:, columns].mean() / of_mean[columns].mean())
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

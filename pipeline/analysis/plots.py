@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ matplotlib.use("Agg")  # batch jobs have no screen
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,17 +25,24 @@ from pipeline.analysis.transitions import detect
 COLOURS = plt.get_cmap("viridis")
 COLUMNS = 4  # of panels beside each other
 Floats = NDArray[np.floating[Any]]
-BASELINE_STYLES = {"ridge": ("black", "--"), "nearest": ("dimgrey", ":"), "mean": ("darkgrey", "-.")}
+BASELINE_STYLES = {"mean": ("darkgrey", "-."), "nearest": ("dimgrey", ":"), "ridge": ("black", "--")}
+
+
+def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, NDArray[Any]]:
+    """A figure and its panels ``[rows, columns]``, with grid lines."""
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+    return figure, panels
 
 
 def _colours(cells: list[Row], label: Callable[[Row], str]) -> dict[str, Any]:
     """A colour for each label, the same for all depths; shades of one scale where labels differ in size only."""
     kinds = grouped(cells, lambda row: label({**row, "layers": 0}))
     palette = plt.get_cmap("tab10" if len(kinds) <= 10 else "tab20")
+    colours = {kind: palette(place % palette.N) for place, kind in enumerate(kinds)}
     if len({label({**row, "layers": 0, "hidden_dim": 0}) for row in cells}) == 1:
         colours = _shades(kinds)
-    else:
-        colours = {kind: palette(place % palette.N) for place, kind in enumerate(kinds)}
     return {label(row): colours[kind] for kind, rows in kinds.items() for row in rows}
 
 
@@ -55,40 +62,34 @@ def _legend_below(figure: Figure, handles: Sequence[Any], names: Sequence[str]) 
 
 def ranking(rows: list[tuple[str, float, float, float]], concepts: int) -> Figure:
     """Test cosines from (name, value, low, high), the best at the top; baselines, in parentheses, are grey."""
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.27 * len(rows)), layout="constrained")
-    for place, (name, value, low, high) in enumerate(reversed(rows)):
+    figure, [[axes]] = _panels(1, 1, (9, 1.2 + 0.27 * len(rows)))
+    rows = rows[::-1]
+    for place, (name, value, low, high) in enumerate(rows):
         colour = "grey" if name.startswith("(") else "C0"
         axes.plot([low, high], [place, place], color=colour, linewidth=2)
         axes.plot(value, place, "o", color=colour, markersize=5)
         axes.annotate(f"{value:.3f}", (high, place), xytext=(6, -3), textcoords="offset points", fontsize=8)
-    axes.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)], fontsize=8)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
     axes.set(xlabel=f"test cosine (centred), {concepts} training concepts; 95 % intervals")
     axes.margins(x=0.08, y=0.02)
-    axes.grid(alpha=0.3)
     return figure
 
 
 def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
     """Test cosine against the number of training concepts, one line per kind of student; seeds as a band."""
-    figure, axes = plt.subplots(figsize=(8, 5.2), layout="constrained")
+    figure, [[axes]] = _panels(1, 1, (8, 5.2))
     label = labeller(cells)
     colours = _colours(cells, label)
     for name, rows in grouped(cells, label).items():
-        points = {n: [row["test_cosine"] for row in same] for n, same in grouped(rows, lambda r: r["concepts"]).items()}
-        numbers = sorted(points)
-        means = [float(np.mean(points[n])) for n in numbers]
-        axes.plot(numbers, means, label=name, color=colours[name], **_style(rows[0], cells))
-        low, high = ([float(edge(points[n])) for n in numbers] for edge in (np.min, np.max))
-        axes.fill_between(numbers, low, high, color=colours[name], alpha=0.2, linewidth=0)
-    drawn: Counter[str] = Counter()
-    for name, rows in grouped(baselines, baseline_labeller(baselines)).items():
-        rows = sorted(rows, key=lambda row: row["concepts"])
-        kind = rows[0]["student"]
-        colour, style = BASELINE_STYLES[kind]
-        marker = "sov^Dp*X"[drawn[kind] % 8]
-        drawn[kind] += 1
-        x, y = [row["concepts"] for row in rows], [row["test_cosine"] for row in rows]
-        axes.plot(x, y, style, marker=marker, markersize=4, color=colour, label=f"{name} (baseline)")
+        points = pd.DataFrame(rows).groupby("concepts")["test_cosine"].agg(["mean", "min", "max"])
+        axes.plot(points.index, points["mean"], label=name, color=colours[name], **_style(rows[0], cells))
+        axes.fill_between(points.index, points["min"], points["max"], color=colours[name], alpha=0.2, linewidth=0)
+    for kind, (colour, style) in BASELINE_STYLES.items():
+        own = [row for row in baselines if row["student"] == kind]
+        for place, (name, rows) in enumerate(grouped(own, baseline_labeller(baselines)).items()):
+            x, y = zip(*sorted((row["concepts"], row["test_cosine"]) for row in rows), strict=True)
+            look = {"marker": "sov^Dp*X"[place % 8], "markersize": 4, "color": colour}
+            axes.plot(x, y, style, label=f"{name} (baseline)", **look)
     _concepts_axis(axes, cells)
     bands = " (bands: all seeds)" if len({row["seed"] for row in cells}) > 1 else ""
     axes.set(ylabel="test cosine (centred)", title=f"Fidelity on held-out concepts{bands}")
@@ -102,7 +103,6 @@ def _concepts_axis(axes: Axes, cells: list[Row]) -> None:
     axes.set(xscale="log", xlabel="training concepts (log scale)")
     axes.set_xticks(numbers, [str(n) for n in numbers])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.grid(alpha=0.3)
 
 
 def _style(row: Row, cells: list[Row]) -> dict[str, Any]:
@@ -113,11 +113,9 @@ def _style(row: Row, cells: list[Row]) -> dict[str, Any]:
 
 def heat_map(cells: list[Row]) -> Figure:
     """Mean test cosine of every kind of student (rows) and number of training concepts (columns)."""
-    label = labeller(cells)
-    kinds, numbers = list(grouped(cells, label)), sorted({row["concepts"] for row in cells})
-    grid = np.full((len(kinds), len(numbers)), np.nan)
-    for (kind, n), rows in grouped(cells, lambda row: (label(row), row["concepts"])).items():
-        grid[kinds.index(kind), numbers.index(n)] = np.mean([row["test_cosine"] for row in rows])
+    frame = pd.DataFrame(cells).assign(kind=list(map(labeller(cells), cells)))
+    table = frame.pivot_table("test_cosine", "kind", "concepts", sort=False).sort_index(axis=1)
+    kinds, numbers, grid = list(table.index), list(table.columns), table.to_numpy()
     width = 2.4 + 0.09 * max(map(len, kinds)) + 0.9 * len(numbers)
     figure, axes = plt.subplots(figsize=(width, 1.4 + 0.36 * len(kinds)), layout="constrained")
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
@@ -140,21 +138,17 @@ def curves(cells: list[Row]) -> Figure:
     columns = grouped([row for row in cells if row["concepts"] in drawn], lambda row: row["concepts"])
     label = labeller(cells)
     colours = _colours(cells, label)
-    figure, panels = plt.subplots(
-        2, max(1, len(columns)), figsize=(max(9.0, 3.4 * len(columns)), 6.8), sharex=True, sharey="row",
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+    size = max(9.0, 3.4 * len(columns)), 6.8
+    figure, panels = _panels(2, max(1, len(columns)), size, sharex=True, sharey="row")
     for place, number in enumerate(sorted(columns)):
         for name, rows in grouped(columns[number], label).items():
             style = {"color": colours[name], "linewidth": 1.2, "linestyle": _style(rows[0], cells)["linestyle"]}
-            for panel, curve in zip(panels[:, place], ("val_cosine", "train_loss"), strict=True):
-                for row in rows:
-                    x, y = row["curves"]["epoch"], row["curves"][curve]
-                    panel.plot(x, y, label=name if row is rows[0] else None, **style)
+            for row in rows:
+                shown = row["curves"]
+                panels[0, place].plot(shown["epoch"], shown["val_cosine"], label=name * (row is rows[0]), **style)
+                panels[1, place].plot(shown["epoch"], shown["train_loss"], **style)
         panels[0, place].set_title(f"{number} training concepts")
         panels[1, place].set_xlabel("epoch")
-    for panel in panels.flat:
-        panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel("validation cosine (centred)")
     panels[1, 0].set_ylabel("training loss")
     if cells:
@@ -174,24 +168,23 @@ def alignment(truth: Floats, predicted: Floats, categories: Sequence[str], title
     perplexity = min(30.0, (len(both) - 1) / 3)
     maps = TSNE(2, init="pca", perplexity=perplexity, metric="cosine", random_state=0).fit_transform(reduced)
     share = 100 * pca.explained_variance_ratio_
-    panels = [
-        ("PCA, true vectors", pca.transform(truth)),
-        ("PCA, predicted vectors", pca.transform(predicted)),
-        ("t-SNE, true vectors", maps[: len(truth)]),
-        ("t-SNE, predicted vectors", maps[len(truth) :]),
-    ]
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9.5), sharex="row", sharey="row", layout="constrained")
+    shown = {
+        "PCA, true vectors": pca.transform(truth),
+        "PCA, predicted vectors": pca.transform(predicted),
+        "t-SNE, true vectors": maps[: len(truth)],
+        "t-SNE, predicted vectors": maps[len(truth) :],
+    }
+    figure, panels = _panels(2, 2, (12, 9.5), sharex="row", sharey="row")
     palette = plt.get_cmap("tab20")
-    for panel, (name, points) in zip(axes.flat, panels, strict=True):
+    for panel, (name, points) in zip(panels.flat, shown.items(), strict=True):
         for place, category in enumerate(sorted(set(categories))):
-            own = points[[c == category for c in categories]]
+            x, y = points[np.array(categories) == category].T
             style = {"color": palette(place % 20), "marker": "os^"[place % 3]}
-            panel.scatter(own[:, 0], own[:, 1], s=28, label=category, alpha=0.85, **style)
-        panel.grid(alpha=0.2)
+            panel.scatter(x, y, s=28, label=category, alpha=0.85, **style)
         is_pca = name.startswith("PCA")
         x, y = (f"component {i + 1} ({share[i]:.0f} % of variance)" if is_pca else f"t-SNE {i + 1}" for i in (0, 1))
         panel.set(title=name, xlabel=x, ylabel=y)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
     figure.suptitle(title)
     return figure
 
@@ -212,25 +205,22 @@ def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
     blocks, weights, operations = teacher
     most = max(row["concepts"] for row in cells)
     kinds = grouped([row for row in cells if row["concepts"] == most], labeller(cells))
-    figure, panels = plt.subplots(1, 2, figsize=(12, 6.5), sharey=True, layout="constrained")
-    cosine = {name: float(np.mean([row["test_cosine"] for row in rows])) for name, rows in kinds.items()}
-    ranked = sorted(kinds, key=lambda name: -cosine[name])
-    early = {name: rows[0]["blocks"] * (rows[0]["student"] == "truncated") for name, rows in kinds.items()}
-    sizes = {name: rows[0]["parameters"] + early[name] * weights / max(1, blocks) for name, rows in kinds.items()}
-    for panel, cost, of_teacher, what in (
-        (panels[0], sizes, weights, "parameters"),
-        (panels[1], {name: rows[0]["flops"] for name, rows in kinds.items()}, operations, "operations of a prediction"),
-    ):
-        points = sorted(((cost[name], cosine[name]) for name in ranked), key=lambda p: (p[0], -p[1]))
-        best = -np.inf
-        front = [(x, best := y) for x, y in points if y > best]
+    found = []  # cosine, parameters and operations of each student, and its name
+    for name, [row, *others] in kinds.items():
+        early = row["blocks"] * (row["student"] == "truncated") * weights / max(1, blocks)
+        cosine = np.mean([one["test_cosine"] for one in (row, *others)])
+        found.append((cosine, row["parameters"] + early, row["flops"], name))
+    found.sort(key=lambda student: -student[0])
+    figure, [panels] = _panels(1, 2, (12, 6.5), sharey=True)
+    for axis, of_teacher, what in ((1, weights, "parameters"), (2, operations, "operations of a prediction")):
+        panel, best = panels[axis - 1], -np.inf
+        front = [(one[axis], best := one[0]) for one in sorted(found, key=lambda one: one[axis]) if one[0] > best]
         panel.plot(*zip(*front, strict=True), color="lightgrey", zorder=0)
-        for place, name in enumerate(ranked):
+        for place, one in enumerate(found):
             marker, colour = "osD^v"[place // 10 % 5], plt.get_cmap("tab10")(place % 10)
-            panel.scatter(cost[name], cosine[name], color=colour, marker=marker, s=44, label=name)
+            panel.scatter(one[axis], one[0], color=colour, marker=marker, s=44, label=one[-1])
         panel.scatter(of_teacher, 1.0, marker="*", s=120, color="black", label="teacher, up to the block")
         panel.set(xscale="log", xlabel=f"{what}, early blocks of the teacher included")
-        panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"test cosine (centred), {most} training concepts")
     _legend_below(figure, *panels[0].get_legend_handles_labels())
     return figure
@@ -238,7 +228,7 @@ def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
 
 def fitted(cells: list[Row], law: Law) -> Figure:
     """The scaling law with its cells, and the residuals."""
-    figure, (main, rest) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure, [[main, rest]] = _panels(1, 2, (12, 4.8))
     numbers = np.exp(np.linspace(*law.span, 50))
     for size, colour in _shades(sorted({row["parameters"] for row in cells})).items():
         own = [(row, residual) for row, residual in zip(cells, law.residuals, strict=True) if row["parameters"] == size]
@@ -279,30 +269,22 @@ def transitions(cells: list[Row]) -> Figure:
     """Training loss and validation cosine over log epochs, with transitions; one panel per number of concepts."""
     columns, label = grouped(cells, lambda row: row["concepts"]), labeller(cells)
     colours = _shades(dict.fromkeys(map(label, cells)))
-    figure, panels = plt.subplots(
-        1, len(columns), figsize=(max(6.0, 4.2 * len(columns)), 5.0), sharey=True, squeeze=False, layout="constrained"
-    )
-    for panel, (number, rows) in zip(panels[0], sorted(columns.items()), strict=True):
+    figure, [panels] = _panels(1, len(columns), (max(6.0, 4.2 * len(columns)), 5.0), sharey=True)
+    for panel, (number, rows) in zip(panels, sorted(columns.items()), strict=True):
         for row in rows:
             colour = colours[label(row)]
             epochs, loss, score = (row["curves"][key] for key in ("epoch", "train_loss", "val_cosine"))
-            panel.plot(epochs, score, color=colour)
-            panel.plot(epochs, loss, color=colour, linestyle=":")
+            panel.plot(epochs, score, "-", epochs, loss, ":", color=colour)
             found = detect(epochs, loss, score)
             if found.memorised is not None:
                 panel.plot(found.memorised, loss[epochs.index(found.memorised)], "|", color=colour, markersize=14)
             if found.late:
                 panel.plot(found.steepest, score[epochs.index(found.steepest)], "*", color=colour, markersize=14)
         panel.set(xscale="log", xlabel="epoch", title=f"{number} training concepts")
-        panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("validation cosine, training loss")
-    styles: dict[str, dict[str, Any]] = {
-        "validation cosine": {},
-        "training loss": {"linestyle": ":"},
-        "concepts memorised": {"linestyle": "", "marker": "|", "markersize": 12},
-        "late transition": {"linestyle": "", "marker": "*", "markersize": 12},
-    }
+    panels[0].set_ylabel("validation cosine, training loss")
+    styles = {"validation cosine": "-", "training loss": ":", "concepts memorised": "|", "late transition": "*"}
     handles = [Line2D([], [], color=colour) for colour in colours.values()]
-    handles += [Line2D([], [], color="grey", **style) for style in styles.values()]
+    for style in styles.values():
+        handles += panels[0].plot([], [], style, color="grey", markersize=12)
     _legend_below(figure, handles, [*colours, *styles])
     return figure

@@ -22,6 +22,7 @@ from pipeline.analysis.rows import (
     section_names,
     section_of,
 )
+from pipeline.data import lists
 from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.metrics import cosines, faithfulness
@@ -43,20 +44,7 @@ class Section:
 
 
 def results_of(name: str, data: Dataset, rows: list[Row], sweep_id: str) -> dict[str, Any]:
-    """Build the content of the results file.
-
-    The best cell of a section has the highest validation cosine. Where there are several sections, each has its own
-    best and fit in ``sections``, and ``best`` and ``fit`` of the whole are None: other blocks or splits are not ranked.
-
-    Args:
-        name: the grid's name.
-        data: the vectors.
-        rows: of all cells.
-        sweep_id: the sweep.
-
-    Returns:
-        The rows with their baselines, and the best and the fit of each section.
-    """
+    """Build the content of a grid's results file: rows, their baselines, and the best cell and fit of each section."""
     ridge_cells = dict.fromkeys(ridge_baseline(cell_of(row)) for row in rows)
     baselines = [row for cell in ridge_cells for row in baseline_rows(cell, data)]
     results = {
@@ -68,14 +56,11 @@ def results_of(name: str, data: Dataset, rows: list[Row], sweep_id: str) -> dict
         # One row of the constant mean for cells that differ in inputs or targets only: it depends on neither.
         "baselines": list({(row["student"], *map(row.get, BASELINE_FIELDS)): row for row in baselines}.values()),
     }
-    parts = [section.results for section in sections(results)]
+    parts = [{key: section.results[key] for key in SECTION_KEYS} for section in sections(results)]
+    # Cells of several blocks or splits are not ranked: then the whole has no best cell and no fit.
     layers, only = {part["layer"] for part in parts}, parts[0] if len(parts) == 1 else {}
-    return results | {
-        "layer": parts[0]["layer"] if len(layers) == 1 else None,
-        "best": only.get("best"),
-        "fit": only.get("fit"),
-        "sections": [{key: part[key] for key in SECTION_KEYS} for part in parts],
-    }
+    whole = {"layer": layers.pop() if len(layers) == 1 else None, "best": only.get("best"), "fit": only.get("fit")}
+    return results | whole | {"sections": parts}
 
 
 def sections(results: dict[str, Any]) -> list[Section]:
@@ -83,7 +68,9 @@ def sections(results: dict[str, Any]) -> list[Section]:
     made = []
     for key, (title, suffix) in section_names(results["cells"]).items():
         cells, baselines = ([row for row in results[rows] if section_of(row) == key] for rows in ("cells", "baselines"))
-        own = {"cells": cells, "baselines": baselines, "best": best_of(cells), "fit": scaling_fit(cells)}
+        family = scaling.largest_family(cells)
+        fit = scaling.law_of(family).values if family else None
+        own = {"cells": cells, "baselines": baselines, "best": best_of(cells), "fit": fit}
         made.append(Section(title, suffix, results | dict(zip(SECTION_FIELDS, key, strict=True)) | own))
     return made
 
@@ -91,12 +78,6 @@ def sections(results: dict[str, Any]) -> list[Section]:
 def best_of(rows: Sequence[Row]) -> Row:
     """The row with the highest validation cosine."""
     return max(rows, key=lambda row: row["val_cosine"])
-
-
-def scaling_fit(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The constants of the scaling law, with intervals, of the largest family of cells trained by gradient descent."""
-    cells = scaling.largest_family(rows)
-    return scaling.law_of(cells).values if cells else None
 
 
 def baseline_rows(cell: Cell, data: Dataset) -> list[Row]:
@@ -129,10 +110,7 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 def read_results(path: Path) -> dict[str, Any]:
     """Read and check a results file."""
-    try:
-        return parse_results(path.read_text(encoding="utf-8"), path)
-    except OSError as error:
-        raise InputError(f"results file {path}: cannot be read ({error})") from error
+    return parse_results(lists.whole(path, f"results file {path}"), path)
 
 
 def parse_results(text: str, name: object) -> dict[str, Any]:
@@ -145,7 +123,6 @@ def parse_results(text: str, name: object) -> dict[str, Any]:
         raise InputError(f"results file {name}: not the results of a sweep")
     is_known = all(set(row) >= REQUIRED_CELL_FIELDS for row in results["cells"])
     if not is_known or not all(set(row) >= REQUIRED_BASELINE_FIELDS for row in results["baselines"]):
-        raise InputError(
-            f"results file {name}: of an older version, without fields that a report needs; run its sweep again"
-        )
+        problem = "of an older version, without fields that a report needs; run its sweep again"
+        raise InputError(f"results file {name}: {problem}")
     return results

@@ -120,8 +120,8 @@ def baseline_labeller(rows: Sequence[Row]) -> Callable[[Row], str]:
     shown = [name for name in varying_fields(rows) if name not in ("student", "concepts")]
 
     def label(row: Row) -> str:
-        fields = [name for name in shown if name in row]
-        options = [str(row[name]) if name == "inputs" else _option_in_words(name, row[name]) for name in fields]
+        own = [name for name in shown if name in row]
+        options = [str(row[name]) if name == "inputs" else _option_in_words(name, row[name]) for name in own]
         return ", ".join([row["student"], *options])
 
     return label

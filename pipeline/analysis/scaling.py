@@ -12,7 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -27,8 +27,7 @@ from pipeline.settings import Cell
 HUBER = 0.01  # log residuals beyond this (1 % of the error) count linearly
 BOOTSTRAPS = 100
 LEVEL = 0.9  # of every interval
-# Equally likely values of a normal variable.
-NORMAL_QUANTILES = np.array([NormalDist().inv_cdf((step + 0.5) / 40) for step in range(40)])
+NORMAL_QUANTILES = np.array([NormalDist().inv_cdf((step + 0.5) / 40) for step in range(40)])  # equally likely
 CONSTANT_NAMES = ("E", "A", "alpha", "B", "beta")
 EXPONENTS = np.linspace(0.05, 1.5, 16)
 STARTS = 3  # of the grid's best
@@ -44,37 +43,24 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Law:
-    """A fitted scaling law.
+    """A fitted scaling law."""
 
-    Attributes:
-        parameters: log E, log A, alpha, log B, beta.
-        samples: the same of each bootstrap, ``[bootstraps, 5]``.
-        residuals: log error minus its fit, of each cell.
-        span: log concepts of the smallest and of the largest cell.
-        curvature_error: the curvature that the law lacks, see `curvature_error`; None where it is not known.
-        free: which of the parameters were fitted; a term whose variable does not vary is left out.
-    """
-
-    parameters: Array
-    samples: Array
-    residuals: Array
-    span: tuple[float, float]
-    curvature_error: float | None
-    free: tuple[bool, ...] = field(default=(True,) * 5)
+    parameters: Array  # log E, log A, alpha, log B, beta
+    samples: Array  # the same of each bootstrap, [bootstraps, 5]
+    residuals: Array  # log error minus its fit, of each cell
+    span: tuple[float, float]  # log concepts of the smallest and of the largest cell
+    curvature_error: float | None  # the curvature that the law lacks; None where it is not known
+    free: tuple[bool, ...]  # which parameters were fitted; a term whose variable does not vary is left out
 
     @property
     def values(self) -> dict[str, dict[str, float] | None]:
         """Each constant by its usual name with its interval; None for a term that is left out."""
-
-        def natural(rows: Array) -> Array:
-            return np.where([True, True, False, True, False], np.exp(rows), rows)
-
-        low, high = np.quantile(natural(self.samples), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-        best = natural(self.parameters)
-        return {
-            name: {"value": float(best[i]), "low": float(low[i]), "high": float(high[i])} if self.free[i] else None
-            for i, name in enumerate(CONSTANT_NAMES)
-        }
+        rows = np.vstack([self.parameters, self.samples])
+        rows = np.where([True, True, False, True, False], np.exp(rows), rows)
+        low, high = np.quantile(rows[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
+        columns = zip(rows[0].tolist(), low, high, strict=True)
+        found = [dict(zip(("value", "low", "high"), column, strict=True)) for column in columns]
+        return {name: found[i] if self.free[i] else None for i, name in enumerate(CONSTANT_NAMES)}
 
     def cosine(self, concepts: float, size: float) -> float:
         """The cosine that the law predicts for numbers of concepts and parameters."""
@@ -110,14 +96,12 @@ def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[flo
     """
     logs, errors = _logs(concepts, sizes), np.log(np.clip(1 - np.asarray(cosines, np.float64), 1e-9, None))
     free = (True, True, True, *(2 * [len(set(sizes)) > 1]))
-    if len(set(concepts)) < 3 or len(errors) < sum(free) + 1:
-        raise InputError(
-            f"a scaling law needs 3 numbers of concepts and {sum(free) + 1} cells at the least, found "
-            f"{len(set(concepts))} and {len(errors)}"
-        )
+    different, least = len(set(concepts)), sum(free) + 1
+    if different < 3 or len(errors) < least:
+        needs = f"3 numbers of concepts and {least} cells at the least"
+        raise InputError(f"a scaling law needs {needs}, found {different} and {len(errors)}")
     best = _fit(logs, errors, free)
-    draw = np.random.default_rng(seed)
-    rows = draw.integers(len(errors), size=(BOOTSTRAPS, len(errors)))
+    rows = np.random.default_rng(seed).integers(len(errors), size=(BOOTSTRAPS, len(errors)))
     counts = (rows[:, :, None] == np.arange(len(errors))).sum(1).astype(float)  # [bootstraps, cells]
     _, samples = _descend(np.tile(best, (BOOTSTRAPS, 1)), logs, errors, free, counts)
     residuals, span = errors - _log_error(best, logs), (float(logs[0].min()), float(logs[0].max()))
@@ -129,8 +113,7 @@ _cached_fit = functools.lru_cache(maxsize=4)(fit)  # the results file and the re
 
 def _fit(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
     reached, tried = _descend(_starts(logs, errors, free), logs, errors, free)
-    best: Array = tried[reached.argmin()]
-    return best
+    return np.asarray(tried[reached.argmin()])
 
 
 def curvature_error(logs: Array, errors: Array, free: tuple[bool, ...]) -> float | None:
@@ -197,13 +180,6 @@ def _descend(
     Weights that follow from the residuals turn squares into the Huber loss (Holland and Welsch, 1977, "Robust
     regression using iteratively reweighted least-squares"); only steps that lower the loss are taken.
 
-    Args:
-        starts: parameters to begin with, ``[problems, 5]``.
-        logs: log concepts and log parameters, ``[2, cells]``.
-        errors: log (1 - cosine), ``[cells]``.
-        free: as in `Law`.
-        counts: weight of each cell, ``[problems, cells]``.
-
     Returns:
         The loss that each problem reached, ``[problems]``, and its parameters, ``[problems, 5]``.
     """
@@ -211,8 +187,7 @@ def _descend(
 
     def losses(values: Array) -> Array:
         sizes = np.abs(_log_error(values, logs) - errors) / HUBER
-        lost: Array = (counts * np.where(sizes <= 1, np.square(sizes), 2 * sizes - 1)).sum(-1)
-        return lost
+        return np.asarray((counts * np.where(sizes <= 1, np.square(sizes), 2 * sizes - 1)).sum(-1))
 
     values = np.clip(starts, low, high)
     reached, damping = losses(values), np.full(len(values), 1e-3)
@@ -267,50 +242,39 @@ def predict(cells: Sequence[Row], larger: Sequence[Row], most: int) -> dict[str,
     """Predict larger cells from a law that is fitted on cells of at most ``most`` concepts.
 
     Args:
-        cells: finished cells of one family.
+        cells: finished cells of one family; those of more concepts are not used.
         larger: cells of the same family with ``name`` and ``parameters``, trained or not.
-        most: the limit; the results of cells beyond it are not used.
+        most: the limit.
 
     Returns:
         The law, and for each cell beyond the limit its fields, the expected cosine and its interval.
     """
     law = law_of([cell for cell in cells if cell["concepts"] <= most])
-    expected = [
-        {name: cell[name] for name in ("name", "parameters", *CELL_FIELDS)}
-        | {
-            "cosine": law.cosine(cell["concepts"], cell["parameters"]),
-            "interval": list(law.interval(cell["concepts"], cell["parameters"])),
-        }
-        for cell in larger
-        if cell["concepts"] > most
-    ]
+    expected = []
+    for cell in [cell for cell in larger if cell["concepts"] > most]:
+        place = cell["concepts"], cell["parameters"]
+        known = {name: cell[name] for name in ("name", "parameters", *CELL_FIELDS)}
+        expected.append(known | {"cosine": law.cosine(*place), "interval": list(law.interval(*place))})
     return {"most": most, "level": LEVEL, "law": law.values, "bend": law.curvature_error, "cells": expected}
 
 
 def check(predictions: dict[str, Any], cells: Sequence[Row]) -> dict[str, Any] | None:
     """Coverage of the intervals of `predict`, with the largest and the mean error; None where no cell is trained."""
     measured = {cell_of(cell): cell["test_cosine"] for cell in cells}
-    known = [cell for cell in predictions["cells"] if set(cell) >= set(CELL_FIELDS)]  # older files have names only
+    known = [cell for cell in predictions["cells"] if set(cell) >= set(CELL_FIELDS)]  # older files lack new fields
     pairs = [(cell, measured[cell_of(cell)]) for cell in known if cell_of(cell) in measured]
     if not pairs:
         return None
     errors = [abs(cell["cosine"] - truth) for cell, truth in pairs]
     inside = [cell["interval"][0] <= truth <= cell["interval"][1] for cell, truth in pairs]
-    return {
-        "cells": len(pairs),
-        "coverage": sum(inside) / len(pairs),
-        "mean": float(np.mean(errors)),
-        "most": max(errors),
-    }
+    coverage = sum(inside) / len(pairs)
+    return {"cells": len(pairs), "coverage": coverage, "mean": float(np.mean(errors)), "most": max(errors)}
 
 
 def describe(law: Law) -> str:
     """The constants of a law with their intervals, as a sentence."""
-    constants = [
-        f"{name} = {value['value']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
-        for name, value in law.values.items()
-        if value is not None
-    ]
+    fitted = {name: value for name, value in law.values.items() if value is not None}
+    constants = [f"{name} = {v['value']:.3g} ({v['low']:.3g} to {v['high']:.3g})" for name, v in fitted.items()]
     return f"Scaling law 1 - cosine = E + A N^-alpha + B P^-beta: {', '.join(constants)} (90 % bootstrap intervals)."
 
 
@@ -319,8 +283,7 @@ def describe_check(file: str, predictions: dict[str, Any], results: dict[str, An
     checked = check(predictions, results["cells"])
     if checked is None or predictions["vectors_sha256"] != results["vectors_sha256"]:
         return None
-    return (
-        f"Predicted from cells of at most {predictions['most']} concepts ({file}): {checked['cells']} larger "
-        f"cells, mean error {checked['mean']:.3f}, largest {checked['most']:.3f}; the {predictions['level']:.0%} "
-        f"intervals cover {checked['coverage']:.0%}."
-    )
+    errors = f"mean error {checked['mean']:.3f}, largest {checked['most']:.3f}"
+    covered = f"the {predictions['level']:.0%} intervals cover {checked['coverage']:.0%}"
+    source = f"cells of at most {predictions['most']} concepts ({file})"
+    return f"Predicted from {source}: {checked['cells']} larger cells, {errors}; {covered}."

@@ -15,6 +15,7 @@ from pipeline.analysis.rows import (
     by_configuration,
     cell_of,
     configuration,
+    grouped,
     is_relevant,
     varying_fields,
 )
@@ -32,24 +33,16 @@ SHORT_TITLES = {"hidden_dim": "hidden", "parameters": "params", "learning_rate":
 
 
 def cell_table(results: dict[str, Any], metrics: Sequence[str] = METRICS, named: bool = False) -> Table:
-    """The cells and the baselines (in parentheses) by concepts and test cosine.
-
-    Args:
-        results: of one section.
-        metrics: the columns of numbers.
-        named: name the cells in one column instead of several for the student and the options in which rows differ.
-
-    Returns:
-        Header and rows.
-    """
+    """Cells and baselines by concepts and test cosine; a column per differing option, or one for all if ``named``."""
     rows = sorted(results["cells"] + results["baselines"], key=lambda row: (row["concepts"], row["test_cosine"]))
     options = _options(rows)
     head = ["cell"] if named else ["student", *options]
-    names = [[_name(row)] if named else [_student(row), *(_option(row, name) for name in options)] for row in rows]
-    numbers = [
-        [FORMATS.get(name, "{:.3f}").format(row[name]) if name in row else "" for name in metrics] for row in rows
-    ]
-    return [*head, *metrics], [[*first, *rest] for first, rest in zip(names, numbers, strict=True)]
+    table = []
+    for row in rows:
+        names = [_name(row)] if named else [_student(row), *(_option(row, name) for name in options)]
+        numbers = [FORMATS.get(name, "{:.3f}").format(row[name]) if name in row else "" for name in metrics]
+        table.append(names + numbers)
+    return [*head, *metrics], table
 
 
 def terminal_table(results: dict[str, Any]) -> Table:
@@ -76,8 +69,8 @@ def _name(row: Row) -> str:
 
 def _options(rows: Sequence[Row]) -> list[str]:
     """The options in which rows differ, the seed last; the student always has a column."""
-    found = [name for name in varying_fields(rows) if name not in ("student", "seed")]
-    return [*found, "seed"] if "seed" in varying_fields(rows) else found
+    found = [name for name in varying_fields(rows) if name != "student"]
+    return sorted(found, key=lambda name: name == "seed")
 
 
 def _student(row: Row) -> str:
@@ -95,15 +88,10 @@ def _option(row: Row, option: str) -> str:
 def verdict(results: dict[str, Any]) -> str:
     """A comparison of the best cell by validation with its baselines, and with ridge at every number of concepts."""
     best = results["best"]
-    baselines = {
-        (row["student"], *(row[name] for name in BASELINE_FIELDS)): row
-        for row in results["baselines"]
-        if row["student"] != "mean"
-    }
+    baselines = {(row["student"], *map(row.get, BASELINE_FIELDS)): row for row in results["baselines"]}
     ridge, nearest = (baselines[kind, *baseline_key(best)] for kind in ("ridge", "nearest"))
     own = by_configuration(results["cells"])[configuration(cell_of(best))]
-    seeds = [row["test_cosine"] for row in own]
-    mean = float(np.mean(seeds))
+    seeds, mean = [row["test_cosine"] for row in own], mean_of(own, "test_cosine")
     averaged = f"mean of {len(seeds)} seeds, {min(seeds):.3f} to {max(seeds):.3f}" if len(seeds) > 1 else "one seed"
     # Differences on the same concepts: concepts that are hard for both do not widen the interval.
     low, high = (round(end, 3) for end in interval(test_cosines(own) - np.array(ridge["test_cosines"])))
@@ -115,8 +103,8 @@ def verdict(results: dict[str, Any]) -> str:
         f"{nearest['test_cosine']:.3f}, constant mean 0 by definition."
     ]
     margins = []
-    for concepts in sorted({row["concepts"] for row in results["cells"]}):
-        cell = max((c for c in results["cells"] if c["concepts"] == concepts), key=lambda c: c["val_cosine"])
+    for concepts, cells in sorted(grouped(results["cells"], lambda row: row["concepts"]).items()):
+        cell = max(cells, key=lambda row: row["val_cosine"])
         margin = cell["test_cosine"] - baselines["ridge", *baseline_key(cell)]["test_cosine"]
         margins.append(f"{margin:+.3f} at {concepts}")
     if len(margins) > 1:

@@ -6,23 +6,14 @@ import io
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rich import box
+from rich import box, progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -33,7 +24,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.settings import Cell
 from pipeline.storage import write_to_stdout
 from pipeline.sweep.run import ProgressListener
-from pipeline.training.stack import EpochResult as Epoch
+from pipeline.training.stack import EpochResult
 from pipeline.training.trainer import epochs
 
 NOTICE_SECONDS = 15.0  # between two lines where there is no terminal
@@ -41,56 +32,47 @@ NOTICE_SECONDS = 15.0  # between two lines where there is no terminal
 console = Console(stderr=True, highlight=False)
 
 
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {self.unit}/s" if speed else f"{self.unit}")
+class _Rate(progress.ProgressColumn):
+    def render(self, task: progress.Task) -> Text:
+        speed, unit = task.finished_speed or task.speed, task.fields["unit"]
+        return Text(f"{speed:,.0f} {unit}/s" if speed else unit)
 
 
 @contextmanager
-def _bar(*columns: ProgressColumn) -> Iterator[Progress]:
+def _bar(*columns: progress.ProgressColumn) -> Iterator[progress.Progress]:
     """A progress bar on a terminal; elsewhere (a pod's log, a file) a line from time to time."""
-    bar = Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(), *columns, TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+    first = progress.TextColumn("[bold]{task.description}"), progress.BarColumn()
+    last = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+    bar = progress.Progress(*first, *columns, *last, console=console, disable=not console.is_terminal)
     if console.is_terminal:
         with bar:
             yield bar
         return
     begin, ended = time.monotonic(), threading.Event()
 
-    def print_tasks() -> None:
-        for task in bar.tasks:
-            _print_task(task, columns)
-
     def print_regularly() -> None:
         while not ended.wait(NOTICE_SECONDS):
-            print_tasks()
+            _print_tasks(bar, columns)
 
     thread = threading.Thread(target=print_regularly, name="progress", daemon=True)
     thread.start()
     try:
         yield bar
         if time.monotonic() - begin > NOTICE_SECONDS:
-            print_tasks()
+            _print_tasks(bar, columns)
     finally:
         ended.set()
         thread.join()
 
 
-def _print_task(task: Task, columns: Sequence[ProgressColumn]) -> None:
+def _print_tasks(bar: progress.Progress, columns: Sequence[progress.ProgressColumn]) -> None:
     """Print progress, speed and remaining time as one line."""
-    parts = [str(column.render(task)).strip() for column in columns]
-    parts.append(f"{timedelta(seconds=int(task.elapsed or 0))} so far")
-    if not task.finished and task.time_remaining is not None:
-        parts.append(f"about {timedelta(seconds=int(task.time_remaining))} left")
-    line = f"{task.description}: {', '.join(part for part in parts if part)}"
-    console.print(line, soft_wrap=True, markup=False)
+    for task in bar.tasks:
+        parts = [str(column.render(task)).strip() for column in columns]
+        parts.append(f"{timedelta(seconds=int(task.elapsed or 0))} so far")
+        if not task.finished and task.time_remaining is not None:
+            parts.append(f"about {timedelta(seconds=int(task.time_remaining))} left")
+        console.print(f"{task.description}: {', '.join(filter(None, parts))}", soft_wrap=True, markup=False)
 
 
 def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextManager[Callable[[float], None]]]:
@@ -98,8 +80,8 @@ def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextMana
 
     @contextmanager
     def shown(total: int | None) -> Iterator[Callable[[float], None]]:
-        with _bar(MofNCompleteColumn(), _Rate(unit)) as bar:
-            task = bar.add_task(work, total=total)
+        with _bar(progress.MofNCompleteColumn(), _Rate()) as bar:
+            task = bar.add_task(work, total=total, unit=unit)
             yield lambda count: bar.advance(task, count)
 
     return shown
@@ -108,11 +90,11 @@ def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextMana
 @contextmanager
 def sweep(data: Dataset) -> Iterator[ProgressListener]:
     """One bar for a sweep of cells of these vectors: cells done, the best validation cosine, the time left."""
-    with _bar(TextColumn("{task.fields[cells]}"), TextColumn("{task.fields[best]}")) as bar:
+    with _bar(progress.TextColumn("{task.fields[cells]}"), progress.TextColumn("{task.fields[best]}")) as bar:
         task = bar.add_task("train", total=None, cells="", best="")
         number_done = number_todo = 0
         best = -1.0
-        last_epochs: dict[Cell, int] = {}
+        last_epochs: Counter[Cell] = Counter()
 
         def on_start(todo: Sequence[Cell], done: Sequence[Cell]) -> None:
             nonlocal number_todo, best
@@ -120,17 +102,16 @@ def sweep(data: Dataset) -> Iterator[ProgressListener]:
             if len({section_of(vars(cell)) for cell in (*todo, *done)}) > 1:
                 best = math.inf  # cosines of several blocks or splits have no best
             if done:
-                console.print(
-                    f"{len(done)} of {len(todo) + len(done)} cells were finished before (--no-resume repeats them)"
-                )
+                known = f"{len(done)} of {len(todo) + len(done)} cells were finished before"
+                console.print(f"{known} (--no-resume repeats them)")
             # The time of an epoch is roughly proportional to its concepts.
             bar.update(task, total=sum(epochs(cell) * cell.concepts for cell in todo), cells=f"0/{len(todo)} cells")
 
         def advance(cell: Cell, epoch: int) -> None:
-            bar.advance(task, (epoch - last_epochs.get(cell, 0)) * cell.concepts)
+            bar.advance(task, (epoch - last_epochs[cell]) * cell.concepts)
             last_epochs[cell] = epoch
 
-        def on_epoch(step: Epoch) -> None:
+        def on_epoch(step: EpochResult) -> None:
             nonlocal best
             if step.val_cosine > best:
                 best = step.val_cosine

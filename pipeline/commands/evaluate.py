@@ -2,67 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from pipeline.analysis.evaluation import evaluate, evaluation_markdown, evaluation_table, students_by_configuration
 from pipeline.analysis.results import read_results
 from pipeline.analysis.rows import Row, grouped, section_names, section_of
+from pipeline.commands import display
 from pipeline.commands.find_sweep import newest_results, vectors_for
 from pipeline.data.dataset import Dataset
-from pipeline.extraction.vocabulary import Bar
+from pipeline.processes import start
 from pipeline.settings import EvaluateOptions
-from pipeline.storage import base_name, file_name, is_remote, writable, write_atomically
+from pipeline.storage import base_name, file_name, is_remote, output_folder, writable, write_atomically
 from pipeline.student.student import Student
 from pipeline.teachers.find import find_teacher, warn_if_different
 from pipeline.teachers.load import load_teacher
 from pipeline.tracking import Run, Tracker, closing, connect, retry_tracking
 
 
-def run_evaluate(
-    options: EvaluateOptions, accelerator: Accelerator, bar: Bar
-) -> tuple[list[str], list[list[str]], list[Path]]:
-    """Measure students, and write and log what was measured.
+def run_evaluate(options: EvaluateOptions) -> None:
+    """Measure students, write and log the measurements, and print the table and the files."""
+    with output_folder(options.output) as folder:
+        rows, written = _evaluate(options, folder)
+    display.table(*evaluation_table(rows, brief=True))
+    display.lines(*map(str, written))
 
-    Args:
-        options: what the user asked for.
-        accelerator: where the teacher runs.
-        bar: makes a progress bar over so many students.
 
-    Returns:
-        The table's head and rows, and the files written.
-
-    Raises:
-        InputError: no such run, students of other vectors, or an unknown teacher.
-    """
-    folder = writable(Path(options.output) / "evaluation.json").parent
+def _evaluate(options: EvaluateOptions, folder: Path) -> tuple[list[Row], list[Path]]:
+    writable(folder / "evaluation.json")
     tracker = connect("evaluate")
     name, grid, recorded, found = _find_students(options.run, tracker)
     data = Dataset(vectors_for(grid, options.vectors, recorded))
     students = students_by_configuration(found, data)
     teacher = None
     if options.teacher is not None:
-        dtype = options.dtype or data.vectors.dtype
-        source = find_teacher(options.teacher, dtype, accelerator.device, options.trust_remote_code)
+        device = start().device
+        source = find_teacher(options.teacher, options.dtype or data.vectors.dtype, device, options.trust_remote_code)
         warn_if_different(source, data.vectors.revision, data.vectors.tokenizer)
-        teacher = load_teacher(source, accelerator.device, options.device_map)
-    with bar(len(found)) as advance:
+        teacher = load_teacher(source, device, options.device_map)
+    with display.counting("evaluate", "students")(len(found)) as advance:
         rows = evaluate(students, data, teacher, advance)
-    stem = folder / f"{file_name(name)}_evaluation_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    written = []
-    for suffix, text in ((".json", json.dumps(rows, indent=1)), (".md", evaluation_markdown(rows))):
-        path = stem.with_name(stem.name + suffix)
-        write_atomically(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-        written.append(path)
+    stem = f"{file_name(name)}_evaluation_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    texts = {folder / f"{stem}.json": json.dumps(rows, indent=1), folder / f"{stem}.md": evaluation_markdown(rows)}
+    for path, text in texts.items():
+        write_atomically(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
+    written = list(texts)
     tags = {"role": "evaluate", "teacher": data.vectors.teacher}
     with closing(retry_tracking(lambda: tracker.open_run(f"evaluate {name}", tags))) as run:
         retry_tracking(lambda: _log(run, asdict(options), rows, written))
-    return *evaluation_table(rows, brief=True), written
+    return rows, written
 
 
 def _log(run: Run, params: Mapping[str, object], rows: Sequence[Row], written: Sequence[Path]) -> None:
@@ -81,12 +73,11 @@ def _find_students(run: str | None, tracker: Tracker) -> tuple[str, str, str | N
     """A name, the grid, the place of the vectors where it is recorded, and the students."""
     if run is not None and (is_remote(run) or Path(run).is_dir()):
         return base_name(Path(run)), "", None, [Student.load(run)]
-    recorded = None
     if run is None:
-        results = read_results(newest_results(Path("results")))
-        found = [row["run_id"] for row in results["cells"]]
+        results = read_results(newest_results())
+        found, recorded = [row["run_id"] for row in results["cells"]], results.get("vectors")
         name = grid = results["grid"]
-        recorded = results.get("vectors")
     else:
         name, grid, found = tracker.students_below(run.removeprefix("runs:/").split("/")[0])
+        recorded = None
     return name, grid, recorded, [tracker.student_of(run_id) for run_id in found]

@@ -13,6 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from matplotlib import pyplot as plt
 
+from pipeline.commands import display
 from pipeline.data.concepts import compute_split, counts, read_catalogue
 from pipeline.data.vectors import read_header
 from pipeline.devices import bfloat16_hint
@@ -24,7 +25,7 @@ from pipeline.extraction.parts import PartPlan, merge, read_parts
 from pipeline.extraction.reader import automatic_batch_tokens
 from pipeline.extraction.request import Request, check_output, check_prompts, make_request, read_output_header
 from pipeline.extraction.vocabulary import Bar
-from pipeline.processes import Worker, parse_shard, peak_memory_mb, worker_of
+from pipeline.processes import Worker, parse_shard, peak_memory_mb, start, worker_of
 from pipeline.settings import ExtractOptions
 from pipeline.storage import Output, file_name
 from pipeline.teachers.find import Teacher, TeacherSource, find_teacher
@@ -49,22 +50,10 @@ class _Job:
     extracted: Mapping[str, str] | None
 
 
-def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tokens_bar: Bar) -> str | None:
-    """Extract as the options say; every process of the job calls it.
-
-    Args:
-        options: what the user asked for.
-        accelerator: this process among the others.
-        bar: given a number of concepts, a progress bar that is advanced by concepts.
-        tokens_bar: the same for the tokens of the vocabulary.
-
-    Returns:
-        A summary for the user, from the main process.
-
-    Raises:
-        InputError: the options, the teacher or the catalogue are wrong.
-        WorkError: out of memory, or a merge without all parts.
-    """
+def run_extract(options: ExtractOptions) -> None:
+    """Extract as the options say; every process of the job calls it, and the main process prints a summary."""
+    accelerator = start()
+    bar, tokens_bar = display.counting("extract", "concepts"), display.counting("vocabulary", "tokens")
     job = _find(options, accelerator)
     tracker = connect("extract") if accelerator.is_main_process else None
     plan = None
@@ -74,7 +63,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
     if tracker is None:
         if plan is not None:
             _read_missing(job, plan, lambda _concepts: nullcontext(lambda _done: None))
-        return None
+        return
     source, key = job.source, job.request.key
     tags = {"role": "extract", "teacher": source.name, "revision": source.revision, "extraction_key": key}
     with closing(retry_tracking(partial(tracker.open_run, f"extract {source.name}", tags))) as run:
@@ -86,7 +75,7 @@ def run_extract(options: ExtractOptions, accelerator: Accelerator, bar: Bar, tok
             retry_tracking(lambda: run.set_tags(held))
             summary = f"{job.output}: holds these very vectors already (extraction key {key[:12]}); nothing to do"
         job.output.remove_local_copy()
-    return summary
+    display.lines(summary)
 
 
 def _find(options: ExtractOptions, accelerator: Accelerator) -> _Job:

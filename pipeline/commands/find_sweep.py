@@ -16,15 +16,8 @@ from pipeline.sweep.grid import read_grid
 from pipeline.tracking import connect, fetch
 
 
-def load_sweep(
-    results: str | None, sweep_id: str | None, folder: Path = Path("results")
-) -> tuple[str, dict[str, Any], list[Student]]:
-    """Load a sweep from its results file, from MLflow, or from the newest results file of a folder.
-
-    Args:
-        results: path of a results file.
-        sweep_id: a sweep in MLflow; its results file and its best students are downloaded.
-        folder: searched when neither is given.
+def load_sweep(results: str | None, sweep_id: str | None) -> tuple[str, dict[str, Any], list[Student]]:
+    """Load a sweep from its results file, from MLflow by its id, or from the newest results file in ``results/``.
 
     Returns:
         The beginning of the report's file names, the results, and the student of each section's best cell.
@@ -39,7 +32,7 @@ def load_sweep(
         stem, text = tracker.newest_artifact(run, "_results_")
         found = parse_results(text, stem)
         return stem, found, [tracker.student_of(part.results["best"]["run_id"]) for part in sections(found)]
-    path = fetch(results) if results else newest_results(folder)
+    path = fetch(results) if results else newest_results()
     found = read_results(path)
     return path.stem, found, [_student_of(part, path) for part in sections(found)]
 
@@ -52,25 +45,17 @@ def _student_of(section: Section, path: Path) -> Student:
     return connect().student_of(best["run_id"])
 
 
-def newest_results(folder: Path) -> Path:
-    """The newest results file of a folder, by the time in its name."""
-    found = sorted(folder.glob("*_results_*Z.json"), key=lambda path: path.stem.rpartition("_")[2])
-    if not found:
-        raise InputError(f"no results file in {folder}; run a sweep first, or name one with --results")
-    return found[-1]
+def newest_results() -> Path:
+    """The newest file of ``results/``, by the time in its name; `InputError` where there is none."""
+    found = Path("results").glob("*_results_*Z.json")
+    newest = max(found, key=lambda path: path.stem.rpartition("_")[2], default=None)
+    if newest is None:
+        raise InputError("no results file in results; run a sweep first, or name one with --results")
+    return newest
 
 
 def vectors_for(grid: str, named: str | None, recorded: str | None = None) -> Vectors:
-    """Read the vectors file of a sweep.
-
-    Args:
-        grid: the sweep's grid, whose vectors are the default.
-        named: the place that the user names.
-        recorded: the place that the results record, used if a file is still there.
-
-    Returns:
-        The vectors.
-    """
+    """Read a sweep's vectors: those that the user names, else the recorded ones if still there, else its grid's."""
     if named is None and recorded is not None and (":" in recorded or Path(recorded).is_file()):
         named = recorded
     try:

@@ -8,11 +8,10 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -26,40 +25,19 @@ from pipeline.student.tokenizer import normalise_texts
 
 CHUNK = 1 << 15  # texts held at once
 DECIMALS = 5  # of a vector's numbers in text
-Bar = Callable[[int | None], AbstractContextManager[Callable[[float], None]]]
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Some texts with what was computed for them.
-
-    Attributes:
-        texts: ``n`` texts.
-        vectors: ``[n, d_model]``, not centred.
-        nearest: the nearest concepts of each text with their centred cosines; None without ``--nearest``.
-        cosines: the centred cosine with the true vector of each text, ``[n]``; None without ``--compare``.
-    """
+class Chunk(NamedTuple):
+    """Some texts with what was computed for them; cosines are centred."""
 
     texts: list[str]
-    vectors: FloatArray
-    nearest: list[list[tuple[str, float]]] | None
-    cosines: FloatArray | None
+    vectors: FloatArray  # [texts, d_model], not centred
+    nearest: list[list[tuple[str, float]]] | None  # concepts with their cosines; None without ``--nearest``
+    cosines: FloatArray | None  # with the true vectors, [texts]; None without ``--compare``
 
 
-def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tuple[list[str], list[list[str]]] | None:
-    """Predict vectors of texts, and print them or write them to a file.
-
-    Args:
-        options: what the user asked for.
-        texts: the arguments of the command.
-        bar: makes a progress bar over so many texts.
-
-    Returns:
-        A table to print, where nearest concepts or cosines are asked for and the output cannot hold them.
-
-    Raises:
-        InputError: no texts or an empty one, an unknown kind of file, or no such student.
-    """
+def run_predict(options: PredictOptions, texts: Sequence[str]) -> None:
+    """Predict vectors of texts and write or print them; nearest concepts and cosines as a table, if not in the file."""
     if bool(texts) == (options.file is not None):
         raise InputError("predict: expected texts as arguments, or --file FILE (- for standard input)")
     output = None if options.output is None else Output.at(options.output)
@@ -82,20 +60,23 @@ def run_predict(options: PredictOptions, texts: Sequence[str], bar: Bar) -> tupl
             advance(len(some))
 
     with _texts(options, texts, counted=kind in (".npy", ".safetensors")) as (source, total):
-        quiet = output is None or total == 0
-        with nullcontext(lambda number: None) if quiet else bar(total) as advance:
-            made = chunks(source, advance)
-            if output is not None:
+        if output is None:
+            for chunk in chunks(source, lambda _number: None):
+                if holds:
+                    write_to_stdout(_json_lines(chunk, sys.stdout.encoding))
+        else:
+            from pipeline.commands.display import counting  # here, since it takes seconds to load
+
+            with counting("predict", "texts")(total) as advance:
+                made = chunks(source, advance)
                 write_atomically(output.path, lambda part: WRITERS[kind](part, made, total, student))
-            else:
-                for chunk in made:
-                    if holds:
-                        write_to_stdout(_json_lines(chunk, sys.stdout.encoding))
-    if output is not None:
-        output.publish()
-        output.remove_local_copy()
-    asked = [("nearest concepts (cosine)", options.nearest), ("cosine with the true vector", options.compare)]
-    return (["text", *(title for title, is_asked in asked if is_asked)], shown) if shown else None
+            output.publish()
+            output.remove_local_copy()
+    if shown:
+        from pipeline.commands import display
+
+        asked = {"nearest concepts (cosine)": options.nearest, "cosine with the true vector": options.compare}
+        display.table(["text", *(title for title, is_asked in asked.items() if is_asked)], shown)
 
 
 def _student_at(place: str) -> Student:
@@ -113,9 +94,8 @@ def _newest_student() -> str:
     sweep = re.match(r".*_results_[0-9TZ]+", found[-1].name)
     same = [str(path) for path in found if sweep and path.name.startswith(sweep[0])]
     if len(same) > 1:
-        raise InputError(
-            f"--run: the newest sweep left a student for each block or split; name one of {', '.join(same)}"
-        )
+        names = ", ".join(same)
+        raise InputError(f"--run: the newest sweep left a student for each block or split; name one of {names}")
     return str(found[-1])
 
 
@@ -177,10 +157,10 @@ def _read_twice(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[
 
 
 def _read(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[list[str]]:
-    if options.file is not None and lists.is_table(options.file):
-        table = lists.table(file, name, [options.column])
-        return _checked_chunks(((line, text) for line, (text,) in table), f"{name}, line")
-    return _checked_chunks(lists.texts(file, name), f"{name}, line")
+    numbered = lists.texts(file, name)
+    if lists.is_table(str(options.file)):
+        numbered = ((line, text) for line, (text,) in lists.table(file, name, [options.column]))
+    return _checked_chunks(numbered, f"{name}, line")
 
 
 def _checked_chunks(numbered: Iterable[tuple[int, str]], name: str) -> Iterator[list[str]]:
@@ -207,16 +187,15 @@ def _json_lines(chunk: Chunk, encoding: str = "utf-8") -> Iterator[str]:
 
 
 def _rows(chunk: Chunk) -> list[list[str]]:
-    rows = [[text] for text in chunk.texts]
-    for place, row in enumerate(rows):
-        if chunk.nearest is not None:
-            row.append(", ".join(f"{name} ({cosine:.2f})" for name, cosine in chunk.nearest[place]))
-        if chunk.cosines is not None:
-            row.append(f"{chunk.cosines[place]:.3f}")
-    return rows
+    columns = [chunk.texts]
+    if chunk.nearest is not None:
+        columns.append([", ".join(f"{name} ({cosine:.2f})" for name, cosine in known) for known in chunk.nearest])
+    if chunk.cosines is not None:
+        columns.append([f"{cosine:.3f}" for cosine in chunk.cosines])
+    return list(map(list, zip(*columns, strict=True)))
 
 
-def _write_lines(path: Path, chunks: Iterable[Chunk], _total: int | None, _student: Student) -> None:
+def _write_lines(path: Path, chunks: Iterable[Chunk], *_: object) -> None:
     with path.open("w", encoding="utf-8") as file:
         for chunk in chunks:
             file.writelines(_json_lines(chunk))
@@ -230,8 +209,8 @@ def _write_csv(path: Path, chunks: Iterable[Chunk], _total: int | None, student:
             if number == 0:
                 asked = {"nearest": chunk.nearest, "cosine": chunk.cosines}
                 table.writerow(["text", *(name for name, values in asked.items() if values is not None), *columns])
-            for row, vector in zip(_rows(chunk), _numbers(chunk.vectors), strict=True):
-                table.writerow([*row, *vector])
+            pairs = zip(_rows(chunk), _numbers(chunk.vectors), strict=True)
+            table.writerows([*row, *vector] for row, vector in pairs)
         if file.tell() == 0:  # there were no texts
             table.writerow(["text", *columns])
 

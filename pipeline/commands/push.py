@@ -10,42 +10,32 @@ from pathlib import Path
 from pipeline.data.vectors import read_header
 from pipeline.errors import InputError
 from pipeline.hub import FILES, SCHEME, translate_errors
-from pipeline.storage import base_name
+from pipeline.settings import PushOptions
+from pipeline.storage import base_name, write_to_stdout
 from pipeline.student.folder import CARD
 from pipeline.student.student import Student
 from pipeline.teachers.families import UNSTATED, licence_of
 from pipeline.training.card import vectors_card
 
 
-def push(source: Path, repo: str, licence: str | None = None, private: bool = False) -> str:
-    """Publish a student folder or a vectors file with its card.
-
-    Args:
-        source: a student folder, or a vectors file.
-        repo: ``owner/name``.
-        licence: of the teacher, where neither the student nor the program knows it.
-        private: make a new repository private.
-
-    Returns:
-        The address, such as ``hf://owner/name``.
+def run_push(options: PushOptions, source: Path, repo: str) -> None:
+    """Publish a student folder or a vectors file with its card as ``owner/name``, and print the address.
 
     Raises:
         InputError: neither a student nor a vectors file, no card, or a teacher whose licence is not stated.
-        WorkError: the hub does not answer.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise InputError(f"{repo}: expected owner/name")
     with tempfile.TemporaryDirectory() as home:
-        kind = (_stage_student if source.is_dir() else _stage_vectors)(source, Path(home), licence)
+        kind = (_stage_student if source.is_dir() else _stage_vectors)(source, Path(home), options.licence)
         from huggingface_hub import HfApi
 
         with translate_errors(f"hf://{repo}"):
             api = HfApi()
-            api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo, repo_type=kind, folder_path=home, commit_message=f"Upload {base_name(source)}"
-            )
-    return f"{SCHEME}{repo}" if kind == "model" else f"{SCHEME}datasets/{repo}/{source.name}"
+            api.create_repo(repo, repo_type=kind, private=options.private, exist_ok=True)
+            message = f"Upload {base_name(source)}"
+            api.upload_folder(repo_id=repo, repo_type=kind, folder_path=home, commit_message=message)
+    write_to_stdout([f"{SCHEME}{repo}\n" if kind == "model" else f"{SCHEME}datasets/{repo}/{source.name}\n"])
 
 
 def _stage_student(source: Path, home: Path, licence: str | None) -> str:
@@ -78,6 +68,5 @@ def _stage_vectors(source: Path, home: Path, licence: str | None) -> str:
 
 def _require_licence(source: Path, licence: str) -> None:
     if licence == UNSTATED:
-        raise InputError(
-            f"{source}: the licence of its teacher is not known; state it with --licence, such as apache-2.0"
-        )
+        hint = "state it with --licence, such as apache-2.0"
+        raise InputError(f"{source}: the licence of its teacher is not known; {hint}")

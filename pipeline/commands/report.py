@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.analysis import scaling
-from pipeline.analysis.page import html_page, markdown_page, page_section, page_title
 from pipeline.analysis.results import Section, sections
 from pipeline.analysis.rows import cell_of
 from pipeline.commands import display
 from pipeline.commands.find_sweep import load_sweep, vectors_for
+from pipeline.commands.page import html_page, markdown_page, page_section, page_title
 from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.settings import ReportOptions
 from pipeline.storage import output_folder, write_atomically
 from pipeline.student.student import Student
 from pipeline.sweep.cells import prepare
-from pipeline.sweep.cost import number_of_parameters, teacher_flops, teacher_parameters
+from pipeline.sweep.cost import number_of_parameters
 from pipeline.sweep.grid import read_grid
 
 
@@ -31,28 +31,15 @@ def run_report(options: ReportOptions) -> None:
     data = Dataset(vectors_for(results["grid"], options.vectors, results.get("vectors")))
     with output_folder(options.output) as output:
         if options.predict is not None:
-            display.lines(*predict_sections(results, options.predict, data, output))
+            display.lines(*_predict_sections(results, options.predict, data, output))
             return
         written = write_report(results, stem, output, students, data)
     display.results(results)
     display.lines(*map(str, written))
 
 
-def predict_sections(results: dict[str, Any], most: int, data: Dataset, output: Path) -> list[str]:
-    """Write what laws fitted on small cells expect of the larger cells, for each section that has cells for a law.
-
-    Args:
-        results: the content of a results file, with or without the larger cells.
-        most: concepts of the largest cell that a fit sees.
-        data: the vectors.
-        output: folder.
-
-    Returns:
-        The prediction of each cell as a line, and the files.
-
-    Raises:
-        InputError: too few cells for a fit, or no larger ones, in every section.
-    """
+def _predict_sections(results: dict[str, Any], most: int, data: Dataset, output: Path) -> list[str]:
+    """Predict the larger cells of each section that has cells for a law; lines that name them and the files."""
     lines: list[str] = []
     errors: list[InputError] = []
     for section in sections(results):
@@ -71,8 +58,8 @@ def _predict_section(section: Section, most: int, data: Dataset, output: Path) -
     if not cells:
         raise InputError(f"--predict {most}: too few cells with at most so many concepts for a scaling law")
     shared = scaling.shared_by(cells[0])
-    known = {cell_of(row): row for row in results["cells"]}
-    trained = set(known)
+    trained = {cell_of(row): row for row in results["cells"]}
+    known = dict(trained)
     with contextlib.suppress(InputError):  # not a grid of the program: only the trained cells are known
         seeds = len({row["seed"] for row in cells})
         for cell in prepare(read_grid(results["grid"], cells[0]["epochs"], seeds).cells, data):
@@ -89,11 +76,8 @@ def _predict_section(section: Section, most: int, data: Dataset, output: Path) -
     }
     path = output / f"{results['grid']}_predictions{section.suffix}_{predictions['time']}.json"
     _write(path, json.dumps(predictions, indent=1).encode())
-    lines = [
-        f"{cell['name']}: {cell['cosine']:.3f} ({cell['interval'][0]:.3f} to {cell['interval'][1]:.3f})"
-        for cell in predictions["cells"]
-    ]
-    return [*lines, str(path)]
+    line = "{name}: {cosine:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+    return [*(line.format_map(cell) for cell in predictions["cells"]), str(path)]
 
 
 def write_report(
@@ -112,26 +96,23 @@ def write_report(
         The files written, the page first.
 
     Raises:
-        InputError: the vectors are others than those of the sweep, or the folder cannot be written.
+        InputError: other vectors than those of the sweep.
     """
     if data.vectors.sha256 != results["vectors_sha256"]:
         raise InputError("the vectors file is not the one that the sweep was trained on; name that with --vectors")
-    title, shown = page_title(results), []
     predictions = {
         path.name: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(output.glob(f"{results['grid']}_predictions_*.json"))
     }
-    page, table = output / f"{stem}_report.html", output / f"{stem}_table.md"
-    pictures: dict[Path, bytes] = {}
-    for section, student in zip(sections(results), students, strict=True):
-        block = section.results["layer"]
-        teacher = (block, teacher_parameters(block, data), teacher_flops(block, data))
-        shown.append(page_section(section.title, section.results, student, data, teacher, predictions))
-        pictures |= {output / f"{stem}{section.suffix}_{name}.png": png for name, png in shown[-1].pictures.items()}
-    files = {page: html_page(title, shown).encode(), table: markdown_page(title, shown).encode()} | pictures
-    for path, content in files.items():
-        _write(path, content)
-    return list(files)
+    parts = sections(results)
+    shown = [page_section(*pair, data, predictions) for pair in zip(parts, students, strict=True)]
+    title = page_title(results)
+    files = {"_report.html": html_page(title, shown).encode(), "_table.md": markdown_page(title, shown).encode()}
+    for part, page in zip(parts, shown, strict=True):
+        files |= {f"{part.suffix}_{name}.png": content for name, content in page.pictures.items()}
+    for name, content in files.items():
+        _write(output / f"{stem}{name}", content)
+    return [output / f"{stem}{name}" for name in files]
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -72,10 +72,9 @@ def train_grid(options: SweepOptions, grid: Grid) -> None:
     shard = parse_shard(options.shard)
     if shard.count > 1 and not (options.resume or options.dry_run):
         raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
-    most = options.max_concepts
-    cells = [cell for cell in grid.cells if most is None or cell.concepts <= most]
+    cells = [cell for cell in grid.cells if cell.concepts <= (options.max_concepts or cell.concepts)]
     if not cells:
-        raise InputError(f"grid {grid.name}: no cells with at most {most} concepts")
+        raise InputError(f"grid {grid.name}: no cells with at most {options.max_concepts} concepts")
     options = replace(options, vectors=options.vectors or grid.vectors)
     data = Dataset(read_vectors(fetch(str(options.vectors))))
     cells = prepare(cells, data, grid.file)
@@ -84,8 +83,7 @@ def train_grid(options: SweepOptions, grid: Grid) -> None:
         return
     with output_folder(options.output) as output:
         context = _make_context(grid.name, data, options, output)
-        job = SweepJob(cells, replace(context, sweep_id=options.sweep_id, shard=shard), options)
-        _run(job)
+        _run(SweepJob(cells, replace(context, sweep_id=options.sweep_id, shard=shard), options))
 
 
 def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> None:
@@ -111,21 +109,17 @@ def _run(job: SweepJob) -> None:
         display.sweep(job.context.data) as listener,
         run_sweep(job.cells, replace(job.context, listener=listener)) as sweep,
     ):
-        results, lines = _conclude(sweep, job) if isinstance(sweep, Complete) else (None, [])
-    if results is not None:
+        concluded = _conclude(sweep, job) if isinstance(sweep, Complete) else None
+    if concluded is not None:
+        results, lines = concluded
         display.results(results)
+        display.lines(*lines)
     elif isinstance(sweep, Incomplete):
-        shard = job.context.shard
-        report = (
-            "the shard that completes the sweep writes the report"
-            if sweep.finished < sweep.cells
-            else f"the report stands in MLflow, and `report --sweep-id {sweep.sweep_id}` draws it again"
-        )
-        lines = [
-            f"sweep {sweep.sweep_id}: shard {shard.index}/{shard.count} is done, {sweep.finished} of {sweep.cells} "
-            f"cells are finished; {report}"
-        ]
-    display.lines(*lines)
+        name, shard, report = sweep.sweep_id, job.context.shard, "the shard that completes the sweep writes the report"
+        if sweep.finished == sweep.cells:
+            report = f"the report stands in MLflow, and `report --sweep-id {name}` draws it again"
+        done = f"{sweep.finished} of {sweep.cells} cells are finished"
+        display.lines(f"sweep {name}: shard {shard.index}/{shard.count} is done, {done}; {report}")
 
 
 def _conclude(sweep: Complete, job: SweepJob) -> tuple[dict[str, Any], list[str]]:
@@ -175,7 +169,7 @@ def _save_students(parts: list[Section], folder: Path, job: SweepJob) -> list[Sa
 def _log(parent: Run, tracker: Tracker, files: list[Path], saved: list[SavedStudent], register: str | None) -> None:
     """Log the files, the students and the best cells in the parent run."""
     tags: dict[str, str] = {}
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = {"cells": sum(len(one.section.results["cells"]) for one in saved)}
     for one in saved:
         suffix, best = one.section.suffix, one.section.results["best"]
         if one.is_new:
@@ -188,6 +182,5 @@ def _log(parent: Run, tracker: Tracker, files: list[Path], saved: list[SavedStud
         metrics |= {f"best_{name}{suffix}": best[name] for name in ("val_cosine", "test_cosine")}
     for file in files:
         parent.log_artifact(file)
-    number = sum(len(one.section.results["cells"]) for one in saved)
-    parent.log_metrics({"cells": number} | metrics)
+    parent.log_metrics(metrics)
     parent.set_tags(tags)

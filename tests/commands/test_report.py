@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import SHIPPED
 
-from pipeline.analysis.page import FIGURE_TITLES
+from pipeline.commands.page import FIGURE_TITLES
 from pipeline.settings import Cell
 
 
