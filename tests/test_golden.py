@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import golden
 import numpy as np
+import pytest
 from conftest import ROOT, SHIPPED
 
 from pipeline.extraction.reader import read_texts
@@ -62,6 +63,7 @@ def test_the_extraction_is_that_of_the_shipped_vectors(vectors, catalogue, smoll
         assert error.max() < 2e-3, f"layer {layer}: extraction moved; raise EXTRACTION_VERSION (extraction/request.py)"
 
 
+@pytest.mark.system
 def test_an_edited_comment_reuses_finished_cells_and_a_raised_version_does_not(workplace, small_grid):
     shutil.copytree(ROOT / "pipeline", workplace / "edited" / "pipeline")
     command = [sys.executable, "-m", "pipeline", "sweep", "--grid", small_grid, "--vectors", SHIPPED, "--no-report"]

@@ -64,6 +64,7 @@ def test_weights_of_16_bits_are_found_alike_on_every_processor(tiny_folder, tmp_
     assert find_teacher(str(tmp_path), device="cuda").dtype == "bfloat16"
 
 
+@pytest.mark.system
 def test_a_sweep_on_another_processor_has_the_same_keys_and_curves(workplace, small_grid):
     found = []
     for capability in ("", "default"):  # this processor's own instructions, and those of any
@@ -83,6 +84,7 @@ def test_a_sweep_on_another_processor_has_the_same_keys_and_curves(workplace, sm
             np.testing.assert_allclose(row["curves"][curve], there[key]["curves"][curve], atol=1e-4)
 
 
+@pytest.mark.system
 def test_workers_of_a_sweep_keep_to_the_precision_that_the_first_one_recorded(workplace, run, small_grid, caplog):
     caplog.set_level("INFO")
     arguments = ("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--no-report", "--sweep-id", "mixed")

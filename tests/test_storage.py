@@ -156,6 +156,7 @@ def extract(teacher, output, *arguments):
     return done.stdout
 
 
+@pytest.mark.system
 def test_shards_on_several_machines_meet_in_s3(s3, workplace, tiny_folder, tmp_path, monkeypatch):
     Path("c.csv").write_text(CSV)
     teacher = tiny_folder("gpt2")
@@ -171,6 +172,7 @@ def test_shards_on_several_machines_meet_in_s3(s3, workplace, tiny_folder, tmp_p
     assert not list(tmp_path.glob("activation-distillation-*/*"))
 
 
+@pytest.mark.system
 @pytest.mark.skipif(shutil.which("faketime") is None, reason="needs faketime")
 def test_a_clock_that_is_an_hour_off_is_said_and_nothing_is_left(s3, workplace, tiny_folder):
     Path("c.csv").write_text(CSV)
@@ -194,6 +196,7 @@ def test_an_output_in_s3_that_is_something_else_is_not_written_over(s3, workplac
     assert "s3://bucket/c.csv: exists, and is no vectors file" in err
 
 
+@pytest.mark.system
 def test_a_sweep_reads_and_writes_s3(s3, workplace, run, small_grid):
     storage.upload(SHIPPED, "s3://bucket/v.safetensors")
     storage.upload(small_grid, "s3://bucket/grids/small.yaml")
@@ -209,6 +212,7 @@ def test_a_sweep_reads_and_writes_s3(s3, workplace, run, small_grid):
     assert run("report", "--results", f"s3://bucket/results/{results}", "--vectors", SHIPPED)[0] == 0
 
 
+@pytest.mark.system
 def test_copies_of_artifacts_are_gone_when_the_command_ends(workplace, run):
     code, _, err = run("train", "--vectors", SHIPPED, "--concepts", 30, "--student", "ridge", "--no-report",
                        "--register", "mine", "--output", "student")  # fmt: skip

@@ -160,7 +160,7 @@ def _save_students(parts: list[Section], folder: Path, job: SweepJob) -> list[Sa
         is_exportable = not needs_teacher(Cell(**trained.config["cell"]))
         student = export_or_fallback(trained, data, find_vocabulary()) if is_exportable else trained
         stem = folder.name.removesuffix("_student")  # names that end in "_student" keep that ending
-        place = folder.with_name(f"{stem}{part.suffix}{folder.name[len(stem) :]}")
+        place = folder.parent / f"{stem}{part.suffix}{folder.name[len(stem) :]}"
         student.save(place)
         saved.append(SavedStudent(part, place, student, choice.reason, run_id is None or student is not trained))
     return saved

@@ -34,6 +34,7 @@ def said(data, smollm2):
     return continued, torch.from_numpy(vectors.vectors[rows, 0, vectors.layer_index(15)].astype(np.float32))
 
 
+@pytest.mark.system
 def test_the_true_vector_recovers_everything_and_the_mean_nothing(said, data):
     continued, truth = said
     mean = data.subset(Cell(layer=15)).mean.expand_as(truth)

@@ -275,6 +275,7 @@ axes: {layer: [6, 15, 22], learning_rate: [0.001, 0.002]}
 """
 
 
+@pytest.mark.system
 def test_a_grid_over_layers_compares_within_a_block_only(workplace, run, data):
     Path("blocks.yaml").write_text(LAYERS)
     code, out, err = run("sweep", "--grid", "blocks.yaml", "--vectors", SHIPPED, "--sweep-id", "blocks")
@@ -349,6 +350,7 @@ def test_a_grid_over_layers_compares_within_a_block_only(workplace, run, data):
     assert len([row for row in rows if not row[0].startswith("(")]) == 6
 
 
+@pytest.mark.system
 def test_the_baseline_grid_on_another_teacher_tells_every_row_apart(workplace, run, tiny_folder):
     grid = (ROOT / "pipeline" / "grids" / "baseline.yaml").read_text()
     grid = grid.replace("concepts: 700", "concepts: 60").replace("epochs: 100", "epochs: 2")

@@ -55,6 +55,7 @@ def test_a_wrong_vectors_file(workplace, run, command, how, complaint):
     assert sorted(workplace.iterdir()) == before
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -185,6 +186,7 @@ def test_nothing_is_written_over_unasked(workplace, run, tiny_folder, caplog):
     assert run(*common, "--output", "out.pt", "--layers", 1, "--overwrite")[0] == 0
 
 
+@pytest.mark.system
 def test_vectors_that_come_with_the_project_are_not_written_over(workplace, run):
     before = SHIPPED.stat().st_mtime_ns
     common = ("extract", "--teacher", "smollm2-135m", "--concepts", CATALOGUE, "--num-concepts", 20)
@@ -213,6 +215,7 @@ def test_shards_leave_parts_and_the_last_one_merges(workplace, run, tiny_folder)
     refused(run(*common, "--shard", "3/3"), "--shard 3/3", "0 to n - 1")
 
 
+@pytest.mark.system
 def test_two_processes_divide_the_concepts(workplace, run, tiny_folder):
     concepts = ROOT / "data" / "concepts.csv"
     common = ["extract", "--teacher", str(tiny_folder("gpt2")), "--concepts", str(concepts), "--num-concepts", "61"]
@@ -241,6 +244,7 @@ def test_a_vector_in_the_attention_sink_is_warned_of(workplace, run, tiny_folder
     assert "20 concepts are read at position 0, the attention sink (a, b, c, d, e, ...)" in caplog.text
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("option", [("--dtype", "int8"), ("--device-map", "auto")])
 def test_big_teachers_load_in_other_ways(workplace, run, tiny_folder, option):
     concepts = ROOT / "data" / "concepts.csv"
@@ -265,6 +269,7 @@ def test_the_default_output_is_named_after_the_teacher(workplace, run, tiny_fold
     assert np.isfinite(found.vectors).all()
 
 
+@pytest.mark.system
 def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(workplace, run, small_grid, monkeypatch):
     monkeypatch.setattr("pipeline.commands.display.NOTICE_SECONDS", 0.3)
     code, out, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--epochs", 300, "--no-report")
@@ -293,6 +298,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.system
 def test_no_command_needs_a_call_that_only_linux_has(workplace, tiny_folder, small_grid):
     vectors, teacher = "--vectors v.safetensors", f"--teacher {tiny_folder('gpt2')}"
     lines = [
@@ -338,6 +344,7 @@ def test_help_and_a_wrong_grid_are_answered_without_loading_anything_heavy(words
     assert expected in done.stdout + done.stderr
 
 
+@pytest.mark.system
 def test_tracking_goes_to_sqlite_where_the_environment_names_nothing(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -147,6 +147,7 @@ def test_a_damaged_list_gives_its_vectors_or_one_line(workplace, run, folder, mo
     assert set(codes) == {0, 2}
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("options", "into", "expected"),
     [
@@ -164,6 +165,7 @@ def test_an_output_that_is_closed_or_full_ends_it(workplace, folder, options, in
     assert (done.returncode, done.stdout, done.stderr) == expected
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["", "many.npy"])
 def test_standard_input_of_any_length(workplace, run, folder, monkeypatch, name):
     many = "".join(f"word {number}\n" for number in range(20_000))
@@ -178,6 +180,7 @@ def test_standard_input_of_any_length(workplace, run, folder, monkeypatch, name)
     assert np.linalg.norm(found[[7, -1]] - expected) < 0.01 * np.linalg.norm(expected)  # 16 bits for very many texts
 
 
+@pytest.mark.system
 def test_the_nearest_concepts_and_the_teachers_own_vectors(workplace, run, folder, vectors):
     known = vectors.concepts[:2]
     code, out, err = run("predict", "--run", folder, "--nearest", 2, "--compare", *known)
@@ -230,6 +233,7 @@ def test_what_is_wrong_is_said_in_one_line(workplace, run, folder, arguments, co
     assert not Path("x.parquet").exists()
 
 
+@pytest.mark.system
 def test_a_student_of_a_run_or_the_newest_one(workplace, run, small_grid):
     assert run("predict", "volcano")[0] == 2
     code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--register", "concepts", "--no-report")

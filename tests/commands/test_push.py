@@ -52,6 +52,7 @@ def folder(workplace, run, tiny_folder):
     return workplace / "mine"
 
 
+@pytest.mark.system
 def test_a_student_goes_to_the_hub_and_comes_back(hub, python, folder):
     done = python("-m", "pipeline", "push", folder, "me/mine")
     assert done.returncode == 2
@@ -72,6 +73,7 @@ def test_a_student_goes_to_the_hub_and_comes_back(hub, python, folder):
     assert "has no card" in done.stderr
 
 
+@pytest.mark.system
 def test_a_vectors_file_goes_to_the_hub_and_comes_back(hub, python, workplace):
     done = python("-m", "pipeline", "push", SHIPPED, "me/vectors")
     assert done.returncode == 0, done.stderr
@@ -87,6 +89,7 @@ def test_a_vectors_file_goes_to_the_hub_and_comes_back(hub, python, workplace):
     assert python("-c", code).returncode == 0
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("arguments", "token", "exit_code", "complaint"),
     [

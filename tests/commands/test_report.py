@@ -35,6 +35,7 @@ class Page(HTMLParser):
             self._in_title = False
 
 
+@pytest.mark.system
 def test_larger_cells_are_predicted_before_they_are_trained_and_the_report_says_how_that_fared(workplace, run):
     options = ("--grid", "scaling-laws", "--seeds", 1, "--epochs", 2, "--vectors", SHIPPED, "--sweep-id", "laws")
     code, _, err = run("sweep", *options, "--max-concepts", 400, "--no-report")

@@ -106,6 +106,7 @@ def test_every_batch_gives_the_vector_of_one_prompt_alone(tiny, tmp_path, paddin
     assert_plain(tiny[1], extract(tiny, FEW, tmp_path, batch_tokens=batch_tokens))
 
 
+@pytest.mark.system
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_is_asked_for_is_the_plain_pass(tiny, catalogue, tmp_path, data):
@@ -169,6 +170,7 @@ def test_nothing_past_the_deepest_block_is_run(tiny):
     assert [(len(block._forward_hooks), len(block._forward_pre_hooks)) for block in model.blocks] == hooked
 
 
+@pytest.mark.system
 def test_fewer_concepts_keep_their_split_and_their_vectors(tiny, catalogue, tmp_path):
     whole = dict(zip(catalogue.concepts, split(catalogue), strict=True))
     few, fewer = (extract(tiny, catalogue, tmp_path, count=count, layers="2") for count in (60, 30))
@@ -184,6 +186,7 @@ def centred_cosine(a, b, mean):
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
+@pytest.mark.system
 def test_the_shipped_vectors_are_those_of_the_embedded_teacher(smollm2, catalogue, vectors, tmp_path):
     again = extract(smollm2, catalogue, tmp_path, count=60, layers="1,2,4,6,15,22", templates=TEMPLATES[:1])
     rows = [vectors.concepts.index(concept) for concept in again.concepts]
@@ -192,11 +195,13 @@ def test_the_shipped_vectors_are_those_of_the_embedded_teacher(smollm2, catalogu
     assert (again.teacher, again.revision) == (vectors.teacher, vectors.revision)
 
 
+@pytest.mark.system
 def test_the_embedded_teacher_agrees_with_its_plain_forward_pass(smollm2, tmp_path):
     assert_plain(smollm2[1], extract(smollm2, FEW, tmp_path))
     assert_plain(smollm2[1], extract(smollm2, FEW, tmp_path, pool="mean"))
 
 
+@pytest.mark.system
 def test_a_packed_teacher_is_kept_unpacked_with_the_same_weights(smollm2, tmp_path, monkeypatch):
     source, model = smollm2
     [kept] = (hub.cache() / "unpacked").glob(f"{source.revision[:32]}-*-{gguf.FORM}")
@@ -210,6 +215,7 @@ def test_a_packed_teacher_is_kept_unpacked_with_the_same_weights(smollm2, tmp_pa
     assert model.tokenizer.backend_tokenizer.to_str() == anew.tokenizer.backend_tokenizer.to_str()
 
 
+@pytest.mark.system
 def test_bfloat16_keeps_the_direction(catalogue, vectors, tmp_path):
     source = find_teacher("smollm2-135m", "bfloat16")
     model = load_teacher(source)
@@ -223,6 +229,7 @@ def test_bfloat16_keeps_the_direction(catalogue, vectors, tmp_path):
     assert centred_cosine(found.vectors[:50, 0, 0], alone, mean).min() >= 0.9995
 
 
+@pytest.mark.system
 def test_short_types_give_nearly_the_same_vectors(tiny_folder, tmp_path):
     for architecture, dtype in itertools.product(ARCHITECTURES, ["bfloat16", "float16"]):
         exact = extract(load(tiny_folder(architecture)), FEW, tmp_path)
@@ -260,6 +267,7 @@ each_line(extract)
 KILLS = 10
 
 
+@pytest.mark.system
 def test_a_run_that_is_killed_again_and_again_leaves_the_same_file(tiny_folder, tmp_path):
     server = processes.start(EXTRACTIONS, tiny_folder("qwen3"))
 
@@ -292,6 +300,7 @@ def test_a_run_that_is_killed_again_and_again_leaves_the_same_file(tiny_folder, 
     assert {path.name for path in tmp_path.iterdir()} == {"killed.safetensors", "whole.safetensors"}
 
 
+@pytest.mark.system
 def test_when_memory_runs_out_batches_are_halved(tiny_folder, catalogue, tmp_path, caplog):
     """A real limit on this process's memory, which the big batch does not fit in and a smaller one does."""
     tiny = load(tiny_folder("qwen3"))

@@ -209,6 +209,7 @@ def assert_same(found, expected):
     assert errors.max() < ALIKE
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("options", [{}, {"student": "ridge"}, {"hidden_dim": 192}, {"hidden_dim": 800}], ids=str)
 def test_very_many_texts_get_the_vectors_of_few(data, vocabulary, options):
     alone = export(trained(replace(SHORT, epochs=1, **options), data)[1], data, vocabulary)
@@ -226,6 +227,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 MIXED = st.lists(st.one_of(WORDS, st.sampled_from(["river", "slow cooking", "Ⅷ", "x²", "two\nlines"])), min_size=1)
 
 
+@pytest.mark.system
 @settings(deadline=None, max_examples=40)
 @given(MIXED, MIXED, MIXED, st.integers(1, 400), st.integers(1, 40), st.booleans())
 def test_a_vector_does_not_depend_on_what_else_is_in_the_call(student, texts, before, after, times, batch_size, many):

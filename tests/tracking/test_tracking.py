@@ -46,6 +46,7 @@ def locked(workplace):
         proxy.close()
 
 
+@pytest.mark.system
 def test_credentials_are_used_and_written_nowhere(locked, workplace):
     proxy, behind = locked
     for number, (right, authorization) in enumerate(((BASIC, f"Basic {ENCODED}"), (TOKEN, f"Bearer {SECRET}"))):
@@ -72,6 +73,7 @@ def test_credentials_are_used_and_written_nowhere(locked, workplace):
         assert ENCODED.encode() not in held, path
 
 
+@pytest.mark.system
 def test_a_token_that_expires_during_training_is_reported_in_one_line_and_loses_nothing(locked):
     proxy, behind = locked
     proxy.authorization = f"Bearer {SECRET}"
@@ -95,6 +97,7 @@ def test_a_token_that_expires_during_training_is_reported_in_one_line_and_loses_
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
 
 
+@pytest.mark.system
 def test_a_command_waits_for_a_server_that_starts_late(workplace):
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
@@ -120,6 +123,7 @@ def test_a_command_waits_for_a_server_that_starts_late(workplace):
     assert Path("results").is_dir()
 
 
+@pytest.mark.system
 def test_a_command_waits_for_an_ingress_without_a_server_behind_it(locked):
     proxy, behind = locked
     proxy.absent = True

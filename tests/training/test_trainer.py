@@ -73,6 +73,7 @@ def test_every_option_of_training_is_the_same_in_a_stack(data, options):
             np.testing.assert_allclose(together[cell].curves[curve], alone.curves[curve], atol=1e-4)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("student", [name for name, kind in KINDS.items() if kind.solve])
 def test_closed_forms_are_the_same_in_a_stack(data, student):
     cells = [Cell(student=student, concepts=number, layer=15) for number in (60, 150)]
@@ -153,6 +154,7 @@ def test_a_curriculum_shows_the_easy_ones_first():
     assert [num_shown(cell, epoch, 100) for epoch in (0, 2, 5, 9)] == [25, 55, 100, 100]
 
 
+@pytest.mark.system
 def test_members_that_stop_early_leave_the_others_alone(data):
     # A rate at which some stop early; at twice the rate, rounding differences between stacks would grow.
     base = replace(SHORT, dropout=0.0, epochs=30, learning_rate=3e-2, concepts=60, inputs="embeddings")
@@ -173,6 +175,7 @@ def test_members_that_stop_early_leave_the_others_alone(data):
         np.testing.assert_allclose(trained.curves["val_cosine"], alone.curves["val_cosine"], atol=1e-4)
 
 
+@pytest.mark.system
 def test_bfloat16_costs_little(data):
     exact = replace(SHORT, concepts=400, hidden_dim=64, epochs=15, batch_size=128)
     cells = [exact, replace(exact, precision="bfloat16")]
@@ -197,6 +200,7 @@ def test_the_best_epoch_is_the_one_that_is_kept(data):
     assert trained.metrics["val_cosine"] == pytest.approx(max(scores), abs=1e-5)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("objective", ["cosine", "mse"])
 def test_an_mlp_without_dropout_can_memorise_its_training_concepts(data, objective):
     cell = replace(SHORT, objective=objective, concepts=40, hidden_dim=128, epochs=200, dropout=0.0, weight_decay=0.0)
@@ -204,6 +208,7 @@ def test_an_mlp_without_dropout_can_memorise_its_training_concepts(data, objecti
     assert trained.curves["train_loss"][-1] < 0.02
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("objective", ["cosine", "mse"])
 def test_the_length_of_an_answer_is_right_too(data, objective):
     cell = replace(SHORT, objective=objective, concepts=700, hidden_dim=128, epochs=30)
