@@ -112,7 +112,7 @@ def pytest_collection_modifyitems(items):
     """Long files first; what stands in tests/system is marked so, like single tests elsewhere that take long."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for item in items:
-        if item.path.parent.name == "system":
+        if item.path.parent.name == "system" and not item.get_closest_marker("short"):
             item.add_marker(pytest.mark.system)
 
 

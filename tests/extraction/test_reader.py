@@ -264,11 +264,10 @@ def extract(output):
 
 each_line(extract)
 """
-KILLS = 10
 
 
-@pytest.mark.system
-def test_a_run_that_is_killed_again_and_again_leaves_the_same_file(tiny_folder, tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.system)])
+def test_a_run_that_is_killed_again_and_again_leaves_the_same_file(tiny_folder, tmp_path, kills):
     server = processes.start(EXTRACTIONS, tiny_folder("qwen3"))
 
     def begin(name):
@@ -282,7 +281,7 @@ def test_a_run_that_is_killed_again_and_again_leaves_the_same_file(tiny_folder, 
     start = time.monotonic()
     assert server.stdout.readline() == "0\n"
     moments, held, long = random.Random(0), {}, time.monotonic() - start
-    for kill in range(KILLS):
+    for kill in range(kills):
         process, moment = begin("killed.safetensors"), time.monotonic() + moments.uniform(0, long)
         while time.monotonic() < moment and len(parts()) < 3 * kill + 3:  # of 40
             time.sleep(0.005)

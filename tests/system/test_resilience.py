@@ -135,11 +135,11 @@ def run(line):
 
 each_line(run)
 """
-KILLS = int(os.environ.get("TEST_KILLS", "5"))
 AWAY_SECONDS = float(os.environ.get("TEST_AWAY_SECONDS", "10"))
 
 
-def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, whole):
+@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.short), 20])
+def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, whole, kills):
     server = processes.start(SWEEPS, MLFLOW_TRACKING_URI=database())
 
     def begin(output):
@@ -147,7 +147,7 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, w
         return int(server.stdout.readline())
 
     moments, finished, ends = random.Random(0), {}, []
-    for _ in range(KILLS):
+    for _ in range(kills):
         process = begin("results")
         time.sleep(moments.uniform(0, 3))
         os.kill(process, signal.SIGKILL)
