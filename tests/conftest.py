@@ -105,7 +105,10 @@ def templates():
 
 
 # Files whose tests take longest, which begin first so that no worker is left alone with one at the end.
-LONG = ("test_container", "test_mlflow_run", "test_resilience", "test_interrupts", "test_tracking", "test_storage")
+LONG = (
+    "test_container", "test_mlflow_run", "test_resilience", "test_reader", "test_tracking", "test_run", "test_storage",
+    "test_interrupts", "test_predict", "test_student", "test_rows", "test_cli",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
