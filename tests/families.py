@@ -54,7 +54,7 @@ TINY = 1e-8
 COLUMNS = ("family", "class", "special", "shared", "float32", "bfloat16")
 INTRODUCTION = """# Families of models
 
-`make families` writes this page, and `make test` compares a quarter of the families, of every kind, with it. Of each
+`make families` writes this page, and the tests compare a quarter of the families, of every kind, with it. Of each
 they make a tiny random model, read it as `extract` reads a teacher, and compare the vectors with those of the
 untouched model of transformers
 {version}, which runs one prompt at a time: at the embeddings, halfway and after the last block, for short and long
