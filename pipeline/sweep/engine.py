@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,10 +28,11 @@ Claim = Callable[[list[Cell]], list[Cell]]  # returns those of some cells that t
 
 @dataclass(frozen=True)
 class Task:
-    """Cells to train together, from a snapshot of their stack where there is one."""
+    """Cells to train together, from a snapshot of their stack where there is one, or one that is finished already."""
 
     cells: list[Cell]
     snapshot: Snapshot | None = None
+    row: Row | None = None  # of a finished cell in the spool
 
 
 @dataclass
@@ -63,9 +64,9 @@ class Engine:
         cells = [cell for stack in stacks for cell in stack]
         found: list[Task] = []
         if resume:
-            finished = [cell for cell in cells if self.spool.row(self.keys[cell])]
-            rest = [cell for cell in cells if cell not in finished]
-            found = [Task([cell]) for cell in finished]
+            rows = {cell: row for cell in cells if (row := self.spool.row(self.keys[cell]))}
+            rest = [cell for cell in cells if cell not in rows]
+            found = [Task([cell], row=row) for cell, row in rows.items()]
             found += [Task(own, snapshot) for own, snapshot in self.spool.load_snapshots(self.keys, rest)]
         known = {cell for task in found for cell in task.cells}
         new = [rest for stack in stacks if (rest := [cell for cell in stack if cell not in known])]
@@ -120,7 +121,7 @@ class Engine:
     def _start_won(self, task: Task, won: set[Cell]) -> None:
         """Start a task with those of its cells that this worker has claimed."""
         if own := [cell for cell in task.cells if cell in won]:
-            self._start(Task(own, task.snapshot))
+            self._start(replace(task, cells=own))
 
     def _remove(self, lost: set[Cell]) -> None:
         """Remove the results of cells that other workers have claimed."""
@@ -138,6 +139,14 @@ class Engine:
         return self.pool.start(lambda job: self._train(task, job), on_end)
 
     def _train(self, task: Task, job: JobHandle) -> Iterator[Row]:
+        if task.row is not None:
+            epochs, scores = task.row["curves"]["epoch"], task.row["curves"]["val_cosine"]
+            losses = task.row["curves"].get("train_loss", [None] * len(scores))
+            for epoch, score, loss in zip(epochs, scores, losses, strict=True):
+                job.report(EpochResult(task.cells[0], epoch, score, loss))
+            yield task.row
+            return
+
         def save(snapshot: Snapshot) -> None:
             if not job.is_cancelled:
                 self.spool.save_snapshot(snapshot, self.keys, self.keys[task.cells[0]])

@@ -460,4 +460,4 @@ def test_a_finished_cell_that_another_worker_on_this_disk_has_removed_is_left_to
         assert recorder.claim([cell]) == [cell]
         assert recorder.upload("key", {}) is None
         assert recorder.claim([cell]) == [cell]  # and where that one has not finished it, it is trained again
-        recorder.close_unfinished("KILLED")
+        claims.close_unfinished("KILLED")
