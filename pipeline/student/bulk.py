@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.student.forward import linear, mlp
 from pipeline.student.lookup import POOLING, FloatArray, Table, TokenFeatures, TokenizedTexts
-from pipeline.training.kinds import KINDS
 
 ROWS = 1 << 14  # of a table converted at once
 
@@ -29,14 +30,17 @@ def bulk_of(
     Returns:
         The function; None for students that it does not speed up.
     """
-    if kind not in ("mlp", "ridge") or not {part.pool for part in features.parts} <= set(POOLING):
+    if (
+        kind not in ("mlp", "ridge")
+        or not features.is_folded
+        or not {part.pool for part in features.parts} <= {*POOLING}
+    ):
         return None
-    width = features.tables[features.parts[0].table].width
-    if features.is_folded and kind == "mlp" and width != parameters["out.weight"].shape[0]:
+    if kind == "mlp" and features.tables[features.parts[0].table].width != parameters["out.weight"].shape[0]:
         return None  # a linear skip in the tables
     tables = {name: _dense(table) for name, table in features.tables.items()}
-    held = {name: torch.from_numpy(value)[None] for name, value in parameters.items()}
-    return partial(_answer, features, tables, KINDS[kind].apply if held else None, held)
+    held = {name: torch.from_numpy(value) for name, value in parameters.items()}
+    return partial(_answer, features, tables, partial(mlp, activation=F.gelu) if kind == "mlp" else linear, held)
 
 
 def _dense(table: Table) -> Tensor:
@@ -51,7 +55,7 @@ def _dense(table: Table) -> Tensor:
 def _answer(
     features: TokenFeatures,
     tables: Mapping[str, Tensor],
-    apply: Callable[..., Tensor] | None,
+    forward: Callable[..., Any],
     parameters: dict[str, Tensor],
     asked: TokenizedTexts,
     shift: FloatArray,
@@ -66,13 +70,5 @@ def _answer(
             pooled.append(F.embedding_bag(values, table, offsets[:-1], mode="mean"))
         else:
             pooled.append(F.embedding(values[offsets[1:] - 1 if part.pool == "last" else offsets[:-1]], table))
-    offset, scale = torch.from_numpy(features.offset), torch.from_numpy(features.scale)
-    if features.is_folded:
-        read = pooled[0]
-        for own in pooled[1:]:
-            read += own
-        read -= offset
-    else:
-        read = (torch.cat(pooled, 1) - offset) / scale
-    answer = read if apply is None else apply(parameters, read[None])[0]
-    torch.from_numpy(out).copy_(answer).add_(torch.from_numpy(shift))
+    read = sum(pooled[1:], pooled[0]).sub_(torch.from_numpy(features.offset))
+    torch.from_numpy(out).copy_(forward(parameters, read)).add_(torch.from_numpy(shift))

@@ -7,6 +7,7 @@ parameters lack it, and the inputs are its output. A block's map may be a produc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -66,8 +67,8 @@ def gelu(x: FloatArray) -> FloatArray:
     return output
 
 
-def mlp(parameters: Parameters, inputs: FloatArray) -> FloatArray:
-    """A residual MLP, ``[n, features]`` to ``[n, d_model]``: `pipeline.training.mlp`."""
+def mlp(parameters: Parameters, inputs: FloatArray, activation: Callable[[Any], Any] = gelu) -> FloatArray:
+    """A residual MLP, ``[n, features]`` to ``[n, d_model]``: `pipeline.training.mlp`; also of torch's tensors."""
     weight = first_map(parameters)
     first: FloatArray = inputs if weight is None else inputs @ weight  # [n, hidden] or [n, hidden + d_model]
     width = parameters["out.weight"].shape[0]
@@ -78,7 +79,7 @@ def mlp(parameters: Parameters, inputs: FloatArray) -> FloatArray:
         change = hidden
         for factor in maps:
             change = change @ factor
-        hidden += gelu(change + parameters[f"{name}.bias"])
+        hidden += activation(change + parameters[f"{name}.bias"])
     output: FloatArray = hidden @ parameters["out.weight"]
     output += parameters["out.bias"]
     if first.shape[1] > width:
