@@ -1,31 +1,20 @@
-"""What a person sees while work goes on: progress bars and tables on the terminal (standard error)."""
+"""Progress bars, lines and tables on the terminal."""
 
 from __future__ import annotations
 
 import io
-import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any
 
 from rich import box, progress
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.analysis.results import sections
-from pipeline.analysis.rows import Row, cell_of, section_of
-from pipeline.analysis.tables import WIDTH, terminal_table, title, verdict
-from pipeline.data.dataset import Dataset
-from pipeline.settings import Cell
 from pipeline.storage import write_to_stdout
-from pipeline.sweep.run import ProgressListener
-from pipeline.training.stack import EpochResult
-from pipeline.training.trainer import epochs
 
 NOTICE_SECONDS = 15.0  # between two lines where there is no terminal
 
@@ -39,7 +28,7 @@ class _Rate(progress.ProgressColumn):
 
 
 @contextmanager
-def _bar(*columns: progress.ProgressColumn) -> Iterator[progress.Progress]:
+def progress_bar(*columns: progress.ProgressColumn) -> Iterator[progress.Progress]:
     """A progress bar on a terminal; elsewhere (a pod's log, a file) a line from time to time."""
     first = progress.TextColumn("[bold]{task.description}"), progress.BarColumn()
     last = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
@@ -80,51 +69,11 @@ def counting(work: str, unit: str) -> Callable[[int | None], AbstractContextMana
 
     @contextmanager
     def shown(total: int | None) -> Iterator[Callable[[float], None]]:
-        with _bar(progress.MofNCompleteColumn(), _Rate()) as bar:
+        with progress_bar(progress.MofNCompleteColumn(), _Rate()) as bar:
             task = bar.add_task(work, total=total, unit=unit)
             yield lambda count: bar.advance(task, count)
 
     return shown
-
-
-@contextmanager
-def sweep(data: Dataset) -> Iterator[ProgressListener]:
-    """One bar for a sweep of cells of these vectors: cells done, the best validation cosine, the time left."""
-    with _bar(progress.TextColumn("{task.fields[cells]}"), progress.TextColumn("{task.fields[best]}")) as bar:
-        task = bar.add_task("train", total=None, cells="", best="")
-        number_done = number_todo = 0
-        best = -1.0
-        last_epochs: Counter[Cell] = Counter()
-
-        def on_start(todo: Sequence[Cell], done: Sequence[Cell]) -> None:
-            nonlocal number_todo, best
-            number_todo = len(todo)
-            if len({section_of(vars(cell)) for cell in (*todo, *done)}) > 1:
-                best = math.inf  # cosines of several blocks or splits have no best
-            if done:
-                known = f"{len(done)} of {len(todo) + len(done)} cells were finished before"
-                console.print(f"{known} (--no-resume repeats them)")
-            # The time of an epoch is roughly proportional to its concepts.
-            bar.update(task, total=sum(epochs(cell) * cell.concepts for cell in todo), cells=f"0/{len(todo)} cells")
-
-        def advance(cell: Cell, epoch: int) -> None:
-            bar.advance(task, (epoch - last_epochs[cell]) * cell.concepts)
-            last_epochs[cell] = epoch
-
-        def on_epoch(step: EpochResult) -> None:
-            nonlocal best
-            if step.val_cosine > best:
-                best = step.val_cosine
-                bar.update(task, best=f"val cosine {best:.3f} ({data.omit_default(step.cell).name})")
-            advance(step.cell, step.epoch)
-
-        def on_cell(row: Row) -> None:
-            nonlocal number_done
-            number_done += 1
-            advance(cell_of(row), epochs(cell_of(row)))  # it may have stopped early, or trained in another worker
-            bar.update(task, cells=f"{number_done}/{number_todo} cells")
-
-        yield ProgressListener(on_start, on_epoch, on_cell)
 
 
 def lines(*texts: str) -> None:
@@ -132,17 +81,10 @@ def lines(*texts: str) -> None:
     write_to_stdout(f"{text}\n" for text in texts)
 
 
-def results(content: dict[str, Any]) -> None:
-    """Print the table and the verdict of each section of a results file."""
-    for section in sections(content):
-        if section.title:
-            lines(f"\n{section.title}:")
-        table(*terminal_table(section.results))
-        lines(f"{verdict(section.results)}\n")
-
-
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; rows whose first value is in parentheses are baselines and are dimmed."""
+    from pipeline.analysis.tables import WIDTH, title  # only here: it loads torch, which bars need not wait for
+
     shown = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         shown.add_column(title(name), justify="left" if name in ("student", "cell") else "right", overflow="fold")

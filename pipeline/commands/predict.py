@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from pipeline.commands import display
 from pipeline.data import lists
 from pipeline.errors import InputError, WorkError, choices
 from pipeline.settings import PredictOptions
@@ -65,16 +66,12 @@ def run_predict(options: PredictOptions, texts: Sequence[str]) -> None:
                 if holds:
                     write_to_stdout(_json_lines(chunk, sys.stdout.encoding))
         else:
-            from pipeline.commands.display import counting  # here, since it takes seconds to load
-
-            with counting("predict", "texts")(total) as advance:
+            with display.counting("predict", "texts")(total) as advance:
                 made = chunks(source, advance)
                 write_atomically(output.path, lambda part: WRITERS[kind](part, made, total, student))
             output.publish()
             output.remove_local_copy()
     if shown:
-        from pipeline.commands import display
-
         asked = {"nearest concepts (cosine)": options.nearest, "cosine with the true vector": options.compare}
         display.table(["text", *(title for title, is_asked in asked.items() if is_asked)], shown)
 

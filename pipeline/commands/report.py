@@ -15,6 +15,7 @@ from pipeline.analysis.rows import cell_of
 from pipeline.commands import display
 from pipeline.commands.find_sweep import load_sweep, vectors_for
 from pipeline.commands.page import html_page, markdown_page, page_section, page_title
+from pipeline.commands.sweep_display import show_results
 from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.settings import ReportOptions
@@ -34,7 +35,7 @@ def run_report(options: ReportOptions) -> None:
             display.lines(*_predict_sections(results, options.predict, data, output))
             return
         written = write_report(results, stem, output, students, data)
-    display.results(results)
+    show_results(results)
     display.lines(*map(str, written))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.analysis.export_choice import baseline_student, best_exportable
 from pipeline.analysis.results import Section, results_of, sections
 from pipeline.commands import display
+from pipeline.commands.sweep_display import show_results, watch_sweep
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError
@@ -106,13 +107,13 @@ def _make_context(name: str, data: Dataset, options: TrainOptions | SweepOptions
 def _run(job: SweepJob) -> None:
     """Train the cells, conclude the sweep if this worker completes it, and print the results or the progress."""
     with (
-        display.sweep(job.context.data) as listener,
+        watch_sweep(job.context.data) as listener,
         run_sweep(job.cells, replace(job.context, listener=listener)) as sweep,
     ):
         concluded = _conclude(sweep, job) if isinstance(sweep, Complete) else None
     if concluded is not None:
         results, lines = concluded
-        display.results(results)
+        show_results(results)
         display.lines(*lines)
     elif isinstance(sweep, Incomplete):
         name, shard, report = sweep.sweep_id, job.context.shard, "the shard that completes the sweep writes the report"
