@@ -43,7 +43,7 @@ def close_on_interrupt(close: Callable[[], None]) -> Iterator[None]:
     _closers.append(once)
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # whatever a library makes of an interruption; anything else goes on unchanged
         if _interrupted.is_set() or isinstance(error, KeyboardInterrupt):
             once()
             raise KeyboardInterrupt from error

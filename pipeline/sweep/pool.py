@@ -181,7 +181,7 @@ class StackPool(Generic[T]):
                 try:
                     for value in self._run_process(job, handle) if self._forks else job(handle):
                         self._results.put((handle, value))
-                except BaseException as error:
+                except BaseException as error:  # of any kind: `next_result` raises it again for the one who waits
                     failure = error
                 with self._lock:
                     self._running[0] -= 1
@@ -246,7 +246,7 @@ class StackPool(Generic[T]):
             for value in job(handle):
                 sender.send((RESULT, value))
             sender.send((ENDED, None))
-        except BaseException as error:
+        except BaseException as error:  # of any kind: the parent raises it again, for this process only ends
             _send_error(sender, error)
         finally:
             os._exit(0)
