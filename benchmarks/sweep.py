@@ -34,7 +34,8 @@ from torch.nn import functional as F
 from pipeline.analysis.results import read_results, results_of
 from pipeline.commands.find_sweep import newest_results
 from pipeline.commands.sweep import train_grid
-from pipeline.data.dataset import Dataset, Examples, Subset
+from pipeline.data.dataset import Dataset, Subset
+from pipeline.data.examples import Examples, LazyExamples
 from pipeline.data.vectors import read_vectors
 from pipeline.devices import training_precision
 from pipeline.metrics import cosines
@@ -88,10 +89,10 @@ class PlainStudent(nn.Module):
         return answer
 
 
-def plain_training(cell: Cell, train: Examples, val: Examples, scale: float) -> Iterator[dict[str, float]]:
+def plain_training(cell: Cell, train: LazyExamples, val: Examples, scale: float) -> Iterator[dict[str, float]]:
     """Train one student; the losses and scores of each epoch."""
     torch.manual_seed(cell.seed)
-    inputs, targets = train.inputs, train.targets / scale
+    inputs, targets = train.inputs[:], train.targets[:] / scale
     student = PlainStudent(inputs.shape[1], targets.shape[1], cell)
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=cell.learning_rate, weight_decay=cell.weight_decay, fused=True

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.data.dataset import Examples, Subset
+from pipeline.data.dataset import Subset
+from pipeline.data.examples import Examples
 
 
 def constant_mean(_subset: Subset, side: Examples) -> Tensor:
@@ -16,8 +17,15 @@ def constant_mean(_subset: Subset, side: Examples) -> Tensor:
 
 def nearest(subset: Subset, side: Examples) -> Tensor:
     """The vector of the training concept whose features have the highest cosine, ``[N, d_model]``."""
-    similarity = F.normalize(side.inputs, dim=-1) @ F.normalize(subset.train.inputs, dim=-1).mT  # [N, train]
-    return subset.train.targets[similarity.argmax(-1)]
+    found = torch.zeros(len(side.rows), dtype=torch.long)
+    best = torch.full((len(side.rows),), -torch.inf)
+    start, inputs = 0, F.normalize(side.inputs, dim=-1)
+    for chunk, _ in subset.train.chunks():
+        similarity, place = (inputs @ F.normalize(chunk, dim=-1).mT).max(-1)  # [N]
+        found = torch.where(similarity > best, start + place, found)
+        best = best.maximum(similarity)
+        start += len(chunk)
+    return subset.train.targets[found]
 
 
 BASELINES = {"mean": constant_mean, "nearest": nearest}

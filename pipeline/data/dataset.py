@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.concepts import balanced_order, split_by_category
+from pipeline.data.examples import Examples, LazyExamples, LazyMatrix, moments
 from pipeline.data.stems import stem_groups
 from pipeline.data.vectors import Vectors
 from pipeline.errors import InputError, choices
@@ -27,7 +28,7 @@ from pipeline.student.lookup import (
     TokenizedTexts,
     parse_inputs,
 )
-from pipeline.student.tokenizer import RaggedArray
+from pipeline.student.tokenizer import IntArray, RaggedArray
 
 WHITENING = 1.0  # shrinkage, in mean eigenvalues of the embeddings' covariance
 VARIANTS = 8  # of each training concept, with token dropout
@@ -40,20 +41,11 @@ MIN_SCALE = 1e-12  # of what does not vary
 TokenTables = Mapping[str, NDArray[Any]]  # by name, [vocabulary, d_model]
 
 
-@dataclass(frozen=True)
-class Examples:
-    """One side of a split, ready for a student."""
-
-    rows: list[int]  # N concepts' rows in the vectors file
-    inputs: Tensor  # [N, features], standardised
-    targets: Tensor  # [N, d_model], activation vectors minus mu
-
-
 @dataclass(frozen=True, eq=False)
 class Subset:
     """A training subset with the held-out concepts; all statistics are those of the training concepts."""
 
-    train: Examples
+    train: LazyExamples
     val: Examples
     test: Examples
     mean: Tensor  # [d_model], mu of the training vectors
@@ -62,14 +54,7 @@ class Subset:
     concepts: tuple[str, ...]  # all of the vectors file, by row
     language: str
     variants: int  # of each training concept in `augmented`, one after another
-    augmented: Examples  # for gradient descent, with other targets or dropped tokens; else `train`
-
-    @cached_property
-    def gram(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues ``[N]`` and eigenvectors ``[N, N]`` of the inputs' Gram matrix, float64, for all linear maps."""
-        inputs = self.train.inputs.double()
-        values, vectors = torch.linalg.eigh(inputs @ inputs.mT)
-        return values.clamp(min=0), vectors
+    augmented: LazyExamples  # for gradient descent, with other targets or dropped tokens; else `train`
 
 
 def student_inputs(cell: Cell) -> str:
@@ -85,6 +70,7 @@ class Dataset:
 
     vectors: Vectors
     _subsets: dict[tuple[object, ...], Subset] = field(default_factory=dict)
+    _rows: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.vectors.token_ids):
@@ -102,8 +88,10 @@ class Dataset:
 
     def rows(self, side: str, split: str = "concepts") -> list[int]:
         """Select the rows of one side of a split, in the order in which training subsets are taken."""
-        sides = self.vectors.splits if split == "concepts" else self._categories_apart
-        return [row for row in self._order if sides[row] == side]
+        if (side, split) not in self._rows:
+            sides = self.vectors.splits if split == "concepts" else self._categories_apart
+            self._rows[side, split] = [row for row in self._order if sides[row] == side]
+        return self._rows[side, split]
 
     @cached_property
     def _order(self) -> list[int]:
@@ -135,7 +123,7 @@ class Dataset:
         rows = {"sequence": self.max_tokens} | {one: len(pools) for one, (_, pools) in POOLED_INPUTS.items()}
         return one_hot.get(name, rows.get(name, 1) * self.vectors.d_model)
 
-    @property
+    @cached_property
     def max_tokens(self) -> int:
         """Tokens of the longest concept."""
         return int(self.vectors.token_rows.lengths.max())
@@ -172,43 +160,84 @@ class Dataset:
             raise InputError(f"--concepts {cell.concepts}: {found}; ask for no more")
 
     def _make_subset(self, cell: Cell) -> Subset:
-        rows_of = {side: self.rows(side, cell.split) for side in ("train", "val", "test")}
-        train = rows_of["train"] = rows_of["train"][: cell.concepts]
-        layer = self.vectors.layer_index(cell.layer)
-        templates = self.vectors.vectors[:, : 1 if cell.targets == "first" else None, layer]
-        residual = torch.from_numpy(templates.astype(np.float32))  # [concepts, templates, d_model]
-        residual -= residual[train].mean(0) - residual[train, 0].mean(0)  # every template around the first one's mean
-        mean = residual[train, 0].mean(0)
-        scale = (residual[train, 0] - mean).square().mean().sqrt().clamp(min=MIN_SCALE).item()
-        features, inputs = self._fit_features(cell, train)
-        sides = {side: Examples(rows, inputs[rows], residual[rows, 0] - mean) for side, rows in rows_of.items()}
-        if cell.targets == "mean":
-            sides["train"] = replace(sides["train"], targets=residual[train].mean(1) - mean)
-        variants, augmented = self._augment(cell, features, sides["train"], residual[train] - mean)
-        about = (features, self.vectors.concepts, self.vectors.language)
-        return Subset(sides["train"], sides["val"], sides["test"], mean, scale, *about, variants, augmented)
+        train = np.array(self.rows("train", cell.split)[: cell.concepts])
+        block = self.vectors.layer_index(cell.layer)
 
-    def _fit_features(self, cell: Cell, rows: list[int]) -> tuple[TokenFeatures, Tensor]:
-        """Fit the cell's features on training rows; with the inputs of all concepts, ``[concepts, features]``."""
+        def residual(rows: IntArray, template: int) -> FloatArray:
+            return np.asarray(self.vectors.vectors[rows, template, block], np.float32)
+
+        templates = 1 if cell.targets == "first" else len(self.vectors.templates)
+        statistics = [moments(LazyMatrix.of(train, partial(residual, template=number))) for number in range(templates)]
+        offset = np.array([mean for mean, _ in statistics], np.float32)  # [templates, d_model]
+        scale = max(float(np.sqrt(statistics[0][1].mean())), MIN_SCALE)
+
+        def centred(rows: IntArray, template: int = 0) -> FloatArray:
+            return np.asarray(residual(rows, template) - offset[template])
+
+        def averaged(rows: IntArray) -> FloatArray:
+            return np.asarray(np.mean([centred(rows, template) for template in range(templates)], 0))
+
+        features = self._fit_features(cell, train)
+
+        def inputs(rows: IntArray) -> FloatArray:
+            return features(self._texts(rows))
+
+        def held_out(side: str) -> Examples:
+            rows = self.rows(side, cell.split)
+            return Examples(rows, *(torch.from_numpy(read(np.array(rows))) for read in (inputs, centred)))
+
+        target = averaged if cell.targets == "mean" else centred
+        examples = LazyExamples(train.tolist(), LazyMatrix.of(train, inputs), LazyMatrix.of(train, target))
+        variants = VARIANTS if cell.token_dropout else templates if cell.targets == "all" else 1
+        augmented = self._augment(cell, variants, features, train, target) if variants > 1 else examples
+        about = (features, self.vectors.concepts, self.vectors.language, variants, augmented)
+        return Subset(examples, held_out("val"), held_out("test"), torch.from_numpy(offset[0]), scale, *about)
+
+    def _augment(
+        self, cell: Cell, variants: int, features: TokenFeatures, train: IntArray, target: Callable[..., FloatArray]
+    ) -> LazyExamples:
+        """Make variants of each training concept, next to each other: with dropped tokens, or one template each."""
+        rows = np.repeat(train, variants)  # [N variants]
+        tokens = self.vectors.token_rows.take(rows)
+        if cell.token_dropout:
+            draw, whole = np.random.default_rng(0), [self.vectors.token_rows[row] for row in train]
+            kept = [[_drop_tokens(row, cell.token_dropout, draw) for row in whole] for _ in range(1, variants)]
+            order = np.arange(len(rows)).reshape(variants, -1).T.flatten()  # of the concepts' variants in the lists
+            tokens = RaggedArray.from_lists([row for lists in (whole, *kept) for row in lists]).take(order)
+        templates = len(self.vectors.templates) if cell.targets == "all" else 1
+
+        def inputs(numbers: IntArray) -> FloatArray:
+            return features(replace(self._texts(rows[numbers]), tokens=tokens.take(numbers)))
+
+        def targets(numbers: IntArray) -> FloatArray:
+            return target(rows[numbers], numbers % variants % templates) if templates > 1 else target(rows[numbers])
+
+        numbers = np.arange(len(rows))
+        return LazyExamples(rows.tolist(), LazyMatrix.of(numbers, inputs), LazyMatrix.of(numbers, targets))
+
+    def _texts(self, rows: IntArray) -> TokenizedTexts:
+        """The concepts of some rows, ready to be looked up."""
+        concepts = self.vectors.concepts
+        return TokenizedTexts([concepts[row] for row in rows], self.vectors.token_rows.take(rows), rows)
+
+    def _fit_features(self, cell: Cell, rows: IntArray) -> TokenFeatures:
+        """Fit the cell's features on training rows."""
         inputs, zero, one = student_inputs(cell), np.zeros(1, np.float32), np.ones(1, np.float32)
         features = TokenFeatures(parse_inputs(inputs), self._tables(inputs, rows), zero, one, self.max_tokens)
-        concepts = self.vectors.concepts
-        pooled = features.pooled(TokenizedTexts(concepts, self.vectors.token_rows, np.arange(len(concepts))))
         if inputs == "sequence":  # the table itself is standardised, and zeros stand where no token is
-            return features, torch.from_numpy(pooled[0])
-        offset = np.concatenate([values[rows].mean(0) for values in pooled])
-        scale, joined = np.empty_like(offset), np.concatenate(pooled, 1)
+            return features
+        mean, variance = moments(LazyMatrix.of(rows, lambda rows: features(self._texts(rows))))
+        scale = np.empty(len(mean), np.float32)
         start = 0
         for name in inputs.split("+"):  # one scale for all columns of an input: how they differ in spread matters
             columns = slice(start, start := start + self._width(name))
-            spread = np.square(joined[rows, columns] - offset[columns]).mean()
-            scale[columns] = max(float(np.sqrt(spread)), MIN_SCALE)
-        return replace(features, offset=offset, scale=scale), torch.from_numpy((joined - offset) / scale)
+            scale[columns] = max(float(np.sqrt(variance[columns].mean())), MIN_SCALE)
+        return replace(features, offset=mean.astype(np.float32), scale=scale)
 
-    def _tables(self, inputs: str, rows: list[int], vocabulary: TokenTables | None = None) -> dict[str, Table]:
+    def _tables(self, inputs: str, rows: IntArray, vocabulary: TokenTables | None = None) -> dict[str, Table]:
         """Make the tables of inputs, fitted on training rows; for the tokens of the vectors file or of a vocabulary."""
         vectors = self.vectors
-        train_types = np.unique(vectors.token_rows.take(np.array(rows)).values)
+        train_types = np.unique(vectors.token_rows.take(rows).values)
         tables = {}
         for name in inputs.split("+"):
             if name.startswith(BLOCK):
@@ -227,28 +256,11 @@ class Dataset:
     def vocabulary_features(self, cell: Cell, vocabulary: TokenTables) -> TokenFeatures:
         """Extend the cell's features to all token ids of a vocabulary."""
         subset = self.subset(cell)
-        return replace(subset.features, tables=self._tables(student_inputs(cell), subset.train.rows, vocabulary))
-
-    def _augment(self, cell: Cell, features: TokenFeatures, train: Examples, targets: Tensor) -> tuple[int, Examples]:
-        """Make variants of the training side from centred targets ``[N, templates, d_model]``; their number first."""
-        templates = targets.unbind(1) if cell.targets == "all" else (train.targets,)
-        variants = VARIANTS if cell.token_dropout else len(templates)
-        if variants == 1:
-            return 1, train
-        outputs = [templates[number % len(templates)] for number in range(variants)]
-        inputs = [train.inputs] * variants
-        if cell.token_dropout:
-            draw, texts = np.random.default_rng(0), [self.vectors.concepts[row] for row in train.rows]
-            for number in range(1, variants):
-                kept = [_drop_tokens(self.vectors.token_rows[row], cell.token_dropout, draw) for row in train.rows]
-                tokenized = TokenizedTexts(texts, RaggedArray.from_lists(kept), np.array(train.rows))
-                inputs[number] = torch.from_numpy(features(tokenized))
-        # A concept's variants stand next to each other.
-        flat = [torch.stack(parts, 1).flatten(0, 1) for parts in (inputs, outputs)]
-        return variants, Examples(train.rows, *flat)
+        rows = np.array(subset.train.rows)
+        return replace(subset.features, tables=self._tables(student_inputs(cell), rows, vocabulary))
 
 
-def _drop_tokens(rows: NDArray[np.int64], share: float, draw: np.random.Generator) -> NDArray[np.int64]:
+def _drop_tokens(rows: IntArray, share: float, draw: np.random.Generator) -> IntArray:
     """Remove a share of a concept's tokens, but not all."""
     kept = np.flatnonzero(draw.random(len(rows)) >= share)
     return rows[kept if len(kept) else [int(draw.integers(len(rows)))]]

@@ -184,7 +184,7 @@ def read_vectors(path: Path) -> Vectors:
     """Read and check a vectors file, ``.safetensors`` or older ``.pt``.
 
     Returns:
-        Its content.
+        Its content; the tensors of a ``.safetensors`` file are mapped, and read from disk where they are used.
 
     Raises:
         InputError: missing, truncated or changed, of another format, an ambiguous ``.pt`` file, or with values that
@@ -193,8 +193,11 @@ def read_vectors(path: Path) -> Vectors:
     if not path.is_file():
         raise InputError(f"vectors file {path}: not found; make it with 'extract', or name another with --vectors")
     found = _read_pt(path) if path.suffix == ".pt" else _read_safetensors(path)
-    if not np.isfinite(found.vectors).all():
-        rows = np.flatnonzero(~np.isfinite(found.vectors).all(axis=(1, 2, 3)))
+    size = max(1, CHUNK_BYTES // max(1, found.vectors[:1].nbytes))
+    chunks = (found.vectors[start : start + size] for start in range(0, len(found.vectors), size))
+    is_finite = np.concatenate([np.isfinite(chunk).all(axis=(1, 2, 3)) for chunk in chunks])
+    if not is_finite.all():
+        rows = np.flatnonzero(~is_finite)
         which = f"{len(rows)} concepts have values that are not finite, first {found.concepts[rows[0]]!r}"
         raise InputError(f"vectors file {path}: {which}; extract them again")
     if not (np.isfinite(found.token_embeddings).all() and np.isfinite(found.token_activations).all()):
@@ -204,9 +207,9 @@ def read_vectors(path: Path) -> Vectors:
 
 def _read_safetensors(path: Path) -> Vectors:
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(path, framework="pt") as file:  # whose tensors are views of the mapped file
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         with path.open("rb") as file:
             if file.read(2) in PICKLES:

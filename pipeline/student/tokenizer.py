@@ -50,9 +50,10 @@ class RaggedArray:
 
     def take(self, places: IntArray) -> RaggedArray:
         """Select the lists at places ``[m]``, in their order."""
-        lengths = self.lengths[places]
+        starts = self.offsets[places]
+        lengths = self.offsets[places + 1] - starts
         offsets = np.concatenate([[0], lengths.cumsum()])
-        rows = np.repeat(self.offsets[:-1][places] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        rows = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
         return RaggedArray(self.values[rows], offsets)
 
     def part(self, start: int, stop: int) -> RaggedArray:

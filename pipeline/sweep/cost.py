@@ -9,8 +9,8 @@ import torch
 
 from pipeline.data.dataset import Dataset
 from pipeline.settings import Cell
+from pipeline.training.batches import largest_batch, steps_of_epoch
 from pipeline.training.kinds import KINDS
-from pipeline.training.stack import largest_batch, steps_of_epoch
 from pipeline.training.trainer import epochs, stack_key
 
 MAX_IMBALANCE = 1.2  # load of a worker, in units of its equal share, from which a stack is split

@@ -1,4 +1,8 @@
-"""Students in closed form: ridge regression and kernel ridge regression, with regularisation chosen on validation."""
+"""Students in closed form: ridge regression and kernel ridge regression, with regularisation chosen on validation.
+
+Training concepts are read in chunks, and no matrix of concepts x concepts is held where there are more concepts than
+features or landmarks.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,12 @@ from pipeline.metrics import cosines
 
 # In units of the mean eigenvalue of the features' Gram matrix, so that it does not depend on scale or size.
 STRENGTHS = np.logspace(-4, 2, 49)
-# Of the kernel: in units of its matrix's mean eigenvalue, and exponents at the mean squared distance of concepts.
+# Of the kernel: in units of its mean eigenvalue, and exponents at the mean squared distance of concepts.
 KERNEL_STRENGTHS = np.logspace(-4, 1, 21)
 KERNEL_WIDTHS = (0.2, 0.4, 0.8, 1.6)
+LANDMARKS = 2000  # concepts at which a kernel is centred, at the most
+MIN_EIGENVALUE = 1e-12  # share of the largest below which a direction counts as none
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -28,46 +35,108 @@ class Fit:
     val_cosine: float
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """Ridge regression for all strengths: ``directions (values + strength)^-1 moments`` is the map, in float64."""
+
+    values: Tensor  # [k], eigenvalues of the Gram matrix
+    directions: Tensor  # [features, k], its eigenvectors
+    moments: Tensor  # [k, d_model], products of inputs along the directions with the targets
+
+    def weight(self, strength: Tensor) -> Tensor:
+        """The map for one strength, ``[features, d_model]``."""
+        return self.directions @ (self.moments / (self.values + strength)[:, None])
+
+
 def residual_prior(subset: Subset) -> Tensor:
     """Scaled identity from each residual input to the target, ``[features, d_model]``; zero for other inputs."""
     # Every block adds to the residual stream, so the output of an early block is still part of it. The scales come
     # from least squares on standardised columns: otherwise the few very large columns would decide alone.
-    x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
-    d_model, weights = y.shape[1], 1 / y.std(0).clamp(min=1e-12)
-    residual_columns = subset.features.residual_columns
-    weight = torch.zeros(x.shape[1], d_model, dtype=torch.float64)
-    if residual_columns:
-        parts = torch.stack([(weights * x[:, part]).flatten() for part in residual_columns], 1)  # [N d_model, streams]
-        gains = torch.linalg.lstsq(parts, (weights * y).flatten()[:, None]).solution
-        for part, gain in zip(residual_columns, gains, strict=True):
-            weight[part] = gain * torch.eye(d_model, dtype=torch.float64)
+    (size, d_model), residual_columns = subset.train.targets.shape, subset.features.residual_columns
+    weight = torch.zeros(subset.train.inputs.shape[1], d_model, dtype=torch.float64)
+    if not residual_columns:
+        return weight
+    streams = len(residual_columns)
+    squares, products = torch.zeros(streams, streams, d_model).double(), torch.zeros(streams, d_model).double()
+    sums = torch.zeros(2, d_model, dtype=torch.float64)
+    for inputs, targets in subset.train.chunks():
+        y = targets.double() / subset.scale
+        parts = torch.stack([inputs[:, part].double() for part in residual_columns])  # [streams, n, d_model]
+        squares += torch.einsum("snd,tnd->std", parts, parts)
+        products += torch.einsum("snd,nd->sd", parts, y)
+        sums += torch.stack([y.sum(0), y.square().sum(0)])
+    variance = (sums[1] - sums[0].square() / size) / max(1, size - 1)
+    precision = 1 / variance.clamp(min=1e-24)  # [d_model]
+    gains = np.linalg.lstsq((squares @ precision).numpy(), (products @ precision).numpy(), rcond=MIN_EIGENVALUE)[0]
+    for part, gain in zip(residual_columns, gains, strict=True):
+        weight[part] = gain * torch.eye(d_model, dtype=torch.float64)
     return weight
 
 
-@functools.lru_cache(maxsize=64)
-def fit_ridge(subset: Subset) -> Fit:
-    """Ridge regression for every strength at once, in the dual form through the Gram matrix's eigenvectors.
+@functools.lru_cache(maxsize=8)
+def ridge_spectrum(subset: Subset, device: torch.device = CPU) -> tuple[Tensor, Spectrum]:
+    """The prior map, and the spectrum of the regression of what it leaves on the inputs.
 
-    ``w = W + X^T U (L + s)^-1 U^T (Y - X W)`` for inputs ``X``, targets ``Y``, ``X X^T = U L U^T`` and the prior map
-    ``W`` towards which it is shrunk (Saunders, Gammerman and Vovk, 1998, "Ridge regression learning algorithm in dual
-    variables").
+    Solved in the smaller space: of features by their Gram matrix, or of concepts in the dual form (Saunders, Gammerman
+    and Vovk, 1998, "Ridge regression learning algorithm in dual variables").
 
     Returns:
-        The fit with the best validation cosine, computed in float64.
+        The prior ``[features, d_model]`` and the spectrum, in float64 on the CPU.
     """
     prior = residual_prior(subset)
-    x = subset.train.inputs.double()
-    y = subset.train.targets.double() / subset.scale - x @ prior
-    values, u = subset.gram
-    strengths = torch.from_numpy(STRENGTHS) * values.sum() / min(x.shape)
-    shrink = 1 / (values + strengths[:, None])  # [strengths, N]
-    rotated = u.mT @ y  # [N, d_model]
-    held, truth = subset.val.inputs.double(), subset.val.targets.double()
-    projected, passed = held @ (x.mT @ u), held @ prior  # [val, N], [val, d_model]
-    scores = [cosines(passed + projected @ (s[:, None] * rotated), truth).mean() for s in shrink]
-    best = int(torch.stack(scores).argmax())
-    weight = prior + x.mT @ (u @ (shrink[best, :, None] * rotated))  # [features, d_model]
-    return Fit({"weight": weight.float()}, float(strengths[best]), float(scores[best]))
+    features, on_device = len(prior), prior.to(device)
+    if _is_dual(subset.train.inputs.shape):
+        x, y = (part[:].to(device).double() for part in (subset.train.inputs, subset.train.targets))
+        values, vectors = _eigenpairs(x @ x.mT)
+        directions = x.mT @ (vectors / values.sqrt())
+        moments = values.sqrt()[:, None] * (vectors.mT @ (y / subset.scale - x @ on_device))
+    else:
+        gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        products = torch.zeros(features, prior.shape[1], dtype=torch.float64, device=device)
+        for inputs, targets in subset.train.chunks():
+            x, y = inputs.to(device).double(), targets.to(device).double()
+            gram.addmm_(x.mT, x)
+            products.addmm_(x.mT, y)
+        values, directions = _eigenpairs(gram)
+        moments = directions.mT @ (products / subset.scale - gram @ on_device)
+    return prior, Spectrum(values.cpu(), directions.cpu(), moments.cpu())
+
+
+def _is_dual(shape: tuple[int, int]) -> bool:
+    """Whether the space of concepts is the smaller one, for ``[concepts, features]``."""
+    return shape[0] <= shape[1]
+
+
+def _eigenpairs(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``[k]`` of a Gram matrix that are not zero, and their eigenvectors ``[n, k]``."""
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > MIN_EIGENVALUE * values[-1]
+    return values[kept], vectors[:, kept]
+
+
+@functools.lru_cache(maxsize=64)
+def fit_ridge(subset: Subset, device: torch.device = CPU) -> Fit:
+    """Ridge regression, shrunk towards `residual_prior`, for every strength; the best on validation, in float64."""
+    prior, spectrum = ridge_spectrum(subset, device)
+    mean_eigenvalue = spectrum.values.sum() / min(subset.train.inputs.shape)
+    strengths = torch.from_numpy(STRENGTHS) * mean_eigenvalue
+    held = subset.val.inputs.double()
+    best, score = _best_strength(spectrum, strengths, held @ spectrum.directions, held @ prior, subset)
+    weight = prior + spectrum.weight(best)
+    return Fit({"weight": weight.float()}, float(best), score)
+
+
+def _best_strength(
+    spectrum: Spectrum, strengths: Tensor, projected: Tensor, passed: Tensor, subset: Subset
+) -> tuple[Tensor, float]:
+    """The best strength and its validation cosine, by held-out inputs ``[val, k]`` and the prior's predictions."""
+    truth = subset.val.targets.double()
+    scores = torch.stack([
+        cosines(passed + (projected / (spectrum.values + strength)) @ spectrum.moments, truth).mean()
+        for strength in strengths
+    ])  # fmt: skip
+    best = int(scores.argmax())
+    return strengths[best], float(scores[best])
 
 
 def apply_linear(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:
@@ -80,27 +149,48 @@ def gaussian(inputs: Tensor, support: Tensor, width: Tensor) -> Tensor:
     return torch.exp(-width * torch.cdist(inputs, support).square())
 
 
-def fit_kernel(subset: Subset) -> Fit:
-    """Kernel ridge regression on top of `residual_prior`, for every width and strength; the best on validation."""
-    prior = residual_prior(subset)
-    x, held = subset.train.inputs.double(), subset.val.inputs.double()
-    y, truth = subset.train.targets.double() / subset.scale - x @ prior, subset.val.targets.double()
+def fit_kernel(subset: Subset, device: torch.device = CPU) -> Fit:
+    """Kernel ridge regression on top of `residual_prior`, for every width and strength; the best on validation.
+
+    The kernel is centred at the first `LANDMARKS` training concepts: exact where these are all, else by the Nystroem
+    method (Williams and Seeger, 2001), which fits all concepts with functions centred there.
+    """
+    prior = residual_prior(subset).to(device)
+    support = subset.train.inputs[:LANDMARKS].to(device).double()  # [landmarks, features]
+    held = subset.val.inputs.to(device).double()
     passed = held @ prior  # [val, d_model]
-    typical = torch.pdist(x).square().mean()
-    best = Fit({}, 0.0, -2.0)
+    spread = _mean_squared_distance(subset)
+    found = Fit({}, 0.0, -2.0)
     for width in KERNEL_WIDTHS:
-        scaled = (width / typical).reshape(1, 1, 1)
-        values, u = torch.linalg.eigh(gaussian(x[None], x[None], scaled)[0])
-        across = gaussian(held[None], x[None], scaled)[0] @ u  # [val, N]
-        rotated = u.mT @ y  # [N, d_model]
-        for strength in torch.from_numpy(KERNEL_STRENGTHS) * values.clamp(min=0).mean():
-            shrunk = rotated / (values.clamp(min=0) + strength)[:, None]
-            score = cosines(passed + across @ shrunk, truth).mean().item()
-            if score > best.val_cosine:
-                dual = u @ shrunk
-                maps = {"weight": dual, "skip.weight": prior, "support": x, "width": scaled[0]}
-                best = Fit({name: value.float() for name, value in maps.items()}, float(strength), score)
-    return best
+        scaled = torch.tensor(width / spread, dtype=torch.float64, device=device).reshape(1, 1, 1)
+        values, vectors = _eigenpairs(gaussian(support[None], support[None], scaled)[0])
+        basis = vectors / values.sqrt()  # [landmarks, k]: products of features are the kernel
+        gram = torch.zeros(len(values), len(values), dtype=torch.float64, device=device)
+        products = torch.zeros(len(values), prior.shape[1], dtype=torch.float64, device=device)
+        for inputs, targets in subset.train.chunks():
+            x = inputs.to(device).double()
+            features = gaussian(x[None], support[None], scaled)[0] @ basis  # [n, k]
+            gram.addmm_(features.mT, features)
+            products.addmm_(features.mT, targets.to(device).double() / subset.scale - x @ prior)
+        values, directions = _eigenpairs(gram)
+        spectrum = Spectrum(values.cpu(), (basis @ directions).cpu(), (directions.mT @ products).cpu())
+        across = (gaussian(held[None], support[None], scaled)[0] @ basis @ directions).cpu()  # [val, k]
+        # The kernel's mean eigenvalue is that of its diagonal, 1.
+        strength, score = _best_strength(spectrum, torch.from_numpy(KERNEL_STRENGTHS), across, passed.cpu(), subset)
+        if score > found.val_cosine:
+            maps = {"weight": spectrum.weight(strength), "skip.weight": prior, "support": support, "width": scaled[0]}
+            found = Fit({name: value.float().cpu() for name, value in maps.items()}, float(strength), score)
+    return found
+
+
+def _mean_squared_distance(subset: Subset) -> float:
+    """The mean squared distance of two training concepts' inputs."""
+    size, columns = subset.train.inputs.shape
+    total, squares = torch.zeros(columns, dtype=torch.float64), 0.0
+    for inputs, _ in subset.train.chunks():
+        total += inputs.double().sum(0)
+        squares += float(inputs.double().square().sum())
+    return 2 * (squares - float(total.square().sum()) / size) / (size - 1)
 
 
 def apply_kernel(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.data.dataset import Subset
 from pipeline.metrics import cosines
 from pipeline.settings import Cell
-from pipeline.training.closed_form import fit_ridge, residual_prior
+from pipeline.training.closed_form import fit_ridge, ridge_spectrum
 
 START = 0.25  # share of the training concepts that the first epoch shows
 CURRICULA = ("none", "frequency", "ridge")
@@ -33,13 +33,15 @@ def leave_one_out(subset: Subset) -> Tensor:
     """Cosine of each training concept's vector with its prediction by ridge regression on all others, ``[N]``."""
     # In closed form: with the hat matrix H, the residual without a concept is its residual over 1 - H_ii. The prior
     # map of the regression stays that of all concepts: it has a handful of numbers.
-    values, u = subset.gram
-    shrink = values / (values + fit_ridge(subset).strength)
-    y = subset.train.targets.double() / subset.scale
-    rest = y - subset.train.inputs.double() @ residual_prior(subset)  # targets of the regression
-    leverage = (u.square() * shrink).sum(1, keepdim=True)
-    without = y - (rest - u @ (shrink[:, None] * (u.mT @ rest))) / (1 - leverage).clamp(min=1e-9)
-    return cosines(without, y)
+    prior, spectrum = ridge_spectrum(subset)
+    strength = torch.tensor(fit_ridge(subset).strength, dtype=torch.float64)
+    weight = prior + spectrum.weight(strength)
+    found = []
+    for inputs, targets in subset.train.chunks():
+        x, y = inputs.double(), targets.double() / subset.scale
+        leverage = ((x @ spectrum.directions).square() / (spectrum.values + strength)).sum(1, keepdim=True)
+        found.append(cosines(y - (y - x @ weight) / (1 - leverage).clamp(min=1e-9), y))
+    return torch.cat(found)
 
 
 def num_shown(cell: Cell, epoch: int, size: int) -> int:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.data.concepts import balanced_order
-from pipeline.data.dataset import ONE_HOT_INPUTS, Dataset, Examples, Subset, student_inputs
+from pipeline.data.dataset import ONE_HOT_INPUTS, Dataset, Subset, student_inputs
+from pipeline.data.examples import Examples
 from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Vocabulary, fastest_tokenization
 from pipeline.metrics import cosines, interval

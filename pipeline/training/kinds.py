@@ -35,7 +35,7 @@ class StudentKind:
     apply: Callable[..., Tensor]  # parameters [S, ...], inputs [S, B, features] and dropout masks to [S, B, d_model]
     reads: tuple[str, ...]  # the options of a cell that it reads
     size: Callable[[Cell, Dataset], Size]
-    solve: Callable[[Subset], closed_form.Fit] | None = None  # the closed form
+    solve: Callable[[Subset, torch.device], closed_form.Fit] | None = None  # the closed form, on a device
     start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None  # random, without the member axis
     dropout_sites: int = 0  # places of a layer where hidden units are dropped
 
@@ -51,7 +51,8 @@ def _linear_size(cell: Cell, data: Dataset) -> Size:
 
 def _kernel_size(cell: Cell, data: Dataset) -> Size:
     feature_count, d_model = data.feature_count(cell), data.vectors.d_model
-    weights = cell.concepts * (feature_count + d_model) + feature_count * d_model + 1
+    support = min(cell.concepts, closed_form.LANDMARKS)
+    weights = support * (feature_count + d_model) + feature_count * d_model + 1
     return Size(weights, 2.0 * weights)
 
 
@@ -70,7 +71,7 @@ def _transformer_size(cell: Cell, data: Dataset) -> Size:
 
 
 def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parameters:
-    feature_count, d_model = subset.train.inputs.shape[-1], subset.train.targets.shape[-1]
+    feature_count, d_model = subset.train.inputs.shape[1], subset.train.targets.shape[1]
     parameters = mlp.init(feature_count, d_model, cell.hidden_dim, cell.layers, generator)
     if cell.skip:
         parameters["skip.weight"] = closed_form.fit_ridge(subset).parameters["weight"].clone()
@@ -79,8 +80,8 @@ def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parame
 
 
 def _start_transformer(cell: Cell, subset: Subset, generator: torch.Generator) -> Parameters:
-    tokens, d_model = subset.features.max_tokens, subset.train.targets.shape[-1]
-    width = subset.train.inputs.shape[-1] // tokens
+    tokens, d_model = subset.features.max_tokens, subset.train.targets.shape[1]
+    width = subset.train.inputs.shape[1] // tokens
     return transformer.init(tokens, width, d_model, cell.hidden_dim, cell.layers, generator)
 
 

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.data.dataset import Subset
 from pipeline.metrics import cosines
 from pipeline.settings import Cell
-from pipeline.training.curriculum import easiest_first, num_shown
+from pipeline.training.batches import Batches, steps_of_epoch
 from pipeline.training.kinds import KINDS
 from pipeline.training.objectives import objective_of
 from pipeline.training.regularisation import Dropout, mix_with_next, mixup_weights
@@ -102,16 +101,6 @@ class Member:
         return self.cell.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-def steps_of_epoch(concepts: int, batch_size: int) -> int:
-    """The fewest steps that show every concept once."""
-    return -(-concepts // batch_size)
-
-
-def largest_batch(concepts: int, batch_size: int) -> int:
-    """Concepts of a step; the batches of an epoch differ by one concept at most."""
-    return -(-concepts // steps_of_epoch(concepts, batch_size))
-
-
 def start_member(cell: Cell, subset: Subset) -> Member:
     """A member before its first step."""
     start = KINDS[cell.student].start
@@ -127,8 +116,8 @@ class Stack:
         cells, subsets = [member.cell for member in members], [member.subset for member in members]
         cell, kind = cells[0], KINDS[cells[0].student]
         self.members = members
-        self.batch = max(largest_batch(len(member.subset.train.rows), cell.batch_size) for member in members)
         self.dtype = PRECISIONS[precision_of_cell(cell, automatic)]
+        self.batches = Batches(list(zip(cells, subsets, strict=True)), self.dtype, device)
         self.apply, self.objective = kind.apply, objective_of(cell.objective, cell.temperature)
         self.mixup = cell.mixup
         for member in members:
@@ -136,12 +125,7 @@ class Stack:
         # [S, rows, columns] each
         self.parameters = {name: torch.stack([member.best[name] for member in members]) for name in members[0].best}
         self.moments = [{name: torch.zeros_like(value) for name, value in self.parameters.items()} for _ in range(2)]
-        order = _batch_plan(members, self.batch)  # [S, steps, B]
         data = {
-            "order": order.clamp(min=0),  # [S, steps, B]
-            "weights": (order >= 0).float(),  # [S, steps, B] 0 for padding
-            "inputs": _pad([subset.augmented.inputs.to(self.dtype) for subset in subsets]),  # [S, N variants, F]
-            "targets": _pad([subset.augmented.targets / subset.scale for subset in subsets]),  # [S, N variants, D]
             "val_inputs": torch.stack([subset.val.inputs.to(self.dtype) for subset in subsets]),  # [S, V, F]
             "val_targets": torch.stack([subset.val.targets for subset in subsets]),  # [S, V, D]
             "losses": torch.zeros(len(members)),  # [S] summed since the last evaluation
@@ -150,7 +134,7 @@ class Stack:
         self.data = {name: value.to(device) for name, value in data.items()}
         self.count = torch.zeros((), device=device)
         sites = kind.dropout_sites * cell.layers
-        self.dropout = Dropout(cells, self.data["inputs"].shape[-1], sites, self.dtype, device)
+        self.dropout = Dropout(cells, subsets[0].train.inputs.shape[1], sites, self.dtype, device)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -167,11 +151,6 @@ class Stack:
             tuple([value[row] for value in tensors.values()] for tensors in (self.parameters, *self.moments))
             for row in range(len(self.members))
         ]
-        # Rows in the members' concatenated concepts: selecting rows of one matrix is several times as fast as of many.
-        inputs, targets = self.data["inputs"], self.data["targets"]
-        first = torch.arange(len(self.members), device=self.count.device) * inputs.shape[1]  # [S]
-        self.order = (self.data["order"] + first[:, None, None]).transpose(0, 1).flatten(1)  # [steps, S B]
-        self.inputs, self.targets = inputs.flatten(0, 1), targets.flatten(0, 1)
 
     def _update_leaves(self) -> None:
         """Copy the parameters into their bfloat16 leaves."""
@@ -181,11 +160,8 @@ class Stack:
 
     def train(self, step: int) -> None:
         """One AdamW step of every member (Loshchilov and Hutter, 2019)."""
-        weights = self.data["weights"][:, step]  # [S, B]
-        inputs, targets = (  # [S, B, F], [S, B, D]
-            values.index_select(0, self.order[step]).view(*weights.shape, -1) for values in (self.inputs, self.targets)
-        )
-        masks = self.dropout.draw(self.batch)
+        inputs, targets, weights = self.batches[step]
+        masks = self.dropout.draw(self.batches.size)
         inputs = self.dropout.add_noise(inputs)
         if self.mixup:
             inputs, targets = (
@@ -282,33 +258,7 @@ class Stack:
         for tensors in (self.parameters, *self.moments, self.data):
             for name in tensors:
                 tensors[name] = tensors[name][keep]
+        self.batches.keep(keep, [member.subset for member in self.members])
         self.dropout.keep([member.cell for member in self.members])
         self._prepare()
         return done
-
-
-def _batch_plan(members: Sequence[Member], batch: int) -> Tensor:
-    """Indices of the training concepts of each step, ``[S, steps, B]``, padded with -1."""
-    # Every epoch is a new shuffle from the member's own seed, in batches of similar size.
-    plans = []
-    for member in members:
-        generator = torch.Generator().manual_seed(member.cell.seed)
-        size, variants = len(member.subset.train.rows), member.subset.variants
-        steps = torch.arange(member.steps_per_epoch)
-        sizes = size // len(steps) + (steps < size % len(steps))
-        is_real = torch.arange(batch) < sizes[:, None]  # [steps per epoch, B]
-        epochs = torch.full((member.cell.epochs, *is_real.shape), -1)
-        easiest = easiest_first(member.cell, member.subset)
-        for epoch in range(member.cell.epochs):
-            chosen = torch.randperm(size, generator=generator)
-            if easiest is not None:  # a full number of steps, on the concepts that this epoch shows
-                chosen = easiest[chosen % num_shown(member.cell, epoch, size)]
-            if variants > 1:
-                chosen = chosen * variants + torch.randint(variants, (size,), generator=generator)
-            epochs[epoch, is_real] = chosen
-        plans.append(epochs.view(member.steps, batch))
-    return _pad(plans, -1)
-
-
-def _pad(values: Sequence[Tensor], filler: float = 0.0) -> Tensor:
-    return pad_sequence(list(values), batch_first=True, padding_value=filler)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.data.dataset import Examples, Subset
+from pipeline.data.dataset import Subset
+from pipeline.data.examples import Examples
 from pipeline.devices import training_precision
 from pipeline.metrics import cosines, faithfulness
 from pipeline.settings import Cell
@@ -94,7 +95,7 @@ def train_stack(
     """
     pairs, checkpointing = list(zip(cells, subsets, strict=True)), checkpointing or Checkpointing()
     if KINDS[cells[0].student].solve:
-        return _solve(pairs, progress, checkpointing)
+        return _solve(pairs, device, progress, checkpointing)
     return _descend(pairs, device, progress, checkpointing, automatic or training_precision(device))
 
 
@@ -125,14 +126,16 @@ def _finish(
     return TrainedStudent(cell, parameters, curves, best_epoch, seconds, size, dtype, metrics, test_cosines)
 
 
-def _solve(pairs: Pairs, progress: Progress, checkpointing: Checkpointing) -> Iterator[TrainedStudent]:
+def _solve(
+    pairs: Pairs, device: torch.device, progress: Progress, checkpointing: Checkpointing
+) -> Iterator[TrainedStudent]:
     for cell, subset in pairs:
         if checkpointing.pause():
             return
         begin = time.perf_counter()
         solve = KINDS[cell.student].solve
         assert solve is not None
-        fitted = solve(subset)
+        fitted = solve(subset, device)
         seconds = time.perf_counter() - begin
         progress(EpochResult(cell, 1, fitted.val_cosine))
         curves: Curves = {"epoch": [1], "val_cosine": [fitted.val_cosine]}

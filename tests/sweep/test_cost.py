@@ -15,7 +15,7 @@ from pipeline.sweep.cost import (
     training_flops,
 )
 from pipeline.sweep.grid import read_grid
-from pipeline.training.stack import largest_batch
+from pipeline.training.batches import largest_batch
 
 CELLS = st.builds(Cell, concepts=st.integers(2, 900), hidden_dim=st.sampled_from([8, 16, 512]), seed=st.integers(0, 9))
 

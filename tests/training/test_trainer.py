@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
 
+from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError
 from pipeline.settings import Cell
-from pipeline.training.closed_form import fit_ridge, residual_prior
+from pipeline.training.batches import Batches
+from pipeline.training.closed_form import apply_kernel, fit_kernel, fit_ridge, residual_prior
 from pipeline.training.curriculum import leave_one_out, num_shown
 from pipeline.training.kinds import KINDS
 from pipeline.training.stack import Stack, start_member
@@ -87,9 +90,9 @@ def test_several_templates_are_several_targets(templates):
     first, mean, every = (templates.subset(replace(base, targets=targets)) for targets in ("first", "mean", "all"))
     assert (first.variants, mean.variants, every.variants) == (1, 1, 4)
     assert every.augmented.inputs.shape == (400, first.train.inputs.shape[1])
-    torch.testing.assert_close(every.augmented.targets[::4], first.train.targets)
-    averaged = every.augmented.targets.view(100, 4, -1).mean(1)
-    torch.testing.assert_close(averaged, mean.train.targets, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(every.augmented.targets[::4], first.train.targets[:])
+    averaged = every.augmented.targets[:].view(100, 4, -1).mean(1)
+    torch.testing.assert_close(averaged, mean.train.targets[:], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(mean.test.targets, first.test.targets)
     cell = replace(base, targets="all")
     curves = [train([cell, replace(cell, seed=1)], templates)[cell].curves, train([cell], templates)[cell].curves]
@@ -107,11 +110,35 @@ def test_a_linear_skip_begins_as_ridge_regression(data):
 def test_an_epoch_shows_every_concept_once_in_batches_of_like_size(data):
     cells = [replace(SHORT, concepts=700, epochs=2, batch_size=128), replace(SHORT, concepts=100, batch_size=128)]
     stack = Stack([start_member(cell, data.subset(cell)) for cell in cells], CPU, "float32")
-    shown = stack.data["weights"].bool()  # [2, steps, B]
+    shown = stack.batches.is_real  # [2, steps, B]
     assert shown.sum(-1)[0].tolist() == 2 * [117, 117, 117, 117, 116, 116]
     assert shown.sum(-1)[1].tolist() == 6 * [100] + 6 * [0]
-    first = stack.data["order"][0, :6][shown[0, :6]]
+    first = stack.batches.order[0, :6][shown[0, :6]]
     assert sorted(first.tolist()) == list(range(700))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"targets": "mean"},
+        {"targets": "all", "token_dropout": 0.3},
+        {"precision": "bfloat16"},
+        {"curriculum": "ridge"},
+    ],
+)
+def test_batches_that_are_computed_ahead_equal_those_in_memory(data, templates, monkeypatch, options):
+    source = templates if "targets" in options else data
+    cells = [replace(SHORT, concepts=number, **options) for number in (100, 30)]
+    members = [(cell, source.subset(cell)) for cell in cells]
+    in_memory = Batches(members, torch.float32, CPU)
+    monkeypatch.setattr("pipeline.training.batches.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("pipeline.training.batches.ROWS_AHEAD", 200)
+    ahead = Batches(members, torch.float32, CPU)
+    for step in (*range(in_memory.order.shape[1]), 0):
+        for one, other in zip(in_memory[step], ahead[step], strict=True):
+            real = in_memory[step].weights.bool()
+            assert torch.equal(one[real], other[real])
 
 
 def test_log_spaced_evaluations_are_few_and_end_at_the_last_epoch(data):
@@ -139,7 +166,7 @@ def test_whole_categories_can_be_held_out(data):
 def test_leaving_one_out_in_closed_form_equals_doing_so(data):
     subset = data.subset(Cell(concepts=40, layer=15))
     strength = fit_ridge(subset).strength
-    x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
+    x, y = subset.train.inputs[:].double(), subset.train.targets[:].double() / subset.scale
     passed = x @ residual_prior(subset)
     found = leave_one_out(subset)
     for left in (0, 7, 39):
@@ -224,15 +251,48 @@ def test_ridge_agrees_with_scikit_learn(data):
     subset = data.subset(Cell(concepts=200, layer=15))
     fitted = fit_ridge(subset)
     reference = Ridge(alpha=fitted.strength, fit_intercept=False, solver="svd")
-    prior, x = residual_prior(subset), subset.train.inputs.double()
-    reference.fit(x.numpy(), ((subset.train.targets / subset.scale).double() - x @ prior).numpy())
+    prior, x = residual_prior(subset), subset.train.inputs[:].double()
+    reference.fit(x.numpy(), ((subset.train.targets[:] / subset.scale).double() - x @ prior).numpy())
     np.testing.assert_allclose(fitted.parameters["weight"].numpy().T, reference.coef_ + prior.numpy().T, atol=1e-5)
     assert 0.5 < fitted.val_cosine < 0.8
 
 
+def test_ridge_in_the_space_of_features_agrees_with_the_dual_form(data, monkeypatch):
+    """The same regression where concepts are few and where they are many, with leave-one-out errors."""
+    cell = Cell(concepts=300, layer=15)
+    dual, dual_errors = fit_ridge(data.subset(cell)), leave_one_out(data.subset(cell))
+    other = Dataset(data.vectors).subset(cell)
+    monkeypatch.setattr("pipeline.data.examples.MAX_CHUNK", 64)
+    monkeypatch.setattr("pipeline.training.closed_form._is_dual", lambda shape: False)
+    primal, primal_errors = fit_ridge(other), leave_one_out(other)
+    assert primal.strength == pytest.approx(dual.strength, rel=1e-9)
+    assert primal.val_cosine == pytest.approx(dual.val_cosine, abs=1e-9)
+    torch.testing.assert_close(primal.parameters["weight"], dual.parameters["weight"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(primal_errors, dual_errors, atol=1e-7, rtol=0)
+
+
+def test_a_kernel_at_all_concepts_is_exact_and_at_some_nearly_so(data, monkeypatch):
+    cell = Cell(student="kernel", concepts=400, layer=15)
+    subset = data.subset(cell)
+    exact = fit_kernel(subset)
+    x, maps = subset.train.inputs[:].double().numpy(), exact.parameters
+    y = (
+        subset.train.targets[:].double() / subset.scale - subset.train.inputs[:].double() @ residual_prior(subset)
+    ).numpy()
+    reference = KernelRidge(alpha=exact.strength, kernel="rbf", gamma=float(maps["width"]))
+    reference.fit(x, y)
+    np.testing.assert_allclose(maps["weight"].numpy(), reference.dual_coef_, atol=1e-3)
+    held = subset.val.inputs.double().numpy()
+    answer = apply_kernel({name: value[None] for name, value in maps.items()}, subset.val.inputs[None])[0]
+    expected = reference.predict(held) + held @ residual_prior(subset).numpy()
+    np.testing.assert_allclose(answer.numpy(), expected, atol=1e-3)
+    monkeypatch.setattr("pipeline.training.closed_form.LANDMARKS", 200)
+    assert fit_kernel(subset).val_cosine == pytest.approx(exact.val_cosine, abs=0.02)
+
+
 def test_the_prior_of_a_linear_map_is_a_scaled_identity_of_each_residual_input(data):
     subset = data.subset(Cell(student="truncated", blocks=6, concepts=200, layer=15))
-    x, y = subset.train.inputs.double(), subset.train.targets.double() / subset.scale
+    x, y = subset.train.inputs[:].double(), subset.train.targets[:].double() / subset.scale
     weight = residual_prior(subset)
     width = data.vectors.d_model
     kept = [weight[start : start + width] for start in range(0, len(weight), width)]
@@ -260,8 +320,10 @@ def test_training_subsets_are_nested_and_measured_on_themselves(data):
     assert small.train.rows == large.train.rows[:100]
     assert small.test.rows == large.test.rows
     assert not set(large.train.rows) & set(large.val.rows + large.test.rows)
-    assert small.train.targets.mean(0).abs().max() < 1e-2 * small.scale
-    torch.testing.assert_close(small.train.inputs.mean(0), torch.zeros(small.train.inputs.shape[1]), atol=1e-4, rtol=0)
+    assert small.train.targets[:].mean(0).abs().max() < 1e-2 * small.scale
+    torch.testing.assert_close(
+        small.train.inputs[:].mean(0), torch.zeros(small.train.inputs.shape[1]), atol=1e-4, rtol=0
+    )
 
 
 def test_more_concepts_than_there_are_for_training_are_refused(data):
