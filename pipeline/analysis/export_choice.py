@@ -29,7 +29,7 @@ def best_exportable(results: dict[str, Any], baselines: bool = True) -> ExportCh
     reason = f"{_describe(best)}, validation cosine {best['val_cosine']:.3f}"
     if rivals := [row for row in candidates if row["student"] != best["student"]]:
         rival = best_of(rivals)
-        kind = "trained student" if KINDS[rival["student"]].solve is None else "student of another kind"
+        kind = "trained student" if KINDS[rival["student"]].closed_form is None else "student of another kind"
         reason += f"; the best {kind}, {_describe(rival)}, has {rival['val_cosine']:.3f}"
     highest = best_of([*results["cells"], *others])
     if highest["val_cosine"] > best["val_cosine"]:

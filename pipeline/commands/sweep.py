@@ -21,7 +21,8 @@ from pipeline.settings import Cell, SweepOptions, TrainOptions
 from pipeline.storage import output_folder, writable, write_atomically
 from pipeline.student.student import Student
 from pipeline.sweep.cells import prepare
-from pipeline.sweep.cost import expected_seconds, plan_table
+from pipeline.sweep.cost import plan_table
+from pipeline.sweep.estimate import expected_seconds
 from pipeline.sweep.grid import Grid, canonical
 from pipeline.sweep.run import Complete, Incomplete, SweepContext, run_sweep
 from pipeline.tracking import Run, Tracker, connect, fetch, retry_tracking
@@ -92,7 +93,7 @@ def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> No
     if accelerator.is_main_process:
         workers = shard.count * accelerator.num_processes
         display.table(*plan_table(cells, data, workers))
-        seconds = expected_seconds(cells, data, accelerator.device) / workers
+        seconds = expected_seconds(cells, data, accelerator.device, workers)
         display.lines(f"{name}: {len(cells)} cells, about {seconds:,.0f} s here; nothing was trained")
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import timeit
 from collections.abc import Callable, Mapping, Sequence
-
-import torch
 
 from pipeline.data.dataset import Dataset
 from pipeline.settings import Cell
@@ -15,7 +12,7 @@ from pipeline.training.trainer import epochs, stack_key
 
 MAX_IMBALANCE = 1.2  # load of a worker, in units of its equal share, from which a stack is split
 STEP_FLOPS = 1.3e8  # overhead of a training step, in operations of its products, measured on the scaling grid
-OVERHEAD = 1.5  # time of a sweep over that of its matrix products in float32, as benchmarks/sweep.py measures it
+DOUBLE = 2.0  # time of an operation in float64, as closed forms have it, over one in float32
 
 
 def training_flops(cell: Cell, data: Dataset) -> float:
@@ -23,8 +20,8 @@ def training_flops(cell: Cell, data: Dataset) -> float:
     # Two a weight and row forwards, two for the gradient of the weights, and two for that of the inputs, which the
     # first layer does without; two a weight and validation row, every epoch. What dropout spares is counted too.
     feature_count, kind, val = data.feature_count(cell), KINDS[cell.student], len(data.rows("val", cell.split))
-    if kind.solve:  # the factorisation
-        return 8.0 * cell.concepts * feature_count * min(cell.concepts, feature_count)
+    if kind.closed_form:
+        return DOUBLE * kind.closed_form.flops(cell.concepts, feature_count, data.vectors.d_model, val)
     forward = kind.size(cell, data).flops
     first = 2.0 * data.vectors.d_model * data.max_tokens if cell.student == "transformer" else 2.0 * feature_count
     return epochs(cell) * (cell.concepts * (3 * forward - first * cell.hidden_dim) + val * forward)
@@ -73,7 +70,7 @@ def _assign_greedily(
 
 def split_by_batch(stack: Sequence[Cell], flops: Mapping[Cell, float]) -> list[list[Cell]]:
     """Split a stack by batch size where, on a CPU, rows that pad batches cost more than steps of a further stack."""
-    if KINDS[stack[0].student].solve:
+    if KINDS[stack[0].student].closed_form:
         return [list(stack)]
     by_batch: dict[int, list[Cell]] = {}
     for cell in stack:
@@ -96,13 +93,6 @@ def padding_flops(cells: Sequence[Cell], batch: int, flops: Mapping[Cell, float]
 def number_of_steps(cell: Cell) -> int:
     """Training steps that a cell takes at most."""
     return cell.epochs * steps_of_epoch(cell.concepts, cell.batch_size)
-
-
-def expected_seconds(cells: Sequence[Cell], data: Dataset, device: torch.device) -> float:
-    """Estimate how long cells train on one worker like this, from the rate of matrix products measured now."""
-    a, b = torch.randn(128, 1024, device=device), torch.randn(1024, 512, device=device)
-    best = min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=100))
-    return OVERHEAD * best * sum(training_flops(cell, data) for cell in cells) / (2 * a.numel() * b.shape[1])
 
 
 def flops_of_prediction(cell: Cell, data: Dataset) -> float:

@@ -7,6 +7,7 @@ features or landmarks.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ KERNEL_STRENGTHS = np.logspace(-4, 1, 21)
 KERNEL_WIDTHS = (0.2, 0.4, 0.8, 1.6)
 LANDMARKS = 2000  # concepts at which a kernel is centred, at the most
 MIN_EIGENVALUE = 1e-12  # share of the largest below which a direction counts as none
+EIGEN_FLOPS = 10  # of an eigendecomposition, a cubed row, in operations at the rate of a product: measured
+EXP_FLOPS = 160  # of an exponential, likewise
 CPU = torch.device("cpu")
 
 
@@ -33,6 +36,14 @@ class Fit:
     parameters: dict[str, Tensor]  # without the member axis; `weight` maps to targets in units of the subset's scale
     strength: float
     val_cosine: float
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """A way to solve for a student."""
+
+    solve: Callable[[Subset, torch.device], Fit]
+    flops: Callable[[int, int, int, int], float]  # in float64, by training concepts, features, d_model and validation
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,23 @@ def ridge_spectrum(subset: Subset, device: torch.device = CPU) -> tuple[Tensor, 
         values, directions = _eigenpairs(gram)
         moments = directions.mT @ (products / subset.scale - gram @ on_device)
     return prior, Spectrum(values.cpu(), directions.cpu(), moments.cpu())
+
+
+def ridge_flops(concepts: int, features: int, d_model: int, held_out: int) -> float:
+    """Floating-point operations of `fit_ridge`, in float64."""
+    solved = min(concepts, features)
+    gram = 2.0 * concepts * features * solved + EIGEN_FLOPS * solved**3
+    products = 2.0 * d_model * (concepts * features + 2 * features * solved)
+    return gram + products + 2.0 * held_out * solved * (features + len(STRENGTHS) * d_model)
+
+
+def kernel_flops(concepts: int, features: int, d_model: int, held_out: int) -> float:
+    """Floating-point operations of `fit_kernel`, in float64."""
+    landmarks = min(concepts, LANDMARKS)
+    near = (concepts + landmarks + held_out) * landmarks * (2.0 * features + EXP_FLOPS)
+    solved = 4.0 * concepts * landmarks**2 + 2 * EIGEN_FLOPS * landmarks**3 + 4.0 * landmarks**3
+    products = 2.0 * landmarks * d_model * (concepts + landmarks + held_out * len(KERNEL_STRENGTHS))
+    return len(KERNEL_WIDTHS) * (near + solved + products)
 
 
 def _is_dual(shape: tuple[int, int]) -> bool:
@@ -197,3 +225,7 @@ def apply_kernel(parameters: dict[str, Tensor], inputs: Tensor, _masks: None = N
     """Predict: ``[S, B, features]`` to ``[S, B, d_model]``."""
     near = gaussian(inputs, parameters["support"], parameters["width"])
     return torch.bmm(near, parameters["weight"]) + torch.bmm(inputs, parameters["skip.weight"])
+
+
+RIDGE = ClosedForm(fit_ridge, ridge_flops)
+KERNEL = ClosedForm(fit_kernel, kernel_flops)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pipeline.data.dataset import Dataset, Subset
 from pipeline.settings import Cell
-from pipeline.training import closed_form, mlp, transformer
+from pipeline.training import mlp, transformer
+from pipeline.training.closed_form import KERNEL, LANDMARKS, RIDGE, ClosedForm, apply_kernel, apply_linear, fit_ridge
 from pipeline.training.mlp import Parameters
 
 TRAINING_OPTIONS = (
@@ -35,7 +36,7 @@ class StudentKind:
     apply: Callable[..., Tensor]  # parameters [S, ...], inputs [S, B, features] and dropout masks to [S, B, d_model]
     reads: tuple[str, ...]  # the options of a cell that it reads
     size: Callable[[Cell, Dataset], Size]
-    solve: Callable[[Subset, torch.device], closed_form.Fit] | None = None  # the closed form, on a device
+    closed_form: ClosedForm | None = None
     start: Callable[[Cell, Subset, torch.Generator], Parameters] | None = None  # random, without the member axis
     dropout_sites: int = 0  # places of a layer where hidden units are dropped
 
@@ -51,7 +52,7 @@ def _linear_size(cell: Cell, data: Dataset) -> Size:
 
 def _kernel_size(cell: Cell, data: Dataset) -> Size:
     feature_count, d_model = data.feature_count(cell), data.vectors.d_model
-    support = min(cell.concepts, closed_form.LANDMARKS)
+    support = min(cell.concepts, LANDMARKS)
     weights = support * (feature_count + d_model) + feature_count * d_model + 1
     return Size(weights, 2.0 * weights)
 
@@ -74,7 +75,7 @@ def _start_mlp(cell: Cell, subset: Subset, generator: torch.Generator) -> Parame
     feature_count, d_model = subset.train.inputs.shape[1], subset.train.targets.shape[1]
     parameters = mlp.init(feature_count, d_model, cell.hidden_dim, cell.layers, generator)
     if cell.skip:
-        parameters["skip.weight"] = closed_form.fit_ridge(subset).parameters["weight"].clone()
+        parameters["skip.weight"] = fit_ridge(subset).parameters["weight"].clone()
         parameters["out.weight"].zero_()
     return parameters
 
@@ -95,7 +96,7 @@ KINDS = {
         transformer.apply, (*DATA_OPTIONS, *TRAINING_OPTIONS, "hidden_dim", "layers"), _transformer_size,
         start=_start_transformer, dropout_sites=transformer.DROPOUT_SITES,
     ),
-    "ridge": StudentKind(closed_form.apply_linear, CLOSED_FORM, _linear_size, closed_form.fit_ridge),
-    "kernel": StudentKind(closed_form.apply_kernel, CLOSED_FORM, _kernel_size, closed_form.fit_kernel),
-    "truncated": StudentKind(closed_form.apply_linear, (*CLOSED_FORM, "blocks"), _linear_size, closed_form.fit_ridge),
+    "ridge": StudentKind(apply_linear, CLOSED_FORM, _linear_size, RIDGE),
+    "kernel": StudentKind(apply_kernel, CLOSED_FORM, _kernel_size, KERNEL),
+    "truncated": StudentKind(apply_linear, (*CLOSED_FORM, "blocks"), _linear_size, RIDGE),
 }  # fmt: skip

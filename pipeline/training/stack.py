@@ -57,7 +57,7 @@ class Snapshot:
 
 def precision_of_cell(cell: Cell, automatic: str) -> str:
     """The type of a cell's matrix products: float64 for closed forms, ``automatic`` where the cell says auto."""
-    if KINDS[cell.student].solve:
+    if KINDS[cell.student].closed_form:
         return "float64"
     return automatic if cell.precision == "auto" else cell.precision
 

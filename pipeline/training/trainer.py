@@ -62,14 +62,14 @@ class Checkpointing:
 
 def stack_key(cell: Cell) -> tuple[object, ...]:
     """Cells with the same key have the same shapes and train in one stack."""
-    if KINDS[cell.student].solve:
+    if KINDS[cell.student].closed_form:
         return (cell.student,)
     return tuple(getattr(cell, name) for name in STACK_FIELDS)
 
 
 def epochs(cell: Cell) -> int:
     """Number of `EpochResult` that a cell reports: one for a closed form."""
-    return 1 if KINDS[cell.student].solve else cell.epochs
+    return 1 if KINDS[cell.student].closed_form else cell.epochs
 
 
 def train_stack(
@@ -94,7 +94,7 @@ def train_stack(
         Each student when it is done; those that are not done at a stop are left out.
     """
     pairs, checkpointing = list(zip(cells, subsets, strict=True)), checkpointing or Checkpointing()
-    if KINDS[cells[0].student].solve:
+    if KINDS[cells[0].student].closed_form:
         return _solve(pairs, device, progress, checkpointing)
     return _descend(pairs, device, progress, checkpointing, automatic or training_precision(device))
 
@@ -110,7 +110,7 @@ def _finish(
     """Scale the output weights to the targets' units, and measure on validation and, only here, on test."""
     parameters = {name: value[None].clone().cpu() for name, value in parameters.items()}
     gain = subset.scale
-    if not KINDS[cell.student].solve and not is_scale_sensitive(cell.objective):
+    if not KINDS[cell.student].closed_form and not is_scale_sensitive(cell.objective):
         # A cosine does not determine the length of an answer; take that of the least squared error on validation.
         answer, truth = predict(cell.student, parameters, subset.val).double(), subset.val.targets.double()
         gain = ((answer * truth).sum() / answer.square().sum().clamp(min=1e-12)).item()
@@ -133,9 +133,9 @@ def _solve(
         if checkpointing.pause():
             return
         begin = time.perf_counter()
-        solve = KINDS[cell.student].solve
-        assert solve is not None
-        fitted = solve(subset, device)
+        closed_form = KINDS[cell.student].closed_form
+        assert closed_form is not None
+        fitted = closed_form.solve(subset, device)
         seconds = time.perf_counter() - begin
         progress(EpochResult(cell, 1, fitted.val_cosine))
         curves: Curves = {"epoch": [1], "val_cosine": [fitted.val_cosine]}

@@ -77,7 +77,7 @@ def test_every_option_of_training_is_the_same_in_a_stack(data, options):
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("student", [name for name, kind in KINDS.items() if kind.solve])
+@pytest.mark.parametrize("student", [name for name, kind in KINDS.items() if kind.closed_form])
 def test_closed_forms_are_the_same_in_a_stack(data, student):
     cells = [Cell(student=student, concepts=number, layer=15) for number in (60, 150)]
     together = train(cells, data)
