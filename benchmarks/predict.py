@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import random
 import resource
 import statistics
 import subprocess
@@ -22,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import wordfreq
 from model2vec import StaticModel
 from tokenizers import Tokenizer
 
+from benchmarks.phrases import fresh_phrases
 from pipeline import Student
 from pipeline.extraction.reader import read_texts
 from pipeline.student.student import BULK
@@ -40,13 +39,6 @@ def seconds(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
-
-
-def fresh_phrases(number: int) -> list[str]:
-    """Phrases of one to three frequent English words, drawn at random."""
-    words = [word for word in wordfreq.iter_wordlist("en") if word.isalpha() and len(word) > 1][:40_000]
-    draw = random.Random(0)  # noqa: S311 (not for secrets)
-    return [" ".join(draw.choices(words, k=draw.choice((1, 2, 2, 3)))) for _ in range(number)]
 
 
 def ours(place: str, phrases: list[str]) -> float:

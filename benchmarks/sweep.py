@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,17 @@ class PlainStudent(nn.Module):
         return answer
 
 
-def plain_training(cell: Cell, train: LazyExamples, val: Examples, scale: float) -> Iterator[dict[str, float]]:
+Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]  # batches of inputs and targets
+
+
+def shuffled(inputs: torch.Tensor, targets: torch.Tensor, batch_size: int) -> Pairs:
+    """The batches of an epoch, by selecting rows."""
+    return ((inputs[rows], targets[rows]) for rows in torch.split(torch.randperm(len(inputs)), batch_size))
+
+
+def plain_training(
+    cell: Cell, train: LazyExamples, val: Examples, scale: float, batches: Callable[..., Pairs] = shuffled
+) -> Iterator[dict[str, float]]:
     """Train one student; the losses and scores of each epoch."""
     torch.manual_seed(cell.seed)
     inputs, targets = train.inputs[:], train.targets[:] / scale
@@ -106,8 +116,8 @@ def plain_training(cell: Cell, train: LazyExamples, val: Examples, scale: float)
     for _ in range(cell.epochs):
         student.train()
         losses = []
-        for rows in torch.split(torch.randperm(len(inputs)), cell.batch_size):
-            loss = 1 - F.cosine_similarity(student(inputs[rows]), targets[rows], dim=-1).mean()
+        for x, y in batches(inputs, targets, cell.batch_size):
+            loss = 1 - F.cosine_similarity(student(x), y, dim=-1).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
