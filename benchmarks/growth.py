@@ -161,7 +161,8 @@ def phase(folder: Path, name: str, vectors: Path, size: int, epochs: int) -> dic
     """Run a phase in a process of its own."""
     own = ["--phase", name, "--vectors", str(vectors), "--sizes", str(size), "--epochs", str(epochs)]
     measured, printed = run([sys.executable, "-m", "benchmarks.growth", *own], folder)
-    return measured | json.loads(printed.splitlines()[-1])
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return measured | found
 
 
 def measure(folder: Path, size: int, epochs: int, solvers: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -219,7 +220,7 @@ def table(rows: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
     """A row a phase: its seconds and memory at each size, and the exponent."""
     sizes = sorted({size for measured in rows.values() for size in measured})
     lines = [
-        "| phase | " + " | ".join(f"{size:,}" for size in sizes) + " | exponent | µs a concept | MB at most | cosine |",
+        f"| phase | {' | '.join(f'{size:,}' for size in sizes)} | exponent | us a concept | MB at most | cosine |",
         "| --- |" + " --- |" * (len(sizes) + 4),
     ]
     for name, measured in rows.items():

@@ -58,7 +58,7 @@ def read_catalogue(source: str, language: str | None = None) -> Catalogue:
     Raises:
         InputError: the source is missing, empty, not text, lacks a column or a value, or names a concept twice; or a
             language without a stemmer, or another one than the source names.
-    """
+    """  # noqa: DOC501 (`choices` makes an InputError)
     if language is not None and language not in STEMMERS:
         raise choices("language", language, STEMMERS)
     if not source.startswith("wordfreq:"):

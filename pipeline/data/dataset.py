@@ -134,7 +134,7 @@ class Dataset:
         Raises:
             InputError: more concepts than there are for training, a block that the file lacks, or unknown inputs,
                 targets or split.
-        """
+        """  # noqa: DOC501 (`choices` makes an InputError)
         vectors = self.vectors
         vectors.layer_index(cell.layer)
         for kind, asked, known in (("split", cell.split, SPLITS), ("targets", cell.targets, TARGETS)):

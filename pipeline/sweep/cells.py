@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+from pipeline.analysis.rows import ridge_baseline
 from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError, choices
 from pipeline.settings import RESULTS_VERSION, Cell
@@ -17,6 +18,7 @@ from pipeline.training.objectives import parse_objective
 from pipeline.training.stack import PRECISIONS, precision_of_cell
 from pipeline.training.transformer import HEAD_DIM
 
+MAX_SOLVED = 12_000  # rows of the matrix that a ridge regression decomposes, which takes about 5 GB then
 CHOICES = {
     "student": tuple(KINDS),
     "precision": ("auto", *PRECISIONS),
@@ -45,6 +47,13 @@ def _check(cell: Cell, data: Dataset) -> None:
     if cell.student == "transformer" and cell.hidden_dim % HEAD_DIM:
         raise InputError(f"--hidden-dim {cell.hidden_dim}: a transformer's is a multiple of {HEAD_DIM}")
     data.check(cell)
+    features = data.feature_count(ridge_baseline(cell))
+    if min(cell.concepts, features) > MAX_SOLVED:
+        found = f"{features:,} features of {cell.concepts:,} concepts"
+        limit = (
+            f"the ridge regression that every cell is compared with is solved for {MAX_SOLVED:,} of either at the most"
+        )
+        raise InputError(f"--inputs {cell.inputs}: {found}; {limit}")
 
 
 def cell_key(cell: Cell, vectors_identity: str, default_precision: str) -> str:

@@ -182,6 +182,9 @@ def fit_kernel(subset: Subset, device: torch.device = CPU) -> Fit:
 
     The kernel is centred at the first `LANDMARKS` training concepts: exact where these are all, else by the Nystroem
     method (Williams and Seeger, 2001), which fits all concepts with functions centred there.
+
+    Returns:
+        The fit, with what is centred there as `support`.
     """
     prior = residual_prior(subset).to(device)
     support = subset.train.inputs[:LANDMARKS].to(device).double()  # [landmarks, features]
