@@ -50,9 +50,7 @@ def _check(cell: Cell, data: Dataset) -> None:
     features = data.feature_count(ridge_baseline(cell))
     if min(cell.concepts, features) > MAX_SOLVED:
         found = f"{features:,} features of {cell.concepts:,} concepts"
-        limit = (
-            f"the ridge regression that every cell is compared with is solved for {MAX_SOLVED:,} of either at the most"
-        )
+        limit = f"the ridge regression beside every cell is solved for at most {MAX_SOLVED:,} of one of the two"
         raise InputError(f"--inputs {cell.inputs}: {found}; {limit}")
 
 
