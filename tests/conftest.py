@@ -106,8 +106,8 @@ def templates():
 
 # Files whose tests take longest, which begin first so that no worker is left alone with one at the end.
 LONG = (
-    "test_container", "test_mlflow_run", "test_resilience", "test_reader", "test_tracking", "test_run", "test_storage",
-    "test_interrupts", "test_predict", "test_student", "test_rows", "test_cli",
+    "test_mlflow_run", "test_resilience", "test_container", "test_interrupts", "test_reader", "test_run",
+    "test_tracking_server", "test_storage", "test_predict", "test_student", "test_rows", "test_cli",
 )  # fmt: skip
 
 
@@ -125,9 +125,9 @@ def pytest_sessionstart(session):
         find(read_vectors(SHIPPED), str(SHIPPED), "cpu", lambda number: nullcontext(lambda done: None))
 
 
-def pytest_xdist_auto_num_workers():
-    """Workers of ``-n auto``: one per core that this process may use."""
-    return CORES
+def pytest_xdist_auto_num_workers(config):
+    """Workers of ``-n auto``: one per core that this process may use, and one more where many tests wait for others."""
+    return CORES + (config.option.markexpr == "system")
 
 
 @pytest.fixture(scope="session")
@@ -245,15 +245,17 @@ def wait_for(port, seconds=60):
 
 
 @contextmanager
-def mlflow_server(port):
-    """A real tracking server on a database in the current folder, with artifacts through it."""
+def mlflow_server(port, folder=None):
+    """A real tracking server on a database in a folder, by default the current one, with artifacts through it."""
+    folder = folder or Path.cwd()
     command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", fresh_database(Path.cwd() / "server.db"),
+        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", fresh_database(folder / "server.db"),
         "--port", str(port), "--artifacts-destination", "artifacts", "--workers", "1",
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ}
-    )
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ},
+        cwd=folder,
+    )  # fmt: skip
     try:
         wait_for(port)
         yield process

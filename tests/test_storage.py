@@ -1,7 +1,6 @@
 """Files in S3: a real S3 server, and one that fails."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from pipeline import s3 as s3_module
 from pipeline import storage
 from pipeline.errors import InputError, WorkError
 from pipeline.s3 import PART_BYTES, first_bytes, object_names, remove_objects
-from pipeline.student.student import Student
 
 CSV = "concept,category\n" + "".join(f"{name},any\n" for name in ("ice", "fire", "slow cooking", "rain", "sun", "moon"))
 
@@ -146,47 +144,6 @@ def test_a_copy_that_is_not_what_was_uploaded_is_refused(s3, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def extract(teacher, output, *arguments):
-    command = [sys.executable, "-m", "pipeline", "extract", "--teacher", str(teacher), "--layers", "1,2"]
-    done = subprocess.run(
-        [*command, "--concepts", "c.csv", "--output", output, *arguments], capture_output=True, text=True, timeout=200,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.system
-def test_shards_on_several_machines_meet_in_s3(s3, workplace, tiny_folder, tmp_path, monkeypatch):
-    Path("c.csv").write_text(CSV)
-    teacher = tiny_folder("gpt2")
-    extract(teacher, "whole.safetensors")
-    s3.every = 5
-    assert "1 parts are left" in extract(teacher, "s3://bucket/v.safetensors", "--shard", "1/2")
-    assert "v.safetensors" not in object_names("s3://bucket")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # another machine, which has only S3 in common
-    assert "sha256" in extract(teacher, "s3://bucket/v.safetensors", "--shard", "0/2")
-    assert object_names("s3://bucket") == {"v.safetensors", "v.vocabulary.safetensors"}
-    assert storage.fetch("s3://bucket/v.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
-    assert "nothing to do" in extract(teacher, "s3://bucket/v.safetensors")
-    assert not list(tmp_path.glob("activation-distillation-*/*"))
-
-
-@pytest.mark.system
-@pytest.mark.skipif(shutil.which("faketime") is None, reason="needs faketime")
-def test_a_clock_that_is_an_hour_off_is_said_and_nothing_is_left(s3, workplace, tiny_folder):
-    Path("c.csv").write_text(CSV)
-    s3.punctual = True
-    command = ["faketime", "-f", "+1h", sys.executable, "-m", "pipeline", "extract", "--teacher", tiny_folder("gpt2"),
-               "--layers", "1,2", "--concepts", "c.csv", "--output", "s3://bucket/v.safetensors"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "clock of this machine is off" in done.stderr.splitlines()[-1]
-    assert object_names("s3://bucket") == set()
-    assert "sha256" in extract(tiny_folder("gpt2"), "s3://bucket/v.safetensors")
-    assert {"v.safetensors"} <= object_names("s3://bucket")
-
-
 def test_an_output_in_s3_that_is_something_else_is_not_written_over(s3, workplace, run, tiny_folder):
     Path("c.csv").write_text(CSV)
     storage.upload(Path("c.csv"), "s3://bucket/c.csv")
@@ -194,22 +151,6 @@ def test_an_output_in_s3_that_is_something_else_is_not_written_over(s3, workplac
                        "s3://bucket/c.csv")  # fmt: skip
     assert code == 2
     assert "s3://bucket/c.csv: exists, and is no vectors file" in err
-
-
-@pytest.mark.system
-def test_a_sweep_reads_and_writes_s3(s3, workplace, run, small_grid):
-    storage.upload(SHIPPED, "s3://bucket/v.safetensors")
-    storage.upload(small_grid, "s3://bucket/grids/small.yaml")
-    code, _, err = run("sweep", "--grid", "s3://bucket/grids/small.yaml", "--vectors", "s3://bucket/v.safetensors",
-                         "--output", "s3://bucket/results")  # fmt: skip
-    assert code == 0, err
-    names = object_names("s3://bucket/results")
-    assert {Path(name).suffix for name in names} == {".json", ".html", ".md", ".png", ".safetensors"}
-    [folder] = {name.split("/")[0] for name in names if name.endswith("model.safetensors")}
-    student = Student.load(f"s3://bucket/results/{folder}")
-    assert student.encode(["volcano"]).shape == (1, 576)
-    [results] = [name for name in names if name.endswith(".json") and "/" not in name]
-    assert run("report", "--results", f"s3://bucket/results/{results}", "--vectors", SHIPPED)[0] == 0
 
 
 @pytest.mark.system

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHIPPED
+from conftest import ROOT, SHIPPED, fresh_database
 from safetensors.numpy import load_file
 from test_lists import damaged, decoded
 
@@ -26,6 +26,7 @@ TEXTS = ["volcano", "slow cooking", 'a "quoted", phrase', "ὕβρις"]
 def folder(tmp_path_factory):
     """A student as `train` leaves it."""
     home = tmp_path_factory.mktemp("predict")
+    fresh_database(home / "mlflow.db")
     command = [sys.executable, "-m", "pipeline", "train", "--no-report",
                "--vectors", SHIPPED, "--concepts", "60", "--hidden-dim", "8",
                "--epochs", "1", "--output", home / "student"]  # fmt: skip

@@ -220,7 +220,7 @@ def cpu_seconds(pid):
 
 
 @pytest.mark.system
-def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplace):
+def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplace, run):
     Path("many.yaml").write_text(GRID_OF_MANY)
     MlflowClient().search_experiments()  # makes the database
     common = ["--grid", "many.yaml", "--no-report", "--vectors", str(SHIPPED)]
@@ -247,8 +247,9 @@ def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplac
         assert finished < finished_children() < 6
         finished = finished_children()
         assert not list(Path("results").glob("*.json"))
-    again = subprocess.run(command, env=environment(workplace), capture_output=True, text=True, check=True)
-    assert f"{finished} of 6 cells were finished before" in again.stderr
+    code, _, err = run("sweep", *common)
+    assert code == 0, err
+    assert f"{finished} of 6 cells were finished before" in err
     [parent], _ = runs()
     assert parent.info.status == "FINISHED"
     assert finished_children() == 6

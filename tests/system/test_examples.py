@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHIPPED
+from conftest import ROOT, SHIPPED, fresh_database
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """A folder with a student in ``results/``, as `make sweep` leaves one."""
     home = tmp_path_factory.mktemp("examples")
+    fresh_database(home / "mlflow.db")
     (home / "grid.yaml").write_text("fixed: {student: ridge, concepts: 100}\naxes: {seed: [0]}\n")
     command = [sys.executable, "-m", "pipeline", "sweep", "--grid", "grid.yaml", "--vectors", SHIPPED, "--no-report"]
     done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CATALOGUE, ELSEWHERE, SHIPPED
+from conftest import CATALOGUE, ELSEWHERE, SHIPPED, fresh_database
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.timeout(600)
@@ -78,7 +78,7 @@ def many(tiny_folder, tmp_path_factory):
         sys.executable, "-m", "pipeline", "extract", "--teacher", tiny_folder("gpt2"), "--concepts",
         "wordfreq:en:14000", "--output", path,
     ]  # fmt: skip
-    variables = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    variables = {**os.environ, "MLFLOW_TRACKING_URI": fresh_database(folder / "mlflow.db")}
     subprocess.run(list(map(str, command)), check=True, env=variables, capture_output=True, cwd=folder)
     return path
 
@@ -166,7 +166,7 @@ def test_an_interrupted_extraction_goes_on(workplace, tiny_folder):
 
 def test_report_evaluation_and_prediction_are_interrupted(workplace, run, small_grid):
     common = ("--vectors", SHIPPED)
-    code, _, err = run("sweep", "--grid", small_grid, *common, "--seeds", 5, "--no-report")
+    code, _, err = run("sweep", "--grid", small_grid, *common, "--seeds", 2, "--no-report")
     assert code == 0, err
     before = {path: path.stat().st_mtime_ns for path in Path("results").rglob("*")}
     with running("report", *common) as (process, lines):

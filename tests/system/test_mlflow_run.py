@@ -9,9 +9,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, mlflow_server
+from conftest import ROOT, SHIPPED, SMALL_GRID, free_port, mlflow_server
 from containers import IMAGE
 from mlflow import MlflowClient
+
+from pipeline.extraction.vocabulary import beside
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -40,12 +42,15 @@ def run_as(account, command, folder, **environment):
     )  # fmt: skip
 
 
-def copy_project(folder):
-    """The project as a fresh clone has it."""
+def copy_project(folder, account=None):
+    """The project as a fresh clone has it; for an account, with the vocabulary that its first sweep leaves."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+    if account is not None:
+        shutil.copy(beside(str(SHIPPED)), folder / "data" / "vectors")
+        subprocess.run(["chown", "-R", account, folder], check=True)
     return folder
 
 
@@ -77,14 +82,17 @@ def foreign_files(folder, account):
 
 
 def test_a_user_who_is_not_root_runs_every_entry_point_and_owns_all_that_is_left(image, clone, account):
-    done = run_as(account, ". .venv/bin/activate && mlflow run . -e sweep -P epochs=1 -P report=no-report", clone)
+    (clone / "small.yaml").write_text(SMALL_GRID)
+    shutil.chown(clone / "small.yaml", account)
+    parameters = "-P grid=small.yaml -P epochs=1 -P report=no-report"
+    done = run_as(account, f". .venv/bin/activate && mlflow run . -e sweep {parameters}", clone)
     assert done.returncode == 0, done.stderr
     assert "it/s]" not in done.stderr  # no bars of other libraries in a log
     assert not any("\r" in line for line in done.stderr.splitlines())
     client, runs = found_runs(f"sqlite:///{clone}/mlflow.db")
     [parent] = [run for run in runs if run.data.tags["role"] == "sweep"]
     cells = [run for run in runs if run.data.tags["role"] == "cell"]
-    assert len(cells) == 24
+    assert len(cells) == 4
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in cells} == {parent.info.run_id}
     assert parent.data.tags["mlflow.project.env"] == "docker"
@@ -130,10 +138,10 @@ def test_a_folder_with_a_space_is_refused_before_anything_is_written_or_served_b
     image, clone, account, workplace
 ):
     folder = clone.parent / "mit Leerzeichen größe"
-    copy_project(folder)
-    subprocess.run(["chown", "-R", account, folder], check=True)
+    copy_project(folder, account)
     before = sorted(folder.rglob("*"))
     command = f". {shlex.quote(str(clone))}/.venv/bin/activate && mlflow run . -e train -P epochs=1 -P concepts=40"
+    command += " -P report=no-report"
     done = run_as(account, command, folder)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -152,16 +160,12 @@ def test_a_folder_with_a_space_is_refused_before_anything_is_written_or_served_b
 
 
 def test_a_project_that_was_renamed_says_where_its_artifacts_were(image, clone, account):
-    for name in ("before", "after"):
-        folder = clone.parent / name
-        if name == "before":
-            copy_project(folder)
-            subprocess.run(["chown", "-R", account, folder], check=True)
-        else:
-            folder = (clone.parent / "before").rename(folder)
-        command = f". {shlex.quote(str(clone))}/.venv/bin/activate && mlflow run . -e train -P epochs=1 -P concepts=40"
-        done = run_as(account, command + " -P report=no-report", folder)
-        assert (done.returncode == 0) == (name == "before"), done.stderr
+    command = f". {shlex.quote(str(clone))}/.venv/bin/activate && mlflow run . -e sweep -P dry_run=dry-run"
+    before = copy_project(clone.parent / "before", account)
+    done = run_as(account, command, before)
+    assert done.returncode == 0, done.stderr
+    done = run_as(account, command, before.rename(clone.parent / "after"))
+    assert done.returncode == 1
     assert "before/mlruns/1, which is gone" in done.stderr.splitlines()[-1]
     assert not (clone.parent / "before").exists()
 

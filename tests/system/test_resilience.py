@@ -49,12 +49,18 @@ def grid(workplace):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The results of an undisturbed sweep."""
+def home(tmp_path_factory):
+    """The folder of an undisturbed sweep: its results, its database and its artifacts."""
     home = tmp_path_factory.mktemp("whole")
     (home / "grid.yaml").write_text(GRID)
-    finish(sweep("--output", str(home), uri=fresh_database(home / "mlflow.db"), folder=home))
-    return results(home)
+    finish(sweep(uri=fresh_database(home / "mlflow.db"), folder=home))
+    return home
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """The results of an undisturbed sweep."""
+    return results(home / "results")
 
 
 def database(name="mlflow"):
@@ -62,10 +68,12 @@ def database(name="mlflow"):
     return fresh_database(Path.cwd() / f"{name}.db")
 
 
+OPTIONS = ("--grid", "grid.yaml", "--vectors", str(SHIPPED), "--no-report")
+
+
 def sweep(*arguments, uri=None, folder=None, **environment):
     """Start a sweep in its own process, in the current folder or another, without a report unless asked for."""
-    common = ["--grid", "grid.yaml", "--vectors", str(SHIPPED), "--no-report"]
-    command = [sys.executable, "-m", "pipeline", "sweep", *common, *arguments]
+    command = [sys.executable, "-m", "pipeline", "sweep", *OPTIONS, *arguments]
     variables = {**os.environ, "MLFLOW_TRACKING_URI": uri or database(), **environment}
     return subprocess.Popen(
         command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -76,6 +84,18 @@ def finish(process):
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     return out
+
+
+@pytest.fixture
+def sweep_here(run):
+    """Run a sweep in this process, which has loaded the libraries: ``out = sweep_here("--shard", "1/3")``."""
+
+    def call(*arguments):
+        code, out, err = run("sweep", *OPTIONS, *arguments)
+        assert code == 0, err
+        return out
+
+    return call
 
 
 def tracked(uri=None):
@@ -135,21 +155,22 @@ def run(line):
 
 each_line(run)
 """
-AWAY_SECONDS = float(os.environ.get("TEST_AWAY_SECONDS", "10"))
+AWAY_SECONDS = float(os.environ.get("TEST_AWAY_SECONDS", "5"))
 
 
-@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.short), 20])
+@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.short), 10])
 def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, whole, kills):
     server = processes.start(SWEEPS, MLFLOW_TRACKING_URI=database())
 
     def begin(output):
-        print(f"--grid grid.yaml --vectors {SHIPPED} --no-report --output {output}", file=server.stdin, flush=True)
+        print(*OPTIONS, "--output", output, file=server.stdin, flush=True)
         return int(server.stdout.readline())
 
-    moments, finished, ends = random.Random(0), {}, []
-    for _ in range(kills):
+    draw, finished, ends = random.Random(0), {}, []
+    moments = [3 * (number + draw.random()) / kills for number in range(kills)]  # one in each part of three seconds
+    for moment in draw.sample(moments, kills):
         process = begin("results")
-        time.sleep(moments.uniform(0, 3))
+        time.sleep(moment)
         os.kill(process, signal.SIGKILL)
         ends.append(int(server.stdout.readline()))
         _, children = tracked()
@@ -167,8 +188,9 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, w
     assert not Path("results/.spool").exists()
 
 
-def test_what_a_worker_has_left_of_cells_that_mlflow_has_is_cleared_away(grid):
-    finish(sweep())
+def test_what_a_worker_has_left_of_cells_that_mlflow_has_is_cleared_away(home, grid, sweep_here):
+    for name in ("mlflow.db", "results"):
+        (shutil.copytree if (home / name).is_dir() else shutil.copy)(home / name, name)
     [path] = Path("results").glob("*_results_*.json")
     [key, *_] = [cell["cell_key"] for cell in json.loads(path.read_text())["cells"]]
     for name in (f"{key}.0/cell.json", f"{key}.stack", f".{key}.stack.0.part"):
@@ -177,7 +199,7 @@ def test_what_a_worker_has_left_of_cells_that_mlflow_has_is_cleared_away(grid):
     host, pid, _, place = worker_name().rsplit("/", 3)
     [parent], _ = tracked()
     MlflowClient(database()).set_tag(parent.info.run_id, f"worker.{host}/{pid}/1/{place}", "0")  # never started
-    finish(sweep())
+    sweep_here()
     check_runs()
     assert not Path("results/.spool").exists()
 
@@ -285,16 +307,16 @@ def test_a_worker_elsewhere_whose_beat_stands_still_is_dead_whatever_its_version
     assert Claims(tracker, "third", "1").find_other_version("same work") is None
 
 
-def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid, whole):
+def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid, whole, sweep_here):
     for shard, finished in (("1/3", False), ("0/3", False), ("2/3", True)):
-        out = finish(sweep("--shard", shard, "--sweep-id", "parts", "--report"))
+        out = sweep_here("--shard", shard, "--sweep-id", "parts", "--report")
         assert ("the shard that completes the sweep writes the report" in out) != finished
         assert bool(list(Path("results").glob("*.png"))) == finished
         assert tracked()[0][0].info.status == ("FINISHED" if finished else "SCHEDULED")
     check_runs()
     equal(results(), whole)
     shutil.rmtree("results")
-    out = finish(sweep("--shard", "1/3", "--sweep-id", "parts"))
+    out = sweep_here("--shard", "1/3", "--sweep-id", "parts")
     assert "7 of 7 cells are finished; the report stands in MLflow" in out
     assert not list(Path("results").glob("*"))  # the report is not written again
     check_runs()
@@ -325,7 +347,7 @@ def training_process_of(process):
     raise AssertionError("nothing trains")
 
 
-def test_a_training_process_that_is_killed_is_one_line_and_the_same_command_goes_on(workplace):
+def test_a_training_process_that_is_killed_is_one_line_and_the_same_command_goes_on(workplace, sweep_here):
     Path("grid.yaml").write_text("fixed: {epochs: 1000, hidden_dim: 256, concepts: 300, precision: float32}")
     process = sweep()
     training_process_of(psutil.Process(process.pid)).kill()
@@ -334,7 +356,7 @@ def test_a_training_process_that_is_killed_is_one_line_and_the_same_command_goes
     assert "Traceback" not in err
     assert "a process was killed by SIGKILL, perhaps for want of memory" in err.splitlines()[-1]
     assert [run.info.status for runs in tracked() for run in runs] == ["FAILED", "FAILED"]
-    finish(sweep())
+    sweep_here()
     assert [run.info.status for runs in tracked() for run in runs] == ["FINISHED", "FINISHED"]
 
 
@@ -356,7 +378,7 @@ def test_a_tracking_server_that_goes_away_for_a_while_costs_nothing_but_the_wait
         check_runs(uri)
 
 
-def test_a_tracking_server_that_stays_away_loses_nothing(grid, port):
+def test_a_tracking_server_that_stays_away_loses_nothing(grid, port, sweep_here, monkeypatch):
     uri = f"http://127.0.0.1:{port}"
     with mlflow_server(port):
         process = sweep(uri=uri, TRACKING_PATIENCE_SECONDS="4")
@@ -370,8 +392,9 @@ def test_a_tracking_server_that_stays_away_loses_nothing(grid, port):
     spooled = {path.name.split(".")[0]: json.loads(path.joinpath("cell.json").read_text())
                for path in Path("results/.spool").iterdir() if path.is_dir()}  # fmt: skip
     assert spooled
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with mlflow_server(port):
-        finish(sweep(uri=uri))
+        sweep_here()
         check_runs(uri)
     [path] = Path("results").glob("*_results_*.json")
     rows = {cell["cell_key"]: cell for cell in json.loads(path.read_text())["cells"]}

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from conftest import SHIPPED, free_port, wait_for
+from conftest import SHIPPED, free_port, fresh_database, wait_for
 
 from pipeline import Student
 
@@ -26,7 +26,7 @@ SECONDS = float(os.environ.get("TEST_CLIENT_SECONDS", "5"))
 def served(tmp_path_factory):
     """Address of a served student, and the same student here."""
     home = tmp_path_factory.mktemp("served")
-    uri = f"sqlite:///{home}/mlflow.db"
+    uri = fresh_database(home / "mlflow.db")
     variables = {**os.environ, "MLFLOW_TRACKING_URI": uri}
     command = [sys.executable, "-m", "pipeline", "train", "--no-report",
                "--vectors", SHIPPED, "--concepts", "60", "--hidden-dim", "8",

@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SHIPPED, free_port, mlflow_server
-from faults import Faulty
+from conftest import SHIPPED
 from mlflow import MlflowClient
 
 from pipeline.errors import WorkError
@@ -133,8 +132,9 @@ def test_an_experiment_of_the_environment_that_is_not_there_is_one_line(workplac
     assert code == 0, err
 
 
-def sweeping(run):
-    """Run a sweep of four cells; returns a function that repeats it."""
+@pytest.fixture
+def swept(workplace, run):
+    """A function that repeats a sweep of four cells, which has run."""
     Path("grid.yaml").write_text(GRID)
 
     def sweep():
@@ -144,12 +144,6 @@ def sweeping(run):
 
     sweep()
     return sweep
-
-
-@pytest.fixture
-def swept(workplace, run):
-    """A function that repeats a sweep of four cells, which has run."""
-    return sweeping(run)
 
 
 def cells(client):
@@ -189,29 +183,6 @@ def test_finished_cells_without_student_or_row_are_trained_again(swept, caplog):
     swept()
     assert "trained again" not in caplog.text
     assert finished(client) == after
-
-
-@pytest.mark.system
-def test_lost_students_of_a_server_are_found_in_three_requests(workplace, run, monkeypatch, caplog):
-    port = free_port()
-    with mlflow_server(port):
-        proxy = Faulty(port)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
-        client = MlflowClient(proxy.url)
-        sweep = sweeping(run)
-        before = models(client)
-        lost, deleted, *_ = sorted(cell.info.run_id for cell in cells(client))
-        shutil.rmtree(next(Path("artifacts").rglob(before[lost].model_id)))
-        client.delete_logged_model(before[deleted].model_id)
-        sweep()
-        assert "2 finished cells are trained again" in caplog.text
-        assert set(models(client)) == set(before)
-        keys, tracker = {one.data.tags["cell_key"] for one in cells(client)}, connect()
-        seen = proxy.count
-        whole, gone = tracker.finished_cells(keys)
-        assert (len(whole), len(gone)) == (4, 0)
-        assert proxy.count - seen == 3  # runs, students, files
-        proxy.close()
 
 
 def test_a_run_that_is_deleted_while_its_cell_trains_causes_no_traceback(workplace, data):
