@@ -102,7 +102,7 @@ def test_a_stop_of_the_container_closes_the_runs(image, scratch):
 
 def wait_for_runs(client, condition):
     """Wait until the experiment has a run of which the condition holds."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         experiment = client.get_experiment_by_name(IMAGE)
         if experiment and client.search_runs([experiment.experiment_id], condition):

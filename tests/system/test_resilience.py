@@ -243,7 +243,7 @@ def is_running(run):
     return run.info.status == "RUNNING"
 
 
-def wait_until(condition, seconds=90):
+def wait_until(condition, seconds=200):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -324,9 +324,7 @@ def test_shards_make_up_the_whole_sweep_and_the_last_one_reports(grid, whole, sw
 
 def test_a_worker_takes_over_what_a_dead_one_has_left(grid):
     left = sweep("--sweep-id", "left")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not tracked()[1]:
-        time.sleep(0.2)
+    wait_until(lambda: tracked()[1])
     other = sweep("--sweep-id", "left", "--output", "other")
     time.sleep(4)
     left.kill()
@@ -348,7 +346,7 @@ def training_process_of(process):
 
 
 def test_a_training_process_that_is_killed_is_one_line_and_the_same_command_goes_on(workplace, sweep_here):
-    Path("grid.yaml").write_text("fixed: {epochs: 1000, hidden_dim: 256, concepts: 300, precision: float32}")
+    Path("grid.yaml").write_text("fixed: {epochs: 300, hidden_dim: 256, concepts: 300, precision: float32}")
     process = sweep()
     training_process_of(psutil.Process(process.pid)).kill()
     _, err = process.communicate(timeout=120)
@@ -369,9 +367,7 @@ def test_a_tracking_server_that_goes_away_for_a_while_costs_nothing_but_the_wait
     uri = f"http://127.0.0.1:{port}"
     with mlflow_server(port):
         process = sweep(uri=uri)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not tracked(uri)[1]:
-            time.sleep(0.2)
+        wait_until(lambda: tracked(uri)[1])
     time.sleep(AWAY_SECONDS)
     with mlflow_server(port):
         finish(process)
@@ -381,14 +377,12 @@ def test_a_tracking_server_that_goes_away_for_a_while_costs_nothing_but_the_wait
 def test_a_tracking_server_that_stays_away_loses_nothing(grid, port, sweep_here, monkeypatch):
     uri = f"http://127.0.0.1:{port}"
     with mlflow_server(port):
-        process = sweep(uri=uri, TRACKING_PATIENCE_SECONDS="4")
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not tracked(uri)[1]:
-            time.sleep(0.2)
+        process = sweep(uri=uri, TRACKING_PATIENCE_SECONDS="8")
+        wait_until(lambda: tracked(uri)[1])
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in err
-    assert f"{uri}: has not answered for 4 s" in err.splitlines()[-1]
+    assert f"{uri}: has not answered for 8 s" in err.splitlines()[-1]
     spooled = {path.name.split(".")[0]: json.loads(path.joinpath("cell.json").read_text())
                for path in Path("results/.spool").iterdir() if path.is_dir()}  # fmt: skip
     assert spooled

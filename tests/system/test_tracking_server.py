@@ -109,7 +109,7 @@ def test_a_token_that_expires_during_training_is_reported_in_one_line_and_loses_
     assert [run.info.status for run in found_runs(client, request.node.name)] == ["FINISHED"] * 2
 
 
-def test_a_command_waits_for_a_server_that_starts_late(workplace, train):
+def test_a_command_waits_for_a_server_that_starts_late(workplace, train, caplog):
     port, done = free_port(), threading.Event()
     uri = f"http://127.0.0.1:{port}"
     code, _, err = train(uri, TRACKING_PATIENCE_SECONDS="1")
@@ -131,15 +131,15 @@ def test_a_command_waits_for_a_server_that_starts_late(workplace, train):
     finally:
         done.set()
         thread.join()
-    assert f"waiting for the tracking server {uri} (nothing answers there): 0 of at most 120 s" in err
-    assert "Retry" not in err  # our own log lines only
+    assert f"waiting for the tracking server {uri} (nothing answers there): 0 of at most 120 s" in caplog.text
+    assert "Retry" not in err + caplog.text  # our own log lines only
     assert "make ui" not in out  # the run is on a server
     assert f"{uri}/#/experiments/" in out
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert Path("results").is_dir()
 
 
-def test_a_command_waits_for_an_ingress_without_a_server_behind_it(locked, train, request):
+def test_a_command_waits_for_an_ingress_without_a_server_behind_it(locked, train, request, caplog):
     proxy, behind = locked
     proxy.absent = True
     code, _, err = train(proxy.url)
@@ -165,7 +165,8 @@ def test_a_command_waits_for_an_ingress_without_a_server_behind_it(locked, train
     code, _, err = train(proxy.url, "--epochs", 400, TRACKING_PATIENCE_SECONDS="120")
     thread.join(60)
     assert code == 0, err
-    assert "(HTTP 404): 0 of at most 120 s" in err
+    assert "(HTTP 404): 0 of at most 120 s" in caplog.text
+    assert "tracking is out of reach, training goes on" in caplog.text
     assert [run.info.status for run in found_runs(client, request.node.name)] == ["FINISHED"] * 2
 
 
