@@ -14,7 +14,7 @@ from conftest import CATALOGUE, ELSEWHERE, SHIPPED, fresh_database
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.timeout(600)
-GONE_SECONDS = 5  # the process ends itself after 1.5; here other tests run beside it
+GONE_SECONDS = 8  # the process ends itself after 1.5; here other tests run beside it
 
 
 @contextlib.contextmanager
