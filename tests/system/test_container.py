@@ -178,8 +178,8 @@ def pod(uri, folder, index, name):
     home.mkdir(exist_ok=True)
     home.chmod(0o777)
     docker("run", "--detach", "--name", name, "--network", "host", *LIMITED, "-v", f"{home}:/scratch", "-v",
-           f"{folder}/grid.yaml:/grid.yaml:ro", "-e", f"MLFLOW_TRACKING_URI={uri}", "-e",
-           f"JOB_COMPLETION_INDEX={index}", IMAGE, "sh", "-c",
+           f"{folder}/grid.yaml:/grid.yaml:ro", "-e", f"MLFLOW_TRACKING_URI={uri}",
+           "-e", "TRACKING_PATIENCE_SECONDS=600", "-e", f"JOB_COMPLETION_INDEX={index}", IMAGE, "sh", "-c",
            f"exec python -m pipeline sweep --grid /grid.yaml --output /scratch/results "
            f"--shard $JOB_COMPLETION_INDEX/{SHARDS}")  # fmt: skip
 
