@@ -125,9 +125,9 @@ def pytest_sessionstart(session):
         find(read_vectors(SHIPPED), str(SHIPPED), "cpu", lambda number: nullcontext(lambda done: None))
 
 
-def pytest_xdist_auto_num_workers(config):
-    """Workers of ``-n auto``: one per core that this process may use, and one more where many tests wait for others."""
-    return CORES + (config.option.markexpr == "system")
+def pytest_xdist_auto_num_workers():
+    """Workers of ``-n auto``: one per core that this process may use."""
+    return CORES
 
 
 @pytest.fixture(scope="session")

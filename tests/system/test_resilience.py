@@ -158,7 +158,7 @@ each_line(run)
 AWAY_SECONDS = float(os.environ.get("TEST_AWAY_SECONDS", "5"))
 
 
-@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.short), 10])
+@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.short), 20])
 def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, whole, kills):
     server = processes.start(SWEEPS, MLFLOW_TRACKING_URI=database())
 
