@@ -21,6 +21,7 @@ from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_e
 from pipeline.settings import Cell
 from pipeline.student.student import Student
 from pipeline.teachers.find import Teacher
+from pipeline.training.export import for_rows
 
 FREQUENCIES = (3.0, 4.0, 5.0)  # Zipf scale: 3 is once in a million words, 5 is a hundred times that
 FREQUENCY_NAMES = ("rare", *(f"Zipf {edge:g} and more" for edge in FREQUENCIES))
@@ -90,7 +91,8 @@ def evaluate(
             title = f"({', '.join(filter(None, own))})"
             if title not in rows:
                 rows[title] = _row(title, answer(data.subset(ridge), subset.test)[None], *common)
-        answers = torch.stack([torch.from_numpy(student.encode(concepts)) - mean for student in seeds])
+        asked = [for_rows(student, data, subset.test.rows) for student in seeds]
+        answers = torch.stack([torch.from_numpy(student.encode(concepts)) - mean for student in asked])
         val = float(np.mean([student.config["metrics"]["val_cosine"] for student in seeds]))
         rows[name] = {"val_cosine": val} | _row(name, answers, *common)
         advance(len(seeds))

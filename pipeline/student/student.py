@@ -48,7 +48,7 @@ class Student:
     parameters: dict[str, FloatArray]
     mean: FloatArray  # [d_model], mu of its training vectors, which is added to its output
     features: TokenFeatures
-    concepts: tuple[str, ...]  # of the vectors file that it was trained on
+    concepts: tuple[str, ...]  # of its vectors file: for which it answers without a tokenizer, or of the catalogue
     token_rows: RaggedArray | None = None  # each concept's rows in the token tables, where there is no tokenizer
     tokenization: Tokenization | None = None  # for any text; None where the student knows its concepts only
     catalogue: Table | None = None  # [.., d_model], centred true vectors of the first concepts
@@ -63,7 +63,7 @@ class Student:
     def summary(self) -> str:
         """Which texts it answers for and what its small size costs, in a few words."""
         if self.tokenization is None:
-            return f"answers for the {len(self.concepts):,} concepts of its vectors file"
+            return f"answers for {len(self.concepts):,} concepts of its vectors file"
         metrics = self.config["metrics"]
         return (
             f"answers for any text; test cosine {metrics['test_cosine']:.3f}, "
