@@ -206,3 +206,11 @@ def write_many(place, number):
     shape = (number, 1, 1, 576)
     vectors = StreamedTensor("vectors", np.dtype(np.float32), shape, chunks)
     write_streamed(place, header, [*(stream_array(*pair) for pair in arrays.items()), vectors])
+
+
+def test_folders_of_earlier_versions_that_name_all_concepts_still_load(student, tmp_path):
+    replace(student, concepts=(*student.concepts, "one more", "another")).save(tmp_path / "older")
+    older = Student.load(tmp_path / "older")
+    assert len(older.concepts) == len(older.catalogue.values) + 2
+    assert older.nearest(["volcano"], 9) == student.nearest(["volcano"], 9)
+    assert len(older.nearest("volcano", 10_000)[0]) == len(student.concepts)
