@@ -10,6 +10,7 @@ from conftest import SHIPPED
 from pipeline import Student
 from pipeline.analysis.evaluation import evaluate
 from pipeline.data.dataset import Dataset
+from pipeline.data.examples import Examples
 from pipeline.extraction.vocabulary import fastest_tokenization, find
 from pipeline.settings import Cell
 from pipeline.training.export import CATALOGUE_SIZE, STORED_CONCEPTS, checkpoint, export, for_rows
@@ -63,7 +64,8 @@ def test_a_checkpoint_holds_what_is_held_out_and_a_bounded_number_of_others(larg
     assert len(back.concepts) == STORED_CONCEPTS
     assert back.summary == "answers for 20,000 concepts of its vectors file"
     subset = large.subset(cell)
-    for side in (subset.test, subset.val, subset.train):
+    train = Examples(subset.train.rows, subset.train.inputs[:], subset.train.targets[:])
+    for side in (subset.test, subset.val, train):
         names = [large.vectors.concepts[row] for row in side.rows]
         expected = (predict("ridge", result.parameters, side) + subset.mean).numpy()
         np.testing.assert_allclose(back.encode(names), expected, rtol=1e-4, atol=2e-4)
