@@ -40,6 +40,9 @@ class Folder:
 def pack(folder: Folder) -> dict[str, bytes]:
     """Encode the files, by name; ``config.json`` comes last: a folder that has it is whole.
 
+    Returns:
+        Contents by file name.
+
     Raises:
         InputError: a file that is too large to be loaded again.
     """

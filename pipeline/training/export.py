@@ -36,11 +36,7 @@ log = logging.getLogger(__name__)
 def checkpoint(
     cell: Cell, parameters: dict[str, Tensor], subset: Subset, data: Dataset, metrics: dict[str, float]
 ) -> Student:
-    """A cell's student, exactly as trained (parameters with a member axis of 1), for the concepts of its file.
-
-    Of a large file these are the held-out concepts, then those it was trained on, then others, up to
-    `STORED_CONCEPTS`: a sweep keeps thousands of these students.
-    """
+    """A cell's student, exactly as trained (parameters with a member axis of 1), for the concepts of its file."""
     vectors = data.vectors
     config = {
         "student": cell.student, "cell": asdict(cell), "teacher": vectors.teacher, "revision": vectors.revision,
@@ -50,6 +46,7 @@ def checkpoint(
     }  # fmt: skip
     weights = {name: value.detach().float().cpu().numpy()[0].copy() for name, value in parameters.items()}
     whole = Student(config, weights, subset.mean.numpy(), subset.features, vectors.concepts, vectors.token_rows)
+    # Of a large file the held-out concepts, those it was trained on, then others: a sweep keeps thousands of students.
     order = chain(subset.test.rows, subset.val.rows, subset.train.rows, range(len(vectors.concepts)))
     rows = _stored_rows(order, vectors.concepts, STORED_CONCEPTS)
     return whole if len(rows) == len(vectors.concepts) else for_rows(whole, data, sorted(rows))
