@@ -7,7 +7,7 @@ residual stream has a large constant part, so without centring a constant predic
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MIN_LENGTH = 1e-8  # shorter vectors have no direction
+NUMBERS = 1 << 24  # held at once, so that memory does not grow with N squared
+ROWS = 1 << 13  # concepts in float64 at once
+Counts = tuple[NDArray[np.int64], NDArray[np.int64]]
 NAMES = ("cosine", "cosine_raw", "r2", "retrieval_at_1", "retrieval_at_5")
 
 
@@ -56,9 +59,13 @@ def r2(predicted: Tensor, truth: Tensor) -> Tensor:
 def ranks(predicted: Tensor, truth: Tensor) -> Tensor:
     """Rank (from 0) of each true vector among all N by cosine with its prediction, ``[N, d_model]`` to ``[N]``."""
     # A tie counts against the student, so a constant prediction retrieves nothing.
-    similarity = F.normalize(predicted, dim=-1) @ F.normalize(truth, dim=-1).mT  # [N, N]
-    own = similarity.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    return (similarity >= own).sum(-1) - 1
+    directions, found = F.normalize(truth, dim=-1).mT, torch.empty(len(predicted), dtype=torch.int64)
+    step = max(1, NUMBERS // max(1, len(truth)))
+    for start in range(0, len(predicted), step):
+        similarity = F.normalize(predicted[start : start + step], dim=-1) @ directions  # [step, N]
+        own = similarity.diagonal(start).unsqueeze(-1)
+        found[start : start + step] = (similarity >= own).sum(-1) - 1
+    return found
 
 
 def faithfulness(predicted: Tensor, truth: Tensor, mean: Tensor) -> dict[str, float]:
@@ -84,9 +91,14 @@ def by_category(values: Sequence[float], categories: Sequence[str]) -> dict[str,
 def linear_cka(predicted: Tensor, truth: Tensor) -> float:
     """Linear centred kernel alignment of two sets of vectors, ``[N, d_model]`` each, from 0 to 1."""
     # Kornblith et al. (2019), "Similarity of neural network representations revisited"; 0 where either does not vary.
-    x, y = (values.double() - values.double().mean(0) for values in (predicted, truth))
-    across, own_x, own_y = (x.mT @ y).norm(), (x.mT @ x).norm(), (y.mT @ y).norm()
-    return (across.square() / (own_x * own_y)).item() if own_x > 0 and own_y > 0 else 0.0
+    means = [values.mean(0, dtype=torch.float64) for values in (predicted, truth)]
+    across, own_x, own_y = (predicted.new_zeros((predicted.shape[1],) * 2, dtype=torch.float64) for _ in range(3))
+    for start in range(0, len(truth), ROWS):
+        parts = (values[start : start + ROWS].double() for values in (predicted, truth))
+        x, y = (part - mean for part, mean in zip(parts, means, strict=True))
+        across, own_x, own_y = across + x.mT @ y, own_x + x.mT @ x, own_y + y.mT @ y
+    size_x, size_y = own_x.norm(), own_y.norm()
+    return (across.norm().square() / (size_x * size_y)).item() if size_x > 0 and size_y > 0 else 0.0
 
 
 def norm_error(predicted: Tensor, truth: Tensor) -> Tensor:
@@ -95,11 +107,18 @@ def norm_error(predicted: Tensor, truth: Tensor) -> Tensor:
     return (predicted.norm(dim=-1) - true).abs() / true.where(true > 0, 1.0)  # type: ignore[no-any-return]
 
 
+def _bootstrap_counts(seeds: int, concepts: int, samples: int) -> Iterator[Counts]:
+    """Count of each seed and of each concept in some of the bootstrap samples, ``[k, seeds]`` and ``[k, concepts]``."""
+    draw, step = np.random.default_rng(0), max(1, NUMBERS // concepts)
+    rows = draw.multinomial(seeds, np.full(seeds, 1 / seeds), samples)
+    for start in range(0, samples, step):
+        own = rows[start : start + step]
+        yield own, draw.multinomial(concepts, np.full(concepts, 1 / concepts), len(own))
+
+
 @functools.lru_cache(maxsize=4)
-def _bootstrap_counts(seeds: int, concepts: int, samples: int) -> list[NDArray[np.int64]]:
-    """Count of each seed and of each concept in each bootstrap sample, ``[samples, seeds or concepts]``."""
-    draw = np.random.default_rng(0)
-    return [draw.multinomial(size, np.full(size, 1 / size), samples) for size in (seeds, concepts)]
+def _cached_counts(seeds: int, concepts: int, samples: int) -> list[Counts]:
+    return list(_bootstrap_counts(seeds, concepts, samples))
 
 
 def interval(values: NDArray[np.floating[Any]], level: float = 0.95, samples: int = 2000) -> tuple[float, float]:
@@ -114,7 +133,8 @@ def interval(values: NDArray[np.floating[Any]], level: float = 0.95, samples: in
         Lower and upper bound.
     """
     seeds, concepts = values.shape
-    rows, columns = _bootstrap_counts(seeds, concepts, samples)
-    means = np.einsum("ks,sn,kn->k", rows, values, columns, optimize=True) / (seeds * concepts)  # [samples]
+    counts = (_cached_counts if concepts * samples <= NUMBERS else _bootstrap_counts)(seeds, concepts, samples)
+    sums = [np.einsum("ks,sn,kn->k", rows, values, columns, optimize=True) for rows, columns in counts]
+    means = np.concatenate(sums) / (seeds * concepts)  # [samples]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

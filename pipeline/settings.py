@@ -263,6 +263,9 @@ class PredictOptions:
     output: str | None = option(None, "Where to write: .safetensors, .npy, .csv or .jsonl.  [default: JSON lines on "
         "standard output]")
     nearest: int | None = option(None, "Also name so many concepts whose true vectors are nearest.", minimum=1)
+    among: str | None = option(None, "Where to look for the nearest: a vectors file (.safetensors), or a list of "
+        "phrases (text, .csv or .tsv, as for --file), which the student encodes.  [default: the student's own "
+        "catalogue]")
     compare: bool = option(False, "Also run the teacher, and give the cosine of each vector with the true one.")
     teacher: str | None = option(None, "The teacher to compare with.  [default: the student's own]")
     dtype: str | None = option(None, TEACHER_DTYPE)

@@ -184,13 +184,14 @@ def test_a_quick_command_runs_as_it_is_written(command, run, monkeypatch):
 
 @pytest.fixture(scope="module")
 def place_with_a_student(data, vectors, tmp_path_factory):
-    """A folder with a small student in ``my-student``."""
+    """A folder with a small student in ``my-student``, and a vectors file."""
     cpu = torch.device("cpu")
     cell = Cell(concepts=60, hidden_dim=8, epochs=1, layer=15)
     subset = data.subset(cell)
     [trained] = train_stack([cell], [subset], cpu)
     vocabulary = find(vectors, str(SHIPPED), "cpu", lambda number: nullcontext(lambda done: None))
     home = tmp_path_factory.mktemp("snippets")
+    (home / "vectors.safetensors").symlink_to(SHIPPED)
     export(checkpoint(cell, trained.parameters, subset, data, trained.metrics), data, vocabulary).save(
         home / "my-student"
     )

@@ -180,3 +180,38 @@ def test_the_gradient_of_cosines_is_right():
     source = torch.Generator().manual_seed(0)
     predicted, truth = (torch.randn(2, 3, 5, generator=source, dtype=torch.float64) for _ in range(2))
     assert torch.autograd.gradcheck(lambda values: cosines(values, truth), predicted.requires_grad_())
+
+
+def test_ranks_among_very_many_are_those_of_one_matrix():
+    generator = torch.Generator().manual_seed(3)
+    truth = torch.randn(6000, 8, generator=generator)  # three chunks
+    truth[4000:4100] = truth[:100]  # ties across chunks
+    predicted = truth + torch.randn(6000, 8, generator=generator)
+    directions = [torch.nn.functional.normalize(values.double(), dim=-1) for values in (predicted, truth)]
+    similarity = directions[0] @ directions[1].T
+    expected = (similarity >= similarity.diagonal()[:, None] - 1e-7).sum(1) - 1
+    assert (ranks(predicted, truth) != expected).float().mean() < 0.01  # the rounding of float32
+    assert (ranks(truth, truth)[4000:4100] == 1).all()
+    assert (ranks(truth, truth)[:100] == 1).all()
+
+
+def test_intervals_of_very_many_concepts_are_those_of_few():
+    draw = np.random.default_rng(0)
+    many = draw.standard_normal((1, 30_000))  # in chunks of samples
+    low, high = interval(many)
+    assert (high - low) / 2 == pytest.approx(1.96 * many.std() / math.sqrt(30_000), rel=0.05)
+    assert low < many.mean() < high
+    few = draw.standard_normal((3, 40))
+    counts = np.random.default_rng(0)
+    rows, columns = (counts.multinomial(size, np.full(size, 1 / size), 2000) for size in few.shape)
+    means = [np.average(few, weights=np.outer(*pair)) for pair in zip(rows, columns, strict=True)]
+    assert interval(few) == pytest.approx(np.quantile(means, [0.025, 0.975]))
+
+
+def test_cka_of_very_many_is_that_of_whole_matrices():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(9000, 6, generator=generator)
+    y = x + torch.randn(9000, 6, generator=generator) + 5
+    a, b = (values.double().numpy() - values.double().numpy().mean(0) for values in (x, y))
+    expected = np.square(a.T @ b).sum() / np.linalg.norm(a.T @ a) / np.linalg.norm(b.T @ b)
+    assert linear_cka(x, y) == pytest.approx(expected)

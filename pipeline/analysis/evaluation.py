@@ -12,7 +12,7 @@ from torch import Tensor
 from wordfreq import zipf_frequency
 
 from pipeline.analysis.baselines import BASELINES
-from pipeline.analysis.intervention import NextTokenDistributions, kl_recovered, recovered_interval
+from pipeline.analysis.intervention import MAX_CONCEPTS, NextTokenDistributions, kl_recovered, recovered_interval
 from pipeline.analysis.rows import Row, configuration, grouped, ridge_baseline, section_names, section_of
 from pipeline.analysis.tables import Table, markdown_table
 from pipeline.data.dataset import Dataset
@@ -21,6 +21,7 @@ from pipeline.metrics import cosines, faithfulness, interval, linear_cka, norm_e
 from pipeline.settings import Cell
 from pipeline.student.student import Student
 from pipeline.teachers.find import Teacher
+from pipeline.training.export import for_rows
 
 FREQUENCIES = (3.0, 4.0, 5.0)  # Zipf scale: 3 is once in a million words, 5 is a hundred times that
 FREQUENCY_NAMES = ("rare", *(f"Zipf {edge:g} and more" for edge in FREQUENCIES))
@@ -53,7 +54,7 @@ def evaluate(
     Args:
         students: the seeds of each configuration, by its name.
         data: the vectors that they were trained on.
-        teacher: where given, `kl_recovered` is measured in it.
+        teacher: where given, `kl_recovered` is measured in it, on at most `MAX_CONCEPTS` concepts of all categories.
         advance: called with the number of students that have been measured.
 
     Returns:
@@ -78,10 +79,10 @@ def evaluate(
         place = (cell.concepts, *section)
         if teacher is not None and place not in divergences:
             if section not in distributions:
-                template, layer = data.vectors.templates[0], cell.layer or 0
-                distributions[section] = NextTokenDistributions(teacher, concepts, template, layer)
+                template, layer, first = data.vectors.templates[0], cell.layer or 0, concepts[:MAX_CONCEPTS]
+                distributions[section] = NextTokenDistributions(teacher, first, template, layer)
             known = distributions[section]
-            divergences[place] = known, known.kl(mean.expand(len(concepts), -1))
+            divergences[place] = known, known.kl(mean.expand(len(known.prompts), -1))
         common = (cell, truth, mean, group_concepts(data, subset.test.rows), divergences.get(place))
         ridge = ridge_baseline(cell)
         reads = [ridge.inputs, "" if ridge.targets == "first" else f"targets {ridge.targets}"]
@@ -90,7 +91,8 @@ def evaluate(
             title = f"({', '.join(filter(None, own))})"
             if title not in rows:
                 rows[title] = _row(title, answer(data.subset(ridge), subset.test)[None], *common)
-        answers = torch.stack([torch.from_numpy(student.encode(concepts)) - mean for student in seeds])
+        asked = [for_rows(student, data, subset.test.rows) for student in seeds]
+        answers = torch.stack([torch.from_numpy(student.encode(concepts)) - mean for student in asked])
         val = float(np.mean([student.config["metrics"]["val_cosine"] for student in seeds]))
         rows[name] = {"val_cosine": val} | _row(name, answers, *common)
         advance(len(seeds))
@@ -146,7 +148,8 @@ def _row(
     row["by"] = {kind: {group: _group_row(each[:, own]) for group, own in of.items()} for kind, of in groups.items()}
     if of_mean is not None:
         distributions, divergence = of_mean
-        kl = np.stack([distributions.kl(answer + mean) if answer.any() else divergence for answer in answers])
+        first = answers[:, : len(divergence)]
+        kl = np.stack([distributions.kl(answer + mean) if answer.any() else divergence for answer in first])
         row["kl_recovered"] = kl_recovered(kl, divergence)
         row["kl_recovered_low"], row["kl_recovered_high"] = recovered_interval(kl, divergence)
     return row

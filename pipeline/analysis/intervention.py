@@ -23,6 +23,7 @@ from pipeline.teachers.find import Teacher
 from pipeline.teachers.prompts import tokenize
 
 BATCH_TOKENS = 2048
+MAX_CONCEPTS = 1000  # put into the teacher: their distributions over its vocabulary are kept, for every student
 BOOTSTRAPS = 2000
 SAME_KL = 1e-3  # nats: two passes that differ by less differ by rounding, also in bfloat16
 
@@ -88,7 +89,9 @@ class NextTokenDistributions:
         self._caches: list[Cache | None] = list(map(self._cache, self.batches))
         if not self._can_continue_from_cache():
             self._caches = [None] * len(self.batches)
-        self.true = self._log_probabilities(None)
+        with torch.inference_mode():
+            true = [self._next_tokens(*pair, None).cpu() for pair in zip(self.batches, self._caches, strict=True)]
+            self.true = torch.cat(true)[np.argsort(np.concatenate(self.batches))]  # [concepts, vocabulary], float32
 
     def _ids(self, batch: NDArray[np.intp]) -> Tensor:
         return torch.tensor([self.prompts[row] for row in batch], device=self.teacher.device)
@@ -133,17 +136,13 @@ class NextTokenDistributions:
             return self.teacher.logits(ids, cache=cache)[:, -1].log_softmax(-1)
 
     @torch.inference_mode()
-    def _log_probabilities(self, vectors: Tensor | None) -> Tensor:
-        """Next-token log-probabilities, ``[concepts, vocabulary]``, float32."""
-        rows = [
-            self._next_tokens(batch, cache, None if vectors is None else vectors[batch]).cpu()
-            for batch, cache in zip(self.batches, self._caches, strict=True)
-        ]
-        return torch.cat(rows)[np.argsort(np.concatenate(self.batches))]
-
     def kl(self, vectors: Tensor) -> NDArray[np.float64]:
         """Divergence in nats, ``[concepts]``, that vectors ``[concepts, d_model]``, not centred, cause."""
-        return _divergence(self.true, self._log_probabilities(vectors)).double().numpy()
+        found = np.empty(len(self.prompts))
+        for batch, cache in zip(self.batches, self._caches, strict=True):
+            other = self._next_tokens(batch, cache, vectors[batch]).cpu()
+            found[batch] = _divergence(self.true[batch], other).double().numpy()
+        return found
 
 
 def _divergence(true: Tensor, other: Tensor) -> Tensor:

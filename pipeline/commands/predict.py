@@ -21,10 +21,12 @@ from pipeline.errors import InputError, WorkError, choices
 from pipeline.settings import PredictOptions
 from pipeline.storage import Output, fetch, write_atomically, write_to_stdout
 from pipeline.student.lookup import FloatArray
+from pipeline.student.nearest import Candidates
 from pipeline.student.student import Student
 from pipeline.student.tokenizer import normalise_texts
 
 CHUNK = 1 << 15  # texts held at once
+VECTORS_FILE = ".safetensors"
 DECIMALS = 5  # of a vector's numbers in text
 
 
@@ -46,6 +48,7 @@ def run_predict(options: PredictOptions, texts: Sequence[str]) -> None:
     if kind not in WRITERS:
         raise choices("kind of --output", kind, [name for name in WRITERS if name])
     student = _student_at(options.run or _newest_student())
+    candidates = _candidates(student, options)
     compare = _comparison(student, options) if options.compare else None
     shown: list[list[str]] = []
     holds = kind in (".csv", ".jsonl") or not (options.nearest or options.compare)
@@ -53,7 +56,7 @@ def run_predict(options: PredictOptions, texts: Sequence[str]) -> None:
     def chunks(source: Iterable[list[str]], advance: Callable[[float], None]) -> Iterator[Chunk]:
         for some in source:
             vectors = student.encode(some)
-            nearest = student.nearest(vectors, options.nearest) if options.nearest else None
+            nearest = student.nearest(vectors, options.nearest, candidates) if options.nearest else None
             chunk = Chunk(some, vectors, nearest, compare(some, vectors) if compare is not None else None)
             if not holds:
                 shown.extend(_rows(chunk))
@@ -72,7 +75,8 @@ def run_predict(options: PredictOptions, texts: Sequence[str]) -> None:
             output.publish()
             output.remove_local_copy()
     if shown:
-        asked = {"nearest concepts (cosine)": options.nearest, "cosine with the true vector": options.compare}
+        nearest = "nearest concepts (cosine)" if options.among is None else "nearest (cosine)"
+        asked = {nearest: options.nearest, "cosine with the true vector": options.compare}
         display.table(["text", *(title for title, is_asked in asked.items() if is_asked)], shown)
 
 
@@ -94,6 +98,33 @@ def _newest_student() -> str:
         names = ", ".join(same)
         raise InputError(f"--run: the newest sweep left a student for each block or split; name one of {names}")
     return str(found[-1])
+
+
+def _candidates(student: Student, options: PredictOptions) -> Candidates | None:
+    """What ``--nearest`` searches: the student's catalogue, a vectors file, or a list of phrases."""
+    if options.among is None:
+        return student.candidates() if options.nearest else None
+    if options.nearest is None:
+        raise InputError("--among: expected --nearest too, how many to name")
+    name, path = f"--among {options.among}", _fetch(options.among)
+    try:
+        if path.suffix.lower() == VECTORS_FILE:
+            return student.candidates(path)
+    except InputError as error:
+        raise InputError(f"--among: {error}") from error
+    with lists.opened(path, name) as file:
+        phrases = [text for some in _read(file, name, options.among, options.column) for text in some]
+    if not phrases:
+        raise InputError(f"{name}: no phrases")
+    return student.candidates(phrases)
+
+
+def _fetch(place: str) -> Path:
+    if "://" not in place and not place.startswith(("runs:", "models:")):
+        return Path(place)
+    from pipeline.tracking import fetch as fetch_from_anywhere
+
+    return fetch_from_anywhere(place)
 
 
 def _comparison(student: Student, options: PredictOptions) -> Callable[[list[str], FloatArray], FloatArray]:
@@ -133,30 +164,30 @@ def _texts(
     path = fetch(options.file) if options.file != "-" else None
     with nullcontext(lists.standard_input()) if path is None else lists.opened(path, name) as file:
         if path is not None and path.is_file():
-            yield from _read_twice(file, name, options)
+            yield from _read_twice(file, name, options.file, options.column)
         elif not counted:
-            yield _read(file, name, options), None
+            yield _read(file, name, options.file, options.column), None
         else:  # a pipe can be read once only
             with tempfile.TemporaryFile() as copy:
                 try:
                     copy.writelines(iter(lambda: lists.read_block(file, name), b""))
                 except OSError as error:
                     raise WorkError(f"cannot keep a copy of {name}: {error.strerror or error}") from error
-                yield from _read_twice(copy, name, options)
+                yield from _read_twice(copy, name, options.file, options.column)
 
 
-def _read_twice(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[tuple[Iterable[list[str]], int | None]]:
+def _read_twice(file: BinaryIO, name: str, place: str, column: str) -> Iterator[tuple[Iterable[list[str]], int | None]]:
     """Read once to count and to find every error in the texts, then again for the texts."""
     file.seek(0)
-    total = sum(map(len, _read(file, name, options)))
+    total = sum(map(len, _read(file, name, place, column)))
     file.seek(0)
-    yield _read(file, name, options), total
+    yield _read(file, name, place, column), total
 
 
-def _read(file: BinaryIO, name: str, options: PredictOptions) -> Iterator[list[str]]:
+def _read(file: BinaryIO, name: str, place: str, column: str) -> Iterator[list[str]]:
     numbered = lists.texts(file, name)
-    if lists.is_table(str(options.file)):
-        numbered = ((line, text) for line, (text,) in lists.table(file, name, [options.column]))
+    if lists.is_table(place):
+        numbered = ((line, text) for line, (text,) in lists.table(file, name, [column]))
     return _checked_chunks(numbered, f"{name}, line")
 
 

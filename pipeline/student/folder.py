@@ -38,7 +38,14 @@ class Folder:
 
 
 def pack(folder: Folder) -> dict[str, bytes]:
-    """Encode the files, by name; ``config.json`` comes last: a folder that has it is whole."""
+    """Encode the files, by name; ``config.json`` comes last: a folder that has it is whole.
+
+    Returns:
+        Contents by file name.
+
+    Raises:
+        InputError: a file that is too large to be loaded again.
+    """
     contents = {MODEL: save({name: np.ascontiguousarray(value) for name, value in folder.tensors.items()})}
     if folder.tokenizer is not None:
         contents[TOKENIZER] = folder.tokenizer.to_str().encode()
@@ -46,7 +53,10 @@ def pack(folder: Folder) -> dict[str, bytes]:
     config = folder.config | {"format": FORMAT, "files": sums}
     config["sha256"] = _sha256(config)
     encoded = json.dumps(config, indent=1, ensure_ascii=False).encode()
-    return contents | {CARD: folder.card.encode(), CONFIG: encoded}
+    contents |= {CARD: folder.card.encode(), CONFIG: encoded}
+    for name in contents.keys() & MAX_BYTES.keys():
+        _check_size(name, len(contents[name]))
+    return contents
 
 
 def write_folder(place: Path, contents: Mapping[str, bytes]) -> None:
@@ -101,10 +111,13 @@ def _sha256(config: Mapping[str, Any]) -> str:
 def _read_file(folder: Path, name: str) -> bytes:
     if name not in MAX_BYTES:
         raise InputError(f"names the file {name!r}; expected {', '.join(sorted(MAX_BYTES))}")
-    size = (folder / name).stat().st_size
+    _check_size(name, (folder / name).stat().st_size)
+    return (folder / name).read_bytes()
+
+
+def _check_size(name: str, size: int) -> None:
     if size > MAX_BYTES[name]:
         raise InputError(f"{name} has {size:,} bytes; expected {MAX_BYTES[name]:,} at the most")
-    return (folder / name).read_bytes()
 
 
 def _tokenizer(content: bytes) -> Tokenizer:

@@ -28,6 +28,8 @@ from pipeline.storage import fetch
 from pipeline.student.folder import TOKENIZER, Folder, pack, read_folder, unpack, write_folder
 from pipeline.student.forward import FORWARD
 from pipeline.student.lookup import FeaturePart, FloatArray, Table, TokenFeatures, TokenizedTexts
+from pipeline.student.nearest import Candidates, unit
+from pipeline.student.stored import stored_candidates
 from pipeline.student.tokenizer import RaggedArray, Tokenization, nfc, normalise_texts
 from pipeline.student.validation import TOKEN_POOLS, validate
 
@@ -46,7 +48,7 @@ class Student:
     parameters: dict[str, FloatArray]
     mean: FloatArray  # [d_model], mu of its training vectors, which is added to its output
     features: TokenFeatures
-    concepts: tuple[str, ...]  # of the vectors file that it was trained on
+    concepts: tuple[str, ...]  # of its vectors file: for which it answers without a tokenizer, or of the catalogue
     token_rows: RaggedArray | None = None  # each concept's rows in the token tables, where there is no tokenizer
     tokenization: Tokenization | None = None  # for any text; None where the student knows its concepts only
     catalogue: Table | None = None  # [.., d_model], centred true vectors of the first concepts
@@ -61,7 +63,7 @@ class Student:
     def summary(self) -> str:
         """Which texts it answers for and what its small size costs, in a few words."""
         if self.tokenization is None:
-            return f"answers for the {len(self.concepts):,} concepts of its vectors file"
+            return f"answers for {len(self.concepts):,} concepts of its vectors file"
         metrics = self.config["metrics"]
         return (
             f"answers for any text; test cosine {metrics['test_cosine']:.3f}, "
@@ -76,7 +78,7 @@ class Student:
     def _directions(self) -> FloatArray:
         """The catalogue with rows of length 1, ``[.., d_model]``."""
         assert self.catalogue is not None
-        return _unit(self.catalogue[:])
+        return unit(self.catalogue[:])
 
     def encode(
         self,
@@ -131,7 +133,7 @@ class Student:
 
                 done = tqdm(done, total=len(starts), unit="text", unit_scale=batch_size)
             list(done)  # waits, and raises what a chunk raised
-        return _unit(vectors) if normalize_embeddings else vectors
+        return unit(vectors) if normalize_embeddings else vectors
 
     def _compute(self, texts: TokenizedTexts, shift: FloatArray, out: FloatArray) -> None:
         """Write centred vectors plus a shift ``[d_model]`` to ``out``, ``[n, d_model]``."""
@@ -157,27 +159,55 @@ class Student:
             raise InputError(f"text {error.args[0][:60]!r}: {hint}") from None
         return TokenizedTexts(texts, self.token_rows.take(rows), rows)
 
-    def nearest(self, vectors: FloatArray, count: int) -> list[list[tuple[str, float]]]:
-        """Find the concepts whose true vectors have the highest centred cosine with each vector.
+    def nearest(
+        self,
+        queries: str | Sequence[str] | FloatArray,
+        count: int,
+        among: Candidates | str | Path | Sequence[str] | None = None,
+    ) -> list[list[tuple[str, float]]]:
+        """Find the concepts or phrases whose vectors have the highest centred cosine with each query.
+
+        Memory does not grow with the number of vectors that are searched; among equal cosines the first comes first.
 
         Args:
-            vectors: not centred, ``[n, d_model]``.
-            count: how many concepts.
+            queries: texts, or vectors ``[n, d_model]``, not centred.
+            count: how many.
+            among: where to search, as `candidates` takes it, or what that has made; by default, the catalogue.
 
         Returns:
-            For each vector the concepts with their cosines, best first.
+            For each query the concepts with their cosines, best first.
 
         Raises:
-            InputError: the student carries no catalogue.
+            InputError: what `encode` and `candidates` raise.
         """
+        found = among if isinstance(among, Candidates) else self.candidates(among)
+        if not isinstance(queries, np.ndarray):
+            queries = self.encode([queries] if isinstance(queries, str) else queries)
+        return found.nearest(queries - self.mean, count)
+
+    def candidates(self, among: str | Path | Sequence[str] | None = None) -> Candidates:
+        """Prepare what `nearest` searches, for several searches.
+
+        Args:
+            among: the path or ``s3://`` address of a vectors file, whose true vectors are searched; or phrases, which
+                the student encodes in each search; or None for the true vectors of the catalogue that it carries.
+
+        Returns:
+            The candidates.
+
+        Raises:
+            InputError: not a vectors file, or one of another block or width; a phrase that is no text; or the student
+                carries no catalogue.
+        """
+        if isinstance(among, str | Path):
+            return stored_candidates(fetch(str(among)), self.config, self.mean)
+        if among is not None:
+            texts = normalise_texts(among)
+            return Candidates(texts, lambda start, stop: self.encode(texts[start:stop], normalize_embeddings=True))
         if self.catalogue is None:
             raise InputError("this student carries no catalogue of concepts; the one that a sweep leaves does")
-        found = []
-        for start in range(0, len(vectors), CHUNK):
-            cosines = _unit(vectors[start : start + CHUNK] - self.mean) @ self._directions.T  # [CHUNK, catalogue]
-            for row, best in zip(cosines, np.argsort(-cosines, axis=1)[:, :count], strict=True):
-                found.append([(self.concepts[place], float(row[place])) for place in best])
-        return found
+        names = self.concepts[: len(self.catalogue.values)]
+        return Candidates(names, lambda start, stop: self._directions[start:stop])
 
     def save(self, folder: Path) -> None:
         """Write the folder's files, each whole or not at all.
@@ -261,12 +291,6 @@ def _input_errors() -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
         raise InputError(f"not a student folder, or damaged ({error})") from error
-
-
-def _unit(values: FloatArray) -> FloatArray:
-    """Vectors of length 1 in the same directions, ``[n, d_model]``."""
-    unit: FloatArray = values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12)
-    return unit
 
 
 def _from_folder(found: Folder) -> Student:

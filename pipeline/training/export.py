@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from pipeline.teachers.families import licence_of
 from pipeline.training.card import student_card
 
 CATALOGUE_SIZE = 5000  # concepts whose true vectors are stored with a student
+STORED_CONCEPTS = 20_000  # for which a checkpoint answers
+STORED_CHARACTERS = 1 << 20  # of all concepts of a student, whose config.json has 8 MB at the most
 MAX_RANK_LOSS = 1e-3  # of the validation cosine, by maps of lower rank: a third of the difference between seeds
 RANK_STEP = 32  # between the ranks that are tried
 MAX_FOLDED_SIZE = 2  # size of a folded table, in units of the tables that it replaces
@@ -41,7 +45,37 @@ def checkpoint(
         "metrics": metrics,
     }  # fmt: skip
     weights = {name: value.detach().float().cpu().numpy()[0].copy() for name, value in parameters.items()}
-    return Student(config, weights, subset.mean.numpy(), subset.features, vectors.concepts, vectors.token_rows)
+    whole = Student(config, weights, subset.mean.numpy(), subset.features, vectors.concepts, vectors.token_rows)
+    # Of a large file the held-out concepts, those it was trained on, then others: a sweep keeps thousands of students.
+    order = chain(subset.test.rows, subset.val.rows, subset.train.rows, range(len(vectors.concepts)))
+    rows = _stored_rows(order, vectors.concepts, STORED_CONCEPTS)
+    return whole if len(rows) == len(vectors.concepts) else for_rows(whole, data, sorted(rows))
+
+
+def for_rows(student: Student, data: Dataset, rows: Sequence[int]) -> Student:
+    """A checkpoint for the concepts of some rows of its vectors file; an exported student unchanged."""
+    if student.tokenization is not None:
+        return student
+    vectors, chosen, tables = data.vectors, np.array(rows), dict(student.features.tables)
+    for part in student.features.parts:
+        if part.pool == "place":
+            block = vectors.layer_index(int(part.table.removeprefix(BLOCK)))
+            tables[part.table] = Table(vectors.vectors[chosen, 0, block])
+    concepts, features = tuple(vectors.concepts[row] for row in rows), replace(student.features, tables=tables)
+    return replace(student, features=features, concepts=concepts, token_rows=vectors.token_rows.take(chosen))
+
+
+def _stored_rows(rows: Iterable[int], concepts: Sequence[str], count: int) -> list[int]:
+    """The first of the rows, each once, whose concepts a student's folder holds: so many, and none too long."""
+    found: dict[int, None] = {}
+    characters = 0
+    for row in rows:
+        if row not in found:
+            characters += len(concepts[row])
+            if len(found) == count or characters > STORED_CHARACTERS:
+                break
+            found[row] = None
+    return list(found)
 
 
 def needs_teacher(cell: Cell) -> bool:
@@ -68,10 +102,10 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
     cell = Cell(**trained.config["cell"])
     subset = data.subset(cell)
     features, parameters = _with_vocabulary(trained, data, cell, vocabulary)
-    order = balanced_order(data.vectors.concepts, data.vectors.categories)[:CATALOGUE_SIZE]
-    rows = [*order, *sorted(set(range(len(data.vectors.concepts))) - set(order))]
+    order = balanced_order(data.vectors.concepts, data.vectors.categories)
+    rows = _stored_rows(order, data.vectors.concepts, CATALOGUE_SIZE)
     place = data.vectors.layer_index(cell.layer)
-    catalogue = data.vectors.vectors[order, 0, place].astype(np.float32) - trained.mean
+    catalogue = data.vectors.vectors[rows, 0, place].astype(np.float32) - trained.mean
     student = replace(
         trained,
         config=trained.config | {"teacher_licence": licence_of(trained.config["teacher"])},
@@ -129,5 +163,6 @@ def _of_lower_rank(student: Student, data: Dataset, val: Examples) -> Student:
 
 def _cosines_of(student: Student, data: Dataset, examples: Examples) -> Tensor:
     """Centred cosine of each concept of a part of the split, ``[n]``."""
-    predicted = student.encode([data.vectors.concepts[row] for row in examples.rows]) - student.mean
+    asked = for_rows(student, data, examples.rows)
+    predicted = asked.encode([data.vectors.concepts[row] for row in examples.rows]) - student.mean
     return cosines(torch.from_numpy(predicted), examples.targets)

@@ -201,9 +201,33 @@ def test_the_nearest_concepts_and_the_teachers_own_vectors(workplace, run, folde
         assert len(line["nearest"]) == 2
 
 
+def test_the_nearest_among_other_vectors_and_phrases(workplace, run, folder):
+    student, phrases = Student.load(folder), ["a red river", "volcano", "slow cooking", "lava"]
+    Path("phrases.txt").write_text("\n\n".join(phrases) + "\n")
+    Path("phrases.csv").write_text("rank;Concept\n" + "".join(f"1;{phrase}\n" for phrase in phrases))
+    for place, among in (("phrases.txt", phrases), ("phrases.csv", phrases), (SHIPPED, SHIPPED)):
+        arguments = ("predict", "--run", folder, "--nearest", 2, "--among", place, "--output", "all.jsonl", *TEXTS)
+        code, out, err = run(*arguments)
+        assert code == 0, err
+        found = [json.loads(line)["nearest"] for line in Path("all.jsonl").read_text(encoding="utf-8").splitlines()]
+        expected = student.nearest(TEXTS, 2, among=among)
+        assert [[name for name, _ in row] for row in found] == [[name for name, _ in row] for row in expected]
+    code, out, err = run("predict", "--run", folder, "--nearest", 1, "--among", "phrases.txt", "volcano")
+    assert code == 0, err
+    assert "nearest (cosine)" in out
+    assert "volcano (1.00)" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (("a", "--among", "texts.csv"), "--among: expected --nearest too"),
+        (("a", "--nearest", 2, "--among", "none.txt"), "--among none.txt: No such file"),
+        (("a", "--nearest", 2, "--among", "latin.txt"), "--among latin.txt, line 2: not UTF-8"),
+        (("a", "--nearest", 2, "--among", "long.txt"), "--among long.txt, line 3: 10,001 characters"),
+        (("a", "--nearest", 2, "--among", "texts.csv"), "--among texts.csv, line 1: expected a header line 'concept'"),
+        (("a", "--nearest", 2, "--among", "blank.txt"), "--among blank.txt: no phrases"),
+        (("a", "--nearest", 2, "--among", "x.safetensors"), "--among: vectors file x.safetensors: No such file"),
         ((), "expected texts as arguments, or --file"),
         (("a", "--file", "b"), "expected texts as arguments, or --file"),
         (("a", "--output", "x.parquet"), "unknown kind of --output '.parquet'; available: .csv, .jsonl, .npy"),
@@ -226,6 +250,7 @@ def test_what_is_wrong_is_said_in_one_line(workplace, run, folder, arguments, co
     Path("long.txt").write_text("ice\n\n" + "x" * 10_001)
     Path("open.csv").write_text('concept,kind\n"ice,Food\nfire,"Nature"\n')
     Path("texts.csv").write_text("rank,term\n1,a\n")
+    Path("blank.txt").write_text(" \n\n")
     if "--run" not in arguments:
         arguments = ("--run", folder, *arguments)
     code, _, err = run("predict", *arguments)

@@ -415,3 +415,10 @@ def test_a_student_that_would_not_load_again_is_not_left(data, tmp_path):
     with pytest.raises(WorkError, match="would not load again"):
         replace(made, mean=made.mean[:5]).save(tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_student_too_large_to_load_is_not_left(data, tmp_path):
+    _, made = trained(replace(SHORT, epochs=1, hidden_dim=8), data)
+    with pytest.raises(WorkError, match=r"would not load again \(config.json has 9,.* bytes; expected 8,388,608"):
+        replace(made, concepts=("x" * 9_000_000, *made.concepts[1:])).save(tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
