@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
+import sys
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
@@ -69,8 +70,11 @@ class ExtractOptions:
 
     teacher: str = option("qwen3-1.7b", "The language model: a short name (qwen3-1.7b, gpt2, smollm2-135m, ...), a "
         "Hugging Face hub id, a local folder, or a .gguf file.", aliases=("--model",))
-    concepts: str = option("data/concepts.csv", "CSV file with the columns concept,category; or wordfreq:en:20000 for "
-        "the most frequent words of a language.")
+    concepts: tuple[str, ...] = option(("data/concepts.csv",), "CSV file with the columns concept,category; "
+        "wordfreq:en:20000 for the most frequent words of a language; or a text file of one phrase a line. Repeat the "
+        "option for several, or put commas between them.")
+    judge: str | None = option(None, "The source whose validation and test concepts are held out; those of all others "
+        "that share no word stem with these are for training.  [default: of several sources the first, if it is CSV]")
     language: str | None = option(None, "Language of the concepts (en, de, fr, ...): concepts that share a word stem "
         "are held out together.  [default: en, or that of wordfreq]")
     num_concepts: int | None = option(None, "Extract so many concepts, spread over the categories.  [default: all]",
@@ -111,6 +115,7 @@ SHORT_NAMES = {  # abbreviations of options in the names of cells
     "curriculum": "by-", "pace": "p", "split": "split-", "learning_rate": "lr", "weight_decay": "wd", "dropout": "d",
     "epochs": "e", "batch_size": "b", "evaluations": "evaluations-", "precision": "precision-",
 }
+ALL_CONCEPTS = sys.maxsize  # of a cell, until the vectors file says how many training concepts it has
 SIZED = ("mlp", "transformer")  # students whose name always states their width and depth
 
 

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from matplotlib import pyplot as plt
 
 from pipeline.commands import display
-from pipeline.data.concepts import compute_split, counts, read_catalogue
+from pipeline.data.concepts import compute_split, counts
+from pipeline.data.pools import read_pools, source_names
 from pipeline.data.vectors import read_header
 from pipeline.devices import bfloat16_hint
 from pipeline.errors import InputError, WorkError, choices
@@ -67,7 +68,7 @@ def run_extract(options: ExtractOptions) -> None:
     source, key = job.source, job.request.key
     tags = {"role": "extract", "teacher": source.name, "revision": source.revision, "extraction_key": key}
     with closing(retry_tracking(partial(tracker.open_run, f"extract {source.name}", tags))) as run:
-        retry_tracking(lambda: run.log_params(asdict(options)))
+        retry_tracking(lambda: run.log_params(asdict(options) | {"concepts": ",".join(options.concepts)}))
         if plan is not None:
             summary = _extract(run, job, plan, bar, tokens_bar)
         else:
@@ -84,7 +85,8 @@ def _find(options: ExtractOptions, accelerator: Accelerator) -> _Job:
     check_prompts(options.template, options.pool)
     if options.check not in CHECKS:
         raise choices("check", options.check, CHECKS)
-    catalogue = read_catalogue(options.concepts, options.language)
+    names = source_names(options.concepts)
+    catalogue, left_out = read_pools(names, options.judge, options.language)
     source = find_teacher(options.teacher, options.dtype, accelerator.device, options.trust_remote_code)
     output = Output.at(options.output or f"data/vectors/{file_name(source.name)}.safetensors")
     request = make_request(
@@ -94,9 +96,12 @@ def _find(options: ExtractOptions, accelerator: Accelerator) -> _Job:
     header = read_output_header(output)
     if options.dtype == "auto" and shard.count > 1:
         request = request.in_merged_precision(header)
-    is_extracted = check_output(output, request, header, options.concepts, options.overwrite)
+    inputs = [*names, *filter(None, [options.judge])]
+    is_extracted = check_output(output, request, header, inputs, options.overwrite)
     if accelerator.is_main_process:
-        for line in compute_split(catalogue).warnings:
+        for line in left_out:
+            log.info(line)
+        for line in compute_split(catalogue.judged).warnings:
             log.warning("warning: %s", line)
     worker = worker_of(shard, accelerator)
     return _Job(options, accelerator, worker, source, request, output, header if is_extracted else None)
@@ -187,7 +192,8 @@ def _log(run: Run, job: _Job, in_sink: list[str], comparison: Comparison | None)
             figure.savefig(path, dpi=130)
             plt.close(figure)
             run.log_artifact(path)
-    run.log_dataset(f"vectors {request.teacher}", header["sha256"], str(output), job.options.concepts, "extraction")
+    concepts = ",".join(job.options.concepts)
+    run.log_dataset(f"vectors {request.teacher}", header["sha256"], str(output), concepts, "extraction")
     run.set_tags({"vectors_sha256": header["sha256"]})
     if found.agreement:
         summary += f", agreement of templates {min(found.agreement):.3f} to {max(found.agreement):.3f}"

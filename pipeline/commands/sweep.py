@@ -20,7 +20,7 @@ from pipeline.processes import Worker, parse_shard, start
 from pipeline.settings import Cell, SweepOptions, TrainOptions
 from pipeline.storage import output_folder, writable, write_atomically
 from pipeline.student.student import Student
-from pipeline.sweep.cells import prepare
+from pipeline.sweep.cells import fill_in, prepare
 from pipeline.sweep.cost import plan_table
 from pipeline.sweep.estimate import expected_seconds
 from pipeline.sweep.grid import Grid, canonical
@@ -74,11 +74,11 @@ def train_grid(options: SweepOptions, grid: Grid) -> None:
     shard = parse_shard(options.shard)
     if shard.count > 1 and not (options.resume or options.dry_run):
         raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
-    cells = [cell for cell in grid.cells if cell.concepts <= (options.max_concepts or cell.concepts)]
-    if not cells:
-        raise InputError(f"grid {grid.name}: no cells with at most {options.max_concepts} concepts")
     options = replace(options, vectors=options.vectors or grid.vectors)
     data = Dataset(read_vectors(fetch(str(options.vectors))))
+    cells, most = list(grid.cells), options.max_concepts
+    if most is not None and not (cells := [cell for cell in cells if fill_in(cell, data).concepts <= most]):
+        raise InputError(f"grid {grid.name}: no cells with at most {most} concepts")
     cells = prepare(cells, data, grid.file)
     if options.dry_run:
         _show_plan(grid.name, cells, data, shard)

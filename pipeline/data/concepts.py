@@ -1,7 +1,7 @@
 """The catalogue of concepts, the order in which subsets are taken from it, and its split.
 
 A catalogue is a CSV file with the columns ``concept`` and ``category``, or ``wordfreq:<language>:<n>``, the n most
-frequent words of a language.
+frequent words of a language; `pipeline.data.pools` joins several.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from pipeline.data import lists
-from pipeline.data.stems import STEMMERS, connected_rows, stem, stems, words
+from pipeline.data.stems import STEMMERS, connected_rows, group_keys, stem, stems, words
 from pipeline.errors import InputError, choices
 from pipeline.storage import fetch
 from pipeline.student.tokenizer import casefolded, nfc, normalise_texts
@@ -27,6 +29,13 @@ MIN_HELD_OUT = 0.5  # share of the wanted held-out concepts below which common w
 MAX_FAMILY = 4  # concepts that share a word stay together up to this number; so does all of the shipped catalogue
 
 
+class Source(NamedTuple):
+    """Where consecutive concepts of a catalogue come from."""
+
+    name: str  # as the user gave it
+    concepts: int  # their number
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """Concepts with their categories, row by row."""
@@ -34,15 +43,41 @@ class Catalogue:
     concepts: tuple[str, ...]  # words or phrases, unique in any letter case and Unicode form
     categories: tuple[str, ...]
     language: str = "en"  # whose stemmer groups the concepts
+    sources: tuple[Source, ...] = ()  # in the order of rows, where there are several
+    judge: str = ""  # the first source, where it alone is split and all other concepts are for training
 
     def __len__(self) -> int:
         return len(self.concepts)
 
+    @property
+    def judged(self) -> Catalogue:
+        """The concepts that are split: those of the judge, or all."""
+        if not self.judge:
+            return self
+        number = self.sources[0].concepts
+        return Catalogue(self.concepts[:number], self.categories[:number], self.language)
+
+    def order(self) -> list[int]:
+        """Order rows for nested subsets: `balanced_order` of the judged concepts, then the others by their hash."""
+        judged = self.judged
+        others = sorted(range(len(judged), len(self)), key=lambda row: _digest("order", self.concepts[row]))
+        return balanced_order(judged.concepts, judged.categories) + others
+
     def first(self, count: int) -> list[int]:
-        """Rows of the first concepts in `balanced_order`, ascending; raises `InputError` where there are fewer."""
+        """Rows of the first concepts in `order`, ascending; raises `InputError` where there are fewer."""
         if count > len(self):
             raise InputError(f"--num-concepts {count}: the catalogue has {len(self)} concepts")
-        return sorted(balanced_order(self.concepts, self.categories)[:count])
+        return sorted(self.order()[:count])
+
+    def take(self, rows: Sequence[int]) -> Catalogue:
+        """Select rows, which ascend; what is left of one source alone is a catalogue of its own."""
+        ends = [bisect_left(rows, end) for end in accumulate((one.concepts for one in self.sources), initial=0)]
+        numbers = [stop - start for start, stop in pairwise(ends)]
+        sources = tuple(Source(one.name, n) for one, n in zip(self.sources, numbers, strict=True) if n)
+        concepts, categories = (tuple(column[row] for row in rows) for column in (self.concepts, self.categories))
+        if len(sources) < 2:
+            return Catalogue(concepts, categories, self.language)
+        return Catalogue(concepts, categories, self.language, sources, self.judge)
 
 
 def read_catalogue(source: str, language: str | None = None) -> Catalogue:
@@ -58,15 +93,20 @@ def read_catalogue(source: str, language: str | None = None) -> Catalogue:
     Raises:
         InputError: the source is missing, empty, not text, lacks a column or a value, or names a concept twice; or a
             language without a stemmer, or another one than the source names.
-    """  # noqa: DOC501 (`choices` makes an InputError)
-    if language is not None and language not in STEMMERS:
-        raise choices("language", language, STEMMERS)
+    """
+    check_language(language)
     if not source.startswith("wordfreq:"):
         return replace(_read_table(source), language=language or "en")
     found = _read_wordfreq(source)
     if language not in (None, found.language):
         raise InputError(f"--language {language}: --concepts {source} are words of {found.language!r}")
     return found
+
+
+def check_language(language: str | None) -> None:
+    """Refuse a language without a stemmer with `InputError`."""
+    if language is not None and language not in STEMMERS:
+        raise choices("language", language, STEMMERS)
 
 
 def _read_table(source: str) -> Catalogue:
@@ -78,7 +118,7 @@ def _read_table(source: str) -> Catalogue:
     concepts = normalise_texts((_on_one_line(concept) for _, (concept, _) in rows), where.__getitem__)
     seen: dict[str, int] = {}
     for place, concept in enumerate(concepts):
-        if (first := seen.setdefault(" ".join(casefolded(concept).split()), place)) != place:
+        if (first := seen.setdefault(lists.canonical(concept), place)) != place:
             found = f"{concept!r} stands already at line {rows[first][0]}"
             raise InputError(f"{where[place]}: {found}; name each concept once")
     if not rows:
@@ -119,7 +159,8 @@ def balanced_order(concepts: Sequence[str], categories: Sequence[str]) -> list[i
     for row in sorted(range(len(concepts)), key=lambda row: _digest("order", concepts[row])):
         by_category[categories[row]].append(row)
     turn_of = {row: turn for rows in by_category.values() for turn, row in enumerate(rows)}
-    return sorted(turn_of, key=lambda row: (turn_of[row], _digest("order", categories[row]), row))
+    place_of = {category: _digest("order", category) for category in by_category}
+    return sorted(turn_of, key=lambda row: (turn_of[row], place_of[categories[row]], row))
 
 
 def _digest(purpose: str, text: str) -> bytes:
@@ -134,6 +175,7 @@ class Split:
     sides: list[str]  # of each concept: "train", "val" or "test"
     groups: list[list[int]]  # rows of the concepts that stay on one side
     common: list[str]  # words that were ignored when grouping, most frequent first
+    ignored: frozenset[str]  # their stems
     wanted: int  # concepts that each of validation and test should have
     with_common: int  # concepts that the smaller of the two could have if the common words counted
 
@@ -157,8 +199,9 @@ class Split:
 
 
 def split(catalogue: Catalogue) -> list[str]:
-    """Assign each concept to "train", "val" or "test": the sides of `compute_split`."""
-    return compute_split(catalogue).sides
+    """Assign each concept to "train", "val" or "test": the sides of `compute_split`, and "train" what is not judged."""
+    sides = compute_split(catalogue.judged).sides
+    return sides + ["train"] * (len(catalogue) - len(sides))
 
 
 def compute_split(catalogue: Catalogue) -> Split:
@@ -198,7 +241,8 @@ def compute_split(catalogue: Catalogue) -> Split:
     sides, groups = assign(limit)
     common = [stem for number, stem in sorted((-number, stem) for stem, number in frequency.items()) if -number > limit]
     word_of = {stem(word, catalogue.language): word for concept in concepts for word in words(concept)}
-    return Split(sides, groups, [word_of.get(one, one) for one in common], wanted, with_common)
+    shown = [word_of.get(one, one) for one in common]
+    return Split(sides, groups, shown, frozenset(common), wanted, with_common)
 
 
 def _assign_groups(groups: Sequence[list[int]], concepts: Sequence[str], categories: Sequence[str]) -> list[str]:
@@ -217,27 +261,43 @@ def _assign_groups(groups: Sequence[list[int]], concepts: Sequence[str], categor
     return sides
 
 
-def split_by_category(concepts: Sequence[str], categories: Sequence[str], language: str = "en") -> list[str]:
-    """Hold out whole categories, one in five each for validation and test, at least one.
+def share_stems(concepts: Sequence[str], judged: Catalogue, found: Split, sides: Sequence[str]) -> list[bool]:
+    """Whether each of some concepts shares a word stem with a judged one that ``sides`` hold out."""
+
+    def keys(concept: str) -> list[str]:
+        return group_keys(stems(concept, judged.language), found.ignored)
+
+    held_out = (concept for concept, side in zip(judged.concepts, sides, strict=True) if side in ("val", "test"))
+    taken = {key for concept in held_out for key in keys(concept)}
+    return [not taken.isdisjoint(keys(concept)) for concept in concepts]
+
+
+def split_by_category(catalogue: Catalogue) -> list[str]:
+    """Hold out whole categories of the judged concepts, one in five each for validation and test, at least one.
 
     Returns:
-        The side of each concept; "none" for a concept that shares a word stem with a held-out one of another category.
+        The side of each concept; "none" for one that shares a word stem with a held-out one of another category, and
+        for one of a held-out category that is not judged.
 
     Raises:
         InputError: fewer than three categories.
     """
-    names = sorted(set(categories), key=lambda category: _digest("category", category))
+    judged = catalogue.judged
+    names = sorted(set(judged.categories), key=lambda category: _digest("category", category))
     held = max(1, len(names) // 5)
     if len(names) < 3:
         raise InputError(f"--split categories: needs 3 categories at the least, found {len(names)}")
     side_of = dict.fromkeys(names[:held], "test") | dict.fromkeys(names[held : 2 * held], "val")
-    found = [side_of.get(category, "train") for category in categories]
-    for group in compute_split(Catalogue(tuple(concepts), tuple(categories), language)).groups:
+    found = [side_of.get(category, "train") for category in judged.categories]
+    whole = compute_split(judged)
+    for group in whole.groups:
         if len(own := {found[row] for row in group}) > 1:
             kept = "test" if "test" in own else "val"
             for row in group:
                 found[row] = found[row] if found[row] == kept else "none"
-    return found
+    leaks = share_stems(catalogue.concepts[len(judged) :], judged, whole, found)
+    others = zip(leaks, catalogue.categories[len(judged) :], strict=True)
+    return found + ["none" if leak or category in side_of else "train" for leak, category in others]
 
 
 def _quotas(sizes: Counter[str]) -> Counter[str]:

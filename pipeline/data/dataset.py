@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.data.concepts import balanced_order, split_by_category
+from pipeline.data.concepts import split_by_category
 from pipeline.data.examples import Examples, LazyExamples, LazyMatrix, moments
 from pipeline.data.stems import stem_groups
 from pipeline.data.vectors import Vectors
@@ -80,10 +80,10 @@ class Dataset:
                 raise InputError(f"the vectors file has no {side} concepts: {self._why_none()}")
 
     def _why_none(self) -> str:
-        number, language = len(self.vectors.concepts), self.vectors.language
-        if number < 10:
+        judged = self.vectors.catalogue.judged
+        if (number := len(judged)) < 10:
             return f"of {number} none is held out; extract more (10 at the least)"
-        largest = max(map(len, stem_groups(self.vectors.concepts, language)))
+        largest = max(map(len, stem_groups(judged.concepts, judged.language)))
         return f"concepts that share words stay together, and {largest:,} of {number:,} do; extract others besides"
 
     def rows(self, side: str, split: str = "concepts") -> list[int]:
@@ -95,11 +95,11 @@ class Dataset:
 
     @cached_property
     def _order(self) -> list[int]:
-        return balanced_order(self.vectors.concepts, self.vectors.categories)
+        return self.vectors.catalogue.order()
 
     @cached_property
     def _categories_apart(self) -> list[str]:
-        return split_by_category(self.vectors.concepts, self.vectors.categories, self.vectors.language)
+        return split_by_category(self.vectors.catalogue)
 
     def subset(self, cell: Cell) -> Subset:
         """The cell's first training concepts and all held-out ones, cached; raises what `check` raises."""

@@ -172,16 +172,22 @@ def table(file: BinaryIO, name: str, columns: Sequence[str]) -> Iterator[tuple[i
             yield number, values
 
 
+def is_header(line: str, columns: Sequence[str]) -> bool:
+    """Whether a line is the header of a table with these columns."""
+    return any(_fits(columns, line, separator) for separator in SEPARATORS)
+
+
 def _fits(columns: Sequence[str], first: str, separator: str) -> bool:
     """Whether a separator finds the columns in the header."""
     try:
         header = next(csv.reader(_split_lines(first), delimiter=separator, skipinitialspace=True), [])
     except csv.Error:
         return False
-    return {_canonical(name) for name in columns} <= {_canonical(name) for name in header}
+    return {canonical(name) for name in columns} <= {canonical(name) for name in header}
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
+    """A name without letter case and with single blanks, as names are compared."""
     return " ".join(casefolded(name).split())
 
 
@@ -190,7 +196,7 @@ def _find_columns(columns: Sequence[str], header: Sequence[str], where: str) -> 
     found = []
     for column in columns:
         exact = [place for place, name in enumerate(header) if name == column]
-        alike = exact or [place for place, name in enumerate(header) if _canonical(name) == _canonical(column)]
+        alike = exact or [place for place, name in enumerate(header) if canonical(name) == canonical(column)]
         if len(alike) != 1:
             problem = f"several columns {column!r}" if alike else f"no column {column!r}"
             names = ", ".join(" ".join(name.split()) for name in header if name)[:SHOWN] or "none"

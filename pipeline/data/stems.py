@@ -63,7 +63,7 @@ def _function_words(language: str) -> frozenset[str]:
     return RARER_FUNCTION_WORDS.union(*map(words, chosen))
 
 
-@functools.lru_cache(1 << 17)
+@functools.lru_cache(1 << 20)
 def stem(word: str, language: str) -> str:
     """The stem of a word (Snowball stemmer, Porter 2001)."""
     return str(snowballstemmer.stemmer(STEMMERS[language]).stemWord(word))
@@ -82,6 +82,11 @@ def stem_groups(concepts: Sequence[str], language: str = "en") -> list[list[int]
     return connected_rows([stems(concept, language) for concept in concepts])
 
 
+def group_keys(own: Collection[str], ignored: Collection[str] = ()) -> list[str]:
+    """What a concept shares with the others of its group: its stems but ignored ones, or all of them in one key."""
+    return [stem for stem in own if stem not in ignored] or [" ".join(sorted(own))]
+
+
 def connected_rows(stems_by_row: Sequence[Collection[str]], ignored: Collection[str] = ()) -> list[list[int]]:
     """Group rows by shared stems (union-find); rows with only ignored stems group with their equals."""
     parent = list(range(len(stems_by_row)))
@@ -94,7 +99,7 @@ def connected_rows(stems_by_row: Sequence[Collection[str]], ignored: Collection[
 
     first_with: dict[str, int] = {}
     for row, own in enumerate(stems_by_row):
-        for key in [stem for stem in own if stem not in ignored] or [" ".join(sorted(own))]:
+        for key in group_keys(own, ignored):
             parent[root(row)] = root(first_with.setdefault(key, row))
     groups: dict[int, list[int]] = defaultdict(list)
     for row in range(len(stems_by_row)):

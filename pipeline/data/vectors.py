@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from pipeline.data.concepts import SPLITS, Catalogue, split
+from pipeline.data.concepts import SPLITS, Catalogue, Source, split
 from pipeline.data.legacy import read_table
 from pipeline.errors import InputError
 from pipeline.storage import write_atomically
@@ -33,7 +33,7 @@ TENSORS = ("token_ids", "token_offsets", "token_vocab", "token_embeddings", "tok
 LISTS = ("concepts", "categories", "splits", "layers", "templates", "token_block", "depth")
 STRINGS = ("teacher", "revision", "pool", "dtype", "extraction_key")
 CHUNK_BYTES = 1 << 24  # of a large file held at once
-HEADER_DEFAULTS = {"language": "en", "tokenizer": ""}  # which a header omits, as older files do
+HEADER_DEFAULTS = {"language": "en", "tokenizer": "", "judge": ""}  # which a header omits, as older files do
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,13 @@ class Vectors:
     extraction_key: str  # hash of all that decides the vectors: weights, concepts, templates, layers, pool and dtype
     language: str = "en"  # of the concepts, whose stems the splits keep on one side
     tokenizer: str = ""  # hash of the teacher's tokenizer files; "" where the revision covers them, and in older files
+    sources: tuple[Source, ...] = ()  # of the concepts, in the order of rows; none where there is one alone
+    judge: str = ""  # the first source, where it alone is split and all other concepts are for training
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The concepts, with what their order and split depend on."""
+        return Catalogue(self.concepts, self.categories, self.language, self.sources, self.judge)
 
     @property
     def d_model(self) -> int:
@@ -85,6 +92,7 @@ class Vectors:
         header = {name: json.dumps(getattr(self, name), ensure_ascii=False) for name in LISTS}
         header |= {name: getattr(self, name) for name in STRINGS}
         header |= {name: getattr(self, name) for name, usual in HEADER_DEFAULTS.items() if getattr(self, name) != usual}
+        header |= {"sources": json.dumps(self.sources, ensure_ascii=False)} if self.sources else {}
         return header | {"format": FORMAT, "sha256": self.sha256}
 
     @cached_property
@@ -224,6 +232,7 @@ def _read_safetensors(path: Path) -> Vectors:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     values |= {name: header[name] for name in STRINGS}
     values |= {name: header.get(name, default) for name, default in HEADER_DEFAULTS.items()}
+    values["sources"] = tuple(Source(*one) for one in json.loads(header.get("sources", "[]")))
     found = Vectors(**tensors, **values)
     if found.sha256 != header["sha256"]:
         raise InputError(f"vectors file {path}: damaged (the tensors do not match their checksum)")

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.concepts import Catalogue, split
+from pipeline.data.concepts import Catalogue, Source, split
 from pipeline.data.vectors import FORMAT, HEADER_DEFAULTS, parse_header, read_header, read_unverified_header
 from pipeline.errors import InputError, choices
 from pipeline.s3 import first_bytes
@@ -24,7 +24,7 @@ POOLS = ("last", "mean")
 # vectors for the same request. `FORMAT` is the version of the file alone.
 EXTRACTION_VERSION = "activation-vectors-3"
 MAX_HEADER_BYTES = 1 << 30
-COMPARED_FIELDS = ("teacher", "revision", "concepts", "layers", "templates", "pool", "dtype", "token_block")
+COMPARED_FIELDS = ("teacher", "revision", "concepts", "layers", "templates", "pool", "dtype", "token_block", "judge")
 MAX_LISTED = 8  # of the values of a list in a message
 _VECTORS = Path(__file__).parents[2] / "data" / "vectors"
 SHIPPED_FILES = {_VECTORS / f"{name}.safetensors" for name in ("smollm2-135m", "smollm2-135m-templates")}
@@ -54,18 +54,22 @@ class Request:
     language: str = "en"
     tokenizer: str = ""
     reader: int = 1
+    sources: tuple[Source, ...] = ()
+    judge: str = ""
 
     @cached_property
     def key(self) -> str:
-        """Hash of the request; the teacher counts by its weights and tokenizer, and not by its name."""
+        """Hash of the request; teacher and sources count by what they hold, and not by their names."""
         content = self._written_fields | {"format": EXTRACTION_VERSION}
         del content["teacher"]
+        if self.sources:
+            content |= {"sources": [source.concepts for source in self.sources], "judge": bool(self.judge)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def _written_fields(self) -> dict[str, Any]:
         """All fields but those whose value is the one that keys and headers leave out."""
-        left_out = HEADER_DEFAULTS | {"reader": 1}
+        left_out = HEADER_DEFAULTS | {"reader": 1, "sources": ()}
         return {name: value for name, value in asdict(self).items() if (name, value) not in left_out.items()}
 
     def is_answered_by(self, header: Mapping[str, str] | None) -> bool:
@@ -103,14 +107,14 @@ def make_request(
     check_prompts(templates, pool)
     if token_block is not None and token_block > source.depth:
         raise InputError(f"--token-block {token_block}: the teacher has {source.depth} blocks")
-    rows = catalogue.first(count) if count is not None else range(len(catalogue))
-    columns = (catalogue.concepts, catalogue.categories, split(catalogue))
-    concepts, categories, splits = (tuple(column[row] for row in rows) for column in columns)
+    sides, rows = split(catalogue), catalogue.first(count) if count is not None else range(len(catalogue))
+    chosen = catalogue.take(rows)
     return Request(
-        concepts=concepts, categories=categories, splits=splits, layers=parse_layers(layers, source.depth),
-        templates=tuple(map(nfc, templates)), teacher=source.name, revision=source.revision, pool=pool,
-        dtype=source.dtype, depth=source.depth, token_block=token_block, language=catalogue.language,
-        tokenizer=source.tokenizer, reader=1 if source.was_always_read_correctly else 2,
+        concepts=chosen.concepts, categories=chosen.categories, splits=tuple(sides[row] for row in rows),
+        layers=parse_layers(layers, source.depth), templates=tuple(map(nfc, templates)), teacher=source.name,
+        revision=source.revision, pool=pool, dtype=source.dtype, depth=source.depth, token_block=token_block,
+        language=catalogue.language, tokenizer=source.tokenizer, reader=1 if source.was_always_read_correctly else 2,
+        sources=chosen.sources, judge=chosen.judge,
     )  # fmt: skip
 
 
@@ -147,7 +151,7 @@ def is_extracted(output: Output, request: Request, header: dict[str, str] | None
 
 
 def check_output(
-    output: Output, request: Request, header: dict[str, str] | None, concepts: str, overwrite: bool
+    output: Output, request: Request, header: dict[str, str] | None, concepts: Sequence[str], overwrite: bool
 ) -> bool:
     """Whether the output holds the whole answer already; an InputError where it must not be overwritten."""
     is_pt = output.path.suffix == ".pt"
@@ -155,7 +159,7 @@ def check_output(
         raise InputError(f"--output {output}: a .pt file holds one layer and one template; write .safetensors")
     if header is None or (request.is_answered_by(header) and not is_pt):
         return is_extracted(output, request, header)
-    if output.url is None and Path(concepts).exists() and output.path.samefile(concepts):
+    if output.url is None and any(Path(source).exists() and output.path.samefile(source) for source in concepts):
         raise InputError(f"--output {output}: that is the file of the concepts")
     if output.url is None and output.path.resolve() in SHIPPED_FILES:
         raise InputError(f"--output {output}: comes with the project ({_differences(header, request)}); name another")
@@ -176,7 +180,7 @@ def _differences(header: dict[str, str], request: Request) -> str:
     if not header:
         return "of a kind that does not say what it holds"
     asked = request.header
-    names = [name for name in COMPARED_FIELDS if header.get(name) != asked[name]]
+    names = [name for name in COMPARED_FIELDS if header.get(name) != asked.get(name)]
     if "tokenizer" in header and header["tokenizer"] != request.tokenizer:
         names.append("tokenizer")
     values = [f"{name} {_shorten(header.get(name))}, asked for {_shorten(asked.get(name))}" for name in names]

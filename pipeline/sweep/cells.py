@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pipeline.analysis.rows import ridge_baseline
 from pipeline.data.dataset import Dataset
 from pipeline.errors import InputError, choices
-from pipeline.settings import RESULTS_VERSION, Cell
+from pipeline.settings import ALL_CONCEPTS, RESULTS_VERSION, Cell
 from pipeline.sweep.grid import GridFile
 from pipeline.training.curriculum import CURRICULA
 from pipeline.training.kinds import KINDS
@@ -28,15 +28,21 @@ CHOICES = {
 
 
 def prepare(cells: Sequence[Cell], data: Dataset, file: GridFile | None = None) -> list[Cell]:
-    """Check every cell, each once, and fill in the block of those that name none; errors name the line of a grid."""
+    """Check every cell, each once, and fill in what it leaves to the data; errors name the line of a grid."""
     ready = []
     for cell in cells:
-        ready.append(cell if cell.layer is not None else replace(cell, layer=data.vectors.middle_layer))
         try:
+            ready.append(fill_in(cell, data))
             _check(ready[-1], data)
         except InputError as error:
             raise (error if file is None else file.locate_error(error, cell)) from None
     return list(dict.fromkeys(ready))  # a grid may ask for the middle block by its number and by default
+
+
+def fill_in(cell: Cell, data: Dataset) -> Cell:
+    """The cell with the middle block where it names none, and with the number of concepts where it asks for all."""
+    concepts = len(data.rows("train", cell.split)) if cell.concepts == ALL_CONCEPTS else cell.concepts
+    return replace(cell, concepts=concepts, layer=data.vectors.middle_layer if cell.layer is None else cell.layer)
 
 
 def _check(cell: Cell, data: Dataset) -> None:

@@ -2,7 +2,8 @@
 
 ``axes`` maps options of `Cell` to lists of values and ``fixed`` maps others to one value; the cells are every
 combination. ``exclude`` lists settings: a cell that has all of one is left out. ``include`` lists settings of further
-cells, on top of ``fixed``. An axis that a student does not read does not multiply its cells.
+cells, on top of ``fixed``. An axis that a student does not read does not multiply its cells. ``concepts: all`` stands
+for every training concept of the vectors file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import yaml
 
 from pipeline.data import lists
 from pipeline.errors import InputError, choices
-from pipeline.settings import SHIPPED, Cell, check
+from pipeline.settings import ALL_CONCEPTS, SHIPPED, Cell, check
 from pipeline.storage import fetch, file_name
 
 KEYS = ("vectors", "axes", "fixed", "include", "exclude", "seeds")
@@ -145,7 +146,7 @@ def _check_lists(file: GridFile) -> None:
 
 def _span(file: GridFile) -> list[Cell]:
     """The cells, before epochs and seeds of the command line."""
-    axes, fixed, excluded = file.get("axes"), file.get("fixed"), file.get("exclude")
+    axes, fixed, excluded = file.get("axes"), file.get("fixed"), [_with_numbers(item) for item in file.get("exclude")]
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     spanned = [_cell(file, {**fixed, **point}) for point in points]
     included = [_cell(file, {**fixed, **item}) for item in file.get("include")]
@@ -155,7 +156,7 @@ def _span(file: GridFile) -> list[Cell]:
 
     for number, item in enumerate(excluded):
         if not any(matches(cell, item) for cell in (*spanned, *included)):
-            raise file.error(f"exclude: {item} matches no cell", "exclude", number)
+            raise file.error(f"exclude: {file.get('exclude')[number]} matches no cell", "exclude", number)
     cells = [cell for cell in spanned if not any(matches(cell, item) for item in excluded)] + included
     if not cells:
         raise file.error("no cells are left", "exclude")
@@ -163,12 +164,17 @@ def _span(file: GridFile) -> list[Cell]:
 
 
 def _cell(file: GridFile, values: dict[str, Any]) -> Cell:
-    cell = Cell(**values)
+    cell = Cell(**_with_numbers(values))
     try:
         check(cell)
     except InputError as error:
         raise file.locate_error(error, cell) from None
     return cell
+
+
+def _with_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the number that stands for all concepts."""
+    return values | ({"concepts": ALL_CONCEPTS} if values.get("concepts") == "all" else {})
 
 
 def canonical(cell: Cell) -> Cell:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.concepts import balanced_order
 from pipeline.data.dataset import ONE_HOT_INPUTS, Dataset, Subset, student_inputs
 from pipeline.data.examples import Examples
 from pipeline.errors import InputError
@@ -102,7 +101,7 @@ def export(trained: Student, data: Dataset, vocabulary: Vocabulary) -> Student:
     cell = Cell(**trained.config["cell"])
     subset = data.subset(cell)
     features, parameters = _with_vocabulary(trained, data, cell, vocabulary)
-    order = balanced_order(data.vectors.concepts, data.vectors.categories)
+    order = data.vectors.catalogue.order()
     rows = _stored_rows(order, data.vectors.concepts, CATALOGUE_SIZE)
     place = data.vectors.layer_index(cell.layer)
     catalogue = data.vectors.vectors[rows, 0, place].astype(np.float32) - trained.mean

@@ -138,7 +138,7 @@ def test_descriptions_are_grouped_by_what_they_describe():
     assert line.startswith("common words (10: related, terms, ")
     assert line.endswith("on one side of the split; else 0 of 15 could be held out for validation or for test")
     apart = Catalogue(DESCRIPTIONS.concepts, tuple(topic for topic in TOPICS for _ in FORMS))
-    assert counts(split_by_category(apart.concepts, apart.categories)) == {"train": 90, "val": 30, "test": 30}
+    assert counts(split_by_category(apart)) == {"train": 90, "val": 30, "test": 30}
 
 
 @pytest.mark.parametrize("name", ["{}.n.01", "{}%1:05:00::", "the word {}", "{} (a noun)"])
@@ -288,7 +288,7 @@ def test_stems_are_those_of_the_language_that_is_named(workplace, run, tiny_fold
     assert german.extraction_key != english.extraction_key
     assert leaks(english.concepts, english.splits)
     assert not leaks(german.concepts, german.splits)
-    held = split_by_category(german.concepts, german.categories, "de")
+    held = split_by_category(german.catalogue)
     assert not leaks(german.concepts, held)
     assert Dataset(german)._categories_apart == held
 

@@ -117,6 +117,29 @@ def test_cells_can_be_left_out_and_added(tmp_path):
     ]  # fmt: skip
 
 
+def test_all_concepts_are_those_that_the_vectors_have_for_training(tmp_path, data):
+    content = """
+        axes: {concepts: [100, 1838, all], student: [mlp, ridge], split: [concepts, categories]}
+        exclude: [{concepts: all, split: categories, student: ridge}, {concepts: 1838, split: categories}]
+        """
+    cells = prepare(span(tmp_path, content), data)
+    assert len(data.rows("train")) == 1838
+    apart = len(data.rows("train", "categories"))
+    expected = [(n, split, kind) for n, split in ((100, "concepts"), (100, "categories"), (1838, "concepts"))
+                for kind in ("mlp", "ridge")] + [(apart, "categories", "mlp")]  # fmt: skip
+    assert sorted((cell.concepts, cell.split, cell.student) for cell in cells) == sorted(expected)
+    with pytest.raises(InputError, match=r"exclude: \{'concepts': 'all'\} matches no cell"):
+        span(tmp_path, "axes: {concepts: [100]}\nexclude: [{concepts: all}]")
+    with pytest.raises(InputError, match="hidden_dim 'all': expected a whole number"):
+        span(tmp_path, "fixed: {hidden_dim: all}")
+
+
+def test_the_growth_grid_goes_to_all_concepts_of_any_file(data):
+    cells = [cell for cell in read_grid("growth").cells if cell.concepts <= 1838 or cell.concepts > 10**6]
+    assert {cell.concepts for cell in prepare(cells, data)} == {100, 250, 700, 1838}
+    assert {(cell.student, cell.hidden_dim, cell.layers) for cell in cells} == {("mlp", 512, 2), ("ridge", 256, 2)}
+
+
 def test_an_axis_that_ridge_does_not_read_does_not_multiply_it(tmp_path):
     content = "axes: {student: [mlp, ridge], concepts: [50, 60], hidden_dim: [8, 16], layers: [1, 2]}\nseeds: 3"
     cells = span(tmp_path, content)
