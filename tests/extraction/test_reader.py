@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import hub
-from pipeline.data.concepts import Catalogue, split
+from pipeline.data.concepts import Catalogue, Source, split
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError, WorkError
 from pipeline.extraction.parts import PartPlan, merge, read_parts
@@ -370,6 +370,9 @@ def test_the_key_names_all_that_decides_the_vectors(tiny_folder, tmp_path):
     asked = {"layers": "2", "templates": TEMPLATES, "pool": "last"}
     request = make_request(source, FEW, **asked)
     assert request.key == make_request(replace(source, name="another name"), FEW, **asked).key
+    pooled = replace(FEW, sources=(Source("a.csv", 5), Source("b.txt", len(FEW) - 5)), judge="a.csv")
+    renamed = replace(pooled, sources=(Source("c.csv", 5), Source("d.txt", len(FEW) - 5)), judge="c.csv")
+    assert make_request(source, pooled, **asked).key == make_request(source, renamed, **asked).key
     others = [
         make_request(source, FEW, **{**asked, "layers": "3"}),
         make_request(source, FEW, **{**asked, "templates": TEMPLATES[:2]}),
@@ -377,8 +380,9 @@ def test_the_key_names_all_that_decides_the_vectors(tiny_folder, tmp_path):
         make_request(source, FEW, **asked, count=5),
         make_request(replace(source, revision="other"), FEW, **asked),
         make_request(replace(source, dtype="bfloat16"), FEW, **asked),
+        *(make_request(source, replace(pooled, judge=judge), **asked) for judge in ("a.csv", "")),
     ]
-    assert len({request.key, *(other.key for other in others)}) == 7
+    assert len({request.key, *(other.key for other in others)}) == 9
     output = Output(tmp_path / "none.safetensors")
     assert not is_extracted(output, request, read_output_header(output))
 
