@@ -22,11 +22,7 @@ COLUMNS = ("concept", "category")
 
 
 def source_names(given: Sequence[str]) -> list[str]:
-    """Split values of ``--concepts`` at commas, but for a value that names a file.
-
-    Raises:
-        InputError: an empty name, or one that is given twice.
-    """
+    """Split values at commas, but for one that names a file; an `InputError` where a name is empty or given twice."""
     names = [name.strip() for value in given for name in ([value] if Path(value).is_file() else value.split(","))]
     for name in names:
         if not name:
