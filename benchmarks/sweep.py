@@ -230,7 +230,7 @@ class Benchmark:
             subprocess.run(
                 [*command, f"--output={number}", "--no-report"], check=True, capture_output=True, env=variables
             )
-        for run in connect().finished_cells()[0].values():
+        for run in connect().runs("cell", "FINISHED"):
             best = max(best, run.data.metrics["val_cosine"])
         shutil.rmtree(folder / "results")
         return best
