@@ -31,8 +31,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.analysis.results import read_results, results_of
+from pipeline.analysis.results import results_of
 from pipeline.commands.find_sweep import newest_results
+from pipeline.commands.results_file import read_results
 from pipeline.commands.sweep import train_grid
 from pipeline.data.dataset import Dataset, Subset
 from pipeline.data.examples import Examples, LazyExamples

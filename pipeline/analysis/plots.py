@@ -62,8 +62,8 @@ def _leading(cells: list[Row]) -> tuple[list[Row], str]:
 def _spread(values: Collection[Any], most: int) -> list[Any]:
     """At most so many of some numbers, evenly spaced in their order, the least and the largest among them."""
     ordered = sorted(set(values))
-    places = np.linspace(0, len(ordered) - 1, most).astype(int) if ordered else []
-    return [ordered[place] for place in dict.fromkeys(places)]
+    places = np.linspace(0, len(ordered) - 1, most).astype(int).tolist()
+    return [ordered[place] for place in dict.fromkeys(places)] if ordered else []
 
 
 def _shades(names: Collection[Any]) -> dict[Any, Any]:
@@ -176,7 +176,9 @@ def curves(cells: list[Row]) -> Figure:
     panels[1, 0].set_ylabel("training loss")
     if cells:
         figure.suptitle(f"Training curves{note}" * bool(note))
-        _legend_below(figure, *panels[0, 0].get_legend_handles_labels())
+        pairs = [pair for panel in panels[0] for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+        lines = {name: line for line, name in pairs}  # each student once
+        _legend_below(figure, list(lines.values()), list(lines))
     return figure
 
 
