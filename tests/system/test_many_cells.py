@@ -56,7 +56,8 @@ def asked(tmp_path_factory):
             proxy = Faulty(port)
             patch.setenv("MLFLOW_TRACKING_URI", proxy.url)
             for name, cells, others in (("alone", FEW, 0), ("among others", FEW, OTHERS), ("many", MANY, 0)):
-                multiply_runs("server.db", others)
+                if others:
+                    multiply_runs("server.db", others)
                 Path("many.yaml").write_text(grid(cells, 0.001 * (1 + len(found))))
                 before = proxy.count, proxy.downloaded
                 arguments = ["pipeline", "sweep", "--grid", "many.yaml", "--vectors", str(SHIPPED)]
