@@ -32,11 +32,8 @@ def cosines_file(stem: str) -> str:
 
 
 def write_results(path: Path, results: dict[str, Any], data: Dataset) -> list[Path]:
-    """Write a results file and, beside it, the cosine of every test concept; returns the two paths.
-
-    The second holds, for each section with its suffix, ``concepts`` (``[N]``) and the cosines of ``cells`` and
-    ``baselines`` (``[rows, N]``), in the order of the rows.
-    """
+    """Write a results file and, beside it, the cosine of every test concept; returns the two paths."""
+    # For each section, with its suffix: concepts [N], and the cosines of cells and baselines [rows, N].
     arrays: dict[str, NDArray[Any]] = {}
     for section in sections(results):
         names = [data.vectors.concepts[row] for row in data.rows("test", section.results["split"])]

@@ -94,10 +94,8 @@ class Tracker:
         return any(tag.startswith("best_run_id") for tag in parent.data.tags)  # one for each block and split
 
     def finished_cells(self, keys: Collection[str], sweep_id: str) -> tuple[dict[str, MlflowRun], list[MlflowRun]]:
-        """Find the finished cells of some keys: by key with their student, and the sweep's own that have lost it.
-
-        The number of requests grows with the keys and the sweep's cells, not with the runs of the experiment.
-        """
+        """Find the finished cells of some keys: by key with their student, and the sweep's own that have lost it."""
+        # The number of requests grows with the keys and the sweep's cells, not with the runs of the experiment.
         own = self.runs("cell", "FINISHED", sweep_id=sweep_id)
         known = {run.info.run_id for run in own}
         others = self._runs_by_id(runs_of_students(self.client, self.experiment_id, keys) - known)
@@ -107,10 +105,8 @@ class Tracker:
         return complete, [run for run in found if run.info.run_id not in intact]
 
     def cells(self, keys: Collection[str], sweep_id: str, also: Collection[str] = ()) -> list[MlflowRun]:
-        """Find a sweep's runs of some cell keys: unfinished ones, those with a student, and ``also`` those of some ids.
-
-        The number of requests grows with the keys and the unfinished cells, not with the cells of the sweep.
-        """
+        """Find a sweep's runs of some cell keys: unfinished ones, those with a student, and ``also`` those of some ids."""
+        # The number of requests grows with the keys and the unfinished cells, not with the cells of the sweep.
         # Unfinished runs first: one that is finished meanwhile has its student by then.
         query = f"tags.role = 'cell' and tags.sweep_id = {_quoted(sweep_id)} and attributes.status != 'FINISHED'"
         found = {run.info.run_id: run for run in self._search(query)}
