@@ -105,7 +105,7 @@ class Tracker:
         return complete, [run for run in found if run.info.run_id not in intact]
 
     def cells(self, keys: Collection[str], sweep_id: str, also: Collection[str] = ()) -> list[MlflowRun]:
-        """Find a sweep's runs of some cell keys: unfinished ones, those with a student, and ``also`` those of some ids."""
+        """Find a sweep's runs of some cell keys: unfinished, with a student, or ``also`` those of some ids."""
         # The number of requests grows with the keys and the unfinished cells, not with the cells of the sweep.
         # Unfinished runs first: one that is finished meanwhile has its student by then.
         query = f"tags.role = 'cell' and tags.sweep_id = {_quoted(sweep_id)} and attributes.status != 'FINISHED'"
