@@ -31,8 +31,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.analysis.results import read_results, results_of
+from pipeline.analysis.results import results_of
 from pipeline.commands.find_sweep import newest_results
+from pipeline.commands.results_file import read_results
 from pipeline.commands.sweep import train_grid
 from pipeline.data.dataset import Dataset, Subset
 from pipeline.data.examples import Examples, LazyExamples
@@ -230,7 +231,7 @@ class Benchmark:
             subprocess.run(
                 [*command, f"--output={number}", "--no-report"], check=True, capture_output=True, env=variables
             )
-        for run in connect().finished_cells()[0].values():
+        for run in connect().runs("cell", "FINISHED"):
             best = max(best, run.data.metrics["val_cosine"])
         shutil.rmtree(folder / "results")
         return best

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+GROUPS_AT_ONCE = 256  # groups whose bootstrap samples are held in memory: 4 MB per seed
 MIN_LENGTH = 1e-8  # shorter vectors have no direction
 NUMBERS = 1 << 24  # held at once, so that memory does not grow with N squared
 ROWS = 1 << 13  # concepts in float64 at once
@@ -122,19 +123,39 @@ def _cached_counts(seeds: int, concepts: int, samples: int) -> list[Counts]:
 
 
 def interval(values: NDArray[np.floating[Any]], level: float = 0.95, samples: int = 2000) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron and Tibshirani, 1993, chapter 13).
+    """The interval of one group of values; see `intervals`."""
+    [found] = intervals([values], level, samples)
+    return found
+
+
+def intervals(
+    groups: Sequence[NDArray[np.floating[Any]]], level: float = 0.95, samples: int = 2000
+) -> list[tuple[float, float]]:
+    """Percentile bootstrap interval of the mean (Efron and Tibshirani, 1993, chapter 13) of each group of values.
 
     Args:
-        values: ``[seeds, N]``; both are resampled, the concepts in the same way for all seeds.
+        groups: each ``[seeds, N]``; both are resampled, the concepts in the same way for all seeds.
         level: coverage.
         samples: number of bootstrap samples.
 
     Returns:
-        Lower and upper bound.
+        Lower and upper bound of each group.
     """
-    seeds, concepts = values.shape
-    counts = (_cached_counts if concepts * samples <= NUMBERS else _bootstrap_counts)(seeds, concepts, samples)
-    sums = [np.einsum("ks,sn,kn->k", rows, values, columns, optimize=True) for rows, columns in counts]
-    means = np.concatenate(sums) / (seeds * concepts)  # [samples]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for place, values in enumerate(groups):
+        shapes.setdefault(values.shape, []).append(place)
+    found: dict[int, tuple[float, float]] = {}
+    for (seeds, concepts), places in shapes.items():
+        draw = _cached_counts if concepts * samples <= NUMBERS else _bootstrap_counts
+        for start in range(0, len(places), GROUPS_AT_ONCE):
+            some = places[start : start + GROUPS_AT_ONCE]
+            values = np.stack([groups[place] for place in some]).astype(np.float64)  # [groups, seeds, N]
+            # One matrix product for all groups, [groups, seeds, N] by [N, samples].
+            sums = [
+                np.einsum("gsk,ks->gk", values @ columns.T.astype(np.float64), rows)
+                for rows, columns in draw(seeds, concepts, samples)
+            ]
+            means = np.concatenate(sums, axis=1) / (seeds * concepts)  # [groups, samples]
+            ends = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=1).T.tolist()
+            found |= {place: (low, high) for place, (low, high) in zip(some, ends, strict=True)}
+    return [found[place] for place in range(len(groups))]

@@ -29,6 +29,7 @@ class Faulty(ThreadingHTTPServer):
         punctual: whether requests are refused whose date is a quarter of an hour from the store's, as stores do.
         authorization: the header without which each request is refused with 401; None lets all through.
         refused: how many were.
+        count, uploaded, downloaded: requests, and bytes of them and of their answers.
         strict: whether requests are refused that have a checksum header of 2022, as some stores do.
         unconditional: the error with which uploads are refused that have a condition; None lets them through.
         absent: whether the answer is an empty 404, as of an ingress whose server is not ready.
@@ -42,7 +43,7 @@ class Faulty(ThreadingHTTPServer):
         self.every, self.delay, self.after, self.flip = 0, 0.0, None, False
         self.authorization, self.punctual, self.absent = None, False, False
         self.strict, self.unconditional = False, None
-        self.count = self.uploaded = self.refused = 0
+        self.count = self.uploaded = self.downloaded = self.refused = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def close(self):
@@ -90,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         upstream.request(self.command, self.path, body or None, headers)
         answer = upstream.getresponse()
         read = answer.read()
+        self.server.downloaded += len(read)
         if self.server.flip and self.command == "GET":
             read = bytes([read[0] ^ 1]) + read[1:]
         self._answer(answer.status, answer.getheaders(), read)

@@ -24,6 +24,8 @@ from pipeline.analysis.transitions import detect
 
 COLOURS = plt.get_cmap("viridis")
 COLUMNS = 4  # of panels beside each other
+MOST_STUDENTS = 24  # that one figure tells apart
+MOST_TICKS = 16  # numbers of concepts on an axis
 Floats = NDArray[np.floating[Any]]
 BASELINE_STYLES = {"mean": ("darkgrey", "-."), "nearest": ("dimgrey", ":"), "ridge": ("black", "--")}
 
@@ -44,6 +46,24 @@ def _colours(cells: list[Row], label: Callable[[Row], str]) -> dict[str, Any]:
     if len({label({**row, "layers": 0, "hidden_dim": 0}) for row in cells}) == 1:
         colours = _shades(kinds)
     return {label(row): colours[kind] for kind, rows in kinds.items() for row in rows}
+
+
+def _leading(cells: list[Row]) -> tuple[list[Row], str]:
+    """The cells of the `MOST_STUDENTS` best students by validation, and a note for a title where there are more."""
+    label, best = labeller(cells), dict[str, float]()
+    for row in cells:
+        best[label(row)] = max(row["val_cosine"], best.get(label(row), -np.inf))
+    if len(best) <= MOST_STUDENTS:
+        return cells, ""
+    shown = set(sorted(best, key=lambda name: -best[name])[:MOST_STUDENTS])
+    return [row for row in cells if label(row) in shown], f"; the best {MOST_STUDENTS} of {len(best)} by validation"
+
+
+def _spread(values: Collection[Any], most: int) -> list[Any]:
+    """At most so many of some numbers, evenly spaced in their order, the least and the largest among them."""
+    ordered = sorted(set(values))
+    places = np.linspace(0, len(ordered) - 1, most).astype(int).tolist()
+    return [ordered[place] for place in dict.fromkeys(places)] if ordered else []
 
 
 def _shades(names: Collection[Any]) -> dict[Any, Any]:
@@ -78,6 +98,7 @@ def ranking(rows: list[tuple[str, float, float, float]], concepts: int) -> Figur
 def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
     """Test cosine against the number of training concepts, one line per kind of student; seeds as a band."""
     figure, [[axes]] = _panels(1, 1, (8, 5.2))
+    cells, note = _leading(cells)
     label = labeller(cells)
     colours = _colours(cells, label)
     for name, rows in grouped(cells, label).items():
@@ -92,14 +113,14 @@ def scaling(cells: list[Row], baselines: list[Row]) -> Figure:
             axes.plot(x, y, style, label=f"{name} (baseline)", **look)
     _concepts_axis(axes, cells)
     bands = " (bands: all seeds)" if len({row["seed"] for row in cells}) > 1 else ""
-    axes.set(ylabel="test cosine (centred)", title=f"Fidelity on held-out concepts{bands}")
+    axes.set(ylabel="test cosine (centred)", title=f"Fidelity on held-out concepts{bands}{note}")
     _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
 def _concepts_axis(axes: Axes, cells: list[Row]) -> None:
     """Make the x axis one of training concepts, logarithmic, with a tick at each number of them."""
-    numbers = sorted({row["concepts"] for row in cells})
+    numbers = _spread([row["concepts"] for row in cells], MOST_TICKS)
     axes.set(xscale="log", xlabel="training concepts (log scale)")
     axes.set_xticks(numbers, [str(n) for n in numbers])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -113,6 +134,9 @@ def _style(row: Row, cells: list[Row]) -> dict[str, Any]:
 
 def heat_map(cells: list[Row]) -> Figure:
     """Mean test cosine of every kind of student (rows) and number of training concepts (columns)."""
+    cells, note = _leading(cells)
+    drawn = _spread([row["concepts"] for row in cells], MOST_TICKS)
+    cells = [row for row in cells if row["concepts"] in drawn]
     frame = pd.DataFrame(cells).assign(kind=list(map(labeller(cells), cells)))
     table = frame.pivot_table("test_cosine", "kind", "concepts", sort=False).sort_index(axis=1)
     kinds, numbers, grid = list(table.index), list(table.columns), table.to_numpy()
@@ -125,16 +149,15 @@ def heat_map(cells: list[Row]) -> Figure:
             axes.text(column, row, f"{value:.3f}", ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(len(numbers)), [str(n) for n in numbers])
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.set(xlabel="training concepts", title="Test cosine")
+    axes.set(xlabel="training concepts", title=f"Test cosine{note}")
     figure.colorbar(image, ax=axes, label="test cosine (centred)")
     return figure
 
 
 def curves(cells: list[Row]) -> Figure:
     """Training loss and validation cosine by epoch, at most `COLUMNS` panels, one per number of training concepts."""
-    cells = [row for row in cells if len(row["curves"].get("val_cosine", [])) > 1]
-    numbers = sorted({row["concepts"] for row in cells})
-    drawn = {numbers[int(place)] for place in np.linspace(0, len(numbers) - 1, COLUMNS)} if numbers else set()
+    cells, note = _leading([row for row in cells if len(row["curves"].get("val_cosine", [])) > 1])
+    drawn = _spread([row["concepts"] for row in cells], COLUMNS)
     columns = grouped([row for row in cells if row["concepts"] in drawn], lambda row: row["concepts"])
     label = labeller(cells)
     colours = _colours(cells, label)
@@ -152,7 +175,10 @@ def curves(cells: list[Row]) -> Figure:
     panels[0, 0].set_ylabel("validation cosine (centred)")
     panels[1, 0].set_ylabel("training loss")
     if cells:
-        _legend_below(figure, *panels[0, 0].get_legend_handles_labels())
+        figure.suptitle(f"Training curves{note}" * bool(note))
+        pairs = [pair for panel in panels[0] for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+        lines = {name: line for line, name in pairs}  # each student once
+        _legend_below(figure, list(lines.values()), list(lines))
     return figure
 
 
@@ -204,6 +230,8 @@ def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
     """
     blocks, weights, operations = teacher
     most = max(row["concepts"] for row in cells)
+    shown, note = _leading([row for row in cells if row["concepts"] == most])
+    named = set(map(labeller(cells), shown))
     kinds = grouped([row for row in cells if row["concepts"] == most], labeller(cells))
     found = []  # cosine, parameters and operations of each student, and its name
     for name, [row, *others] in kinds.items():
@@ -216,12 +244,16 @@ def pareto(cells: list[Row], teacher: tuple[int, float, float]) -> Figure:
         panel, best = panels[axis - 1], -np.inf
         front = [(one[axis], best := one[0]) for one in sorted(found, key=lambda one: one[axis]) if one[0] > best]
         panel.plot(*zip(*front, strict=True), color="lightgrey", zorder=0)
-        for place, one in enumerate(found):
+        rest = [one for one in found if one[-1] not in named]
+        panel.scatter([one[axis] for one in rest], [one[0] for one in rest], color="lightgrey", s=16, zorder=0)
+        for place, one in enumerate(one for one in found if one[-1] in named):
             marker, colour = "osD^v"[place // 10 % 5], plt.get_cmap("tab10")(place % 10)
             panel.scatter(one[axis], one[0], color=colour, marker=marker, s=44, label=one[-1])
         panel.scatter(of_teacher, 1.0, marker="*", s=120, color="black", label="teacher, up to the block")
         panel.set(xscale="log", xlabel=f"{what}, early blocks of the teacher included")
     panels[0].set_ylabel(f"test cosine (centred), {most} training concepts")
+    if note:
+        figure.suptitle(f"In colour{note}")
     _legend_below(figure, *panels[0].get_legend_handles_labels())
     return figure
 
@@ -230,9 +262,12 @@ def fitted(cells: list[Row], law: Law) -> Figure:
     """The scaling law with its cells, and the residuals."""
     figure, [[main, rest]] = _panels(1, 2, (12, 4.8))
     numbers = np.exp(np.linspace(*law.span, 50))
-    for size, colour in _shades(sorted({row["parameters"] for row in cells})).items():
+    sizes = sorted({row["parameters"] for row in cells})
+    drawn = _spread(sizes, MOST_TICKS)
+    for size, colour in _shades(sizes).items():
         own = [(row, residual) for row, residual in zip(cells, law.residuals, strict=True) if row["parameters"] == size]
-        main.plot(numbers, [1 - law.cosine(n, size) for n in numbers], color=colour, label=f"{size:,} parameters")
+        if size in drawn:
+            main.plot(numbers, [1 - law.cosine(n, size) for n in numbers], color=colour, label=f"{size:,} parameters")
         x = [row["concepts"] for row, _ in own]
         main.scatter(x, [1 - row["test_cosine"] for row, _ in own], color=colour, s=14)
         rest.scatter(x, [100 * residual for _, residual in own], color=colour, s=16)
@@ -267,7 +302,10 @@ def categories(values: dict[str, dict[str, float]]) -> Figure:
 
 def transitions(cells: list[Row]) -> Figure:
     """Training loss and validation cosine over log epochs, with transitions; one panel per number of concepts."""
-    columns, label = grouped(cells, lambda row: row["concepts"]), labeller(cells)
+    cells, note = _leading(cells)
+    drawn = _spread([row["concepts"] for row in cells], COLUMNS)
+    columns = grouped([row for row in cells if row["concepts"] in drawn], lambda row: row["concepts"])
+    label = labeller(cells)
     colours = _shades(dict.fromkeys(map(label, cells)))
     figure, [panels] = _panels(1, len(columns), (max(6.0, 4.2 * len(columns)), 5.0), sharey=True)
     for panel, (number, rows) in zip(panels, sorted(columns.items()), strict=True):
@@ -286,5 +324,6 @@ def transitions(cells: list[Row]) -> Figure:
     handles = [Line2D([], [], color=colour) for colour in colours.values()]
     for style in styles.values():
         handles += panels[0].plot([], [], style, color="grey", markersize=12)
+    figure.suptitle(f"Long training{note}" * bool(note))
     _legend_below(figure, handles, [*colours, *styles])
     return figure

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.analysis import scaling
 from pipeline.analysis.baselines import BASELINES
 from pipeline.analysis.rows import (
     BASELINE_FIELDS,
-    CELL_FIELDS,
     SECTION_FIELDS,
     Row,
     cell_of,
@@ -22,15 +20,12 @@ from pipeline.analysis.rows import (
     section_names,
     section_of,
 )
-from pipeline.data import lists
 from pipeline.data.dataset import Dataset
-from pipeline.errors import InputError
 from pipeline.metrics import cosines, faithfulness
 from pipeline.settings import Cell
 from pipeline.training.trainer import TrainedStudent, train_stack
 
-REQUIRED_CELL_FIELDS = {*CELL_FIELDS, "name", "test_cosines", "curves"}  # what a report needs of each cell
-REQUIRED_BASELINE_FIELDS = {"student", "concepts", "layer", "split", "test_cosines"}
+CURVE_POINTS = 200  # epochs of a curve at the most; MLflow has all
 SECTION_KEYS = (*SECTION_FIELDS, "best", "fit")  # what the file holds of each section
 
 
@@ -45,6 +40,7 @@ class Section:
 
 def results_of(name: str, data: Dataset, rows: list[Row], sweep_id: str) -> dict[str, Any]:
     """Build the content of a grid's results file: rows, their baselines, and the best cell and fit of each section."""
+    rows = [row | {"curves": _thinned(row["curves"], row["best_epoch"])} for row in rows]
     ridge_cells = dict.fromkeys(ridge_baseline(cell_of(row)) for row in rows)
     baselines = [row for cell in ridge_cells for row in baseline_rows(cell, data)]
     results = {
@@ -108,21 +104,9 @@ def rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Read and check a results file."""
-    return parse_results(lists.whole(path, f"results file {path}"), path)
-
-
-def parse_results(text: str, name: object) -> dict[str, Any]:
-    """Parse and check the content of a results file; errors name it."""
-    try:
-        results = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"results file {name}: cannot be read ({error})") from error
-    if not isinstance(results, dict) or not {"grid", "cells", "baselines", "best"} <= set(results):
-        raise InputError(f"results file {name}: not the results of a sweep")
-    is_known = all(set(row) >= REQUIRED_CELL_FIELDS for row in results["cells"])
-    if not is_known or not all(set(row) >= REQUIRED_BASELINE_FIELDS for row in results["baselines"]):
-        problem = "of an older version, without fields that a report needs; run its sweep again"
-        raise InputError(f"results file {name}: {problem}")
-    return results
+def _thinned(curves: dict[str, list[Any]], best_epoch: int) -> dict[str, list[Any]]:
+    """Curves at `CURVE_POINTS` epochs at the most: evenly spaced ones, the first, the last and the best."""
+    if (epochs := len(curves["epoch"])) <= CURVE_POINTS:
+        return curves
+    kept = {*np.linspace(0, epochs - 1, CURVE_POINTS - 1).astype(int).tolist(), curves["epoch"].index(best_epoch)}
+    return {name: [values[place] for place in sorted(kept)] for name, values in curves.items()}

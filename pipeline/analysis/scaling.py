@@ -102,7 +102,7 @@ def fit(concepts: Sequence[float], sizes: Sequence[float], cosines: Sequence[flo
         raise InputError(f"a scaling law needs {needs}, found {different} and {len(errors)}")
     best = _fit(logs, errors, free)
     rows = np.random.default_rng(seed).integers(len(errors), size=(BOOTSTRAPS, len(errors)))
-    counts = (rows[:, :, None] == np.arange(len(errors))).sum(1).astype(float)  # [bootstraps, cells]
+    counts = np.stack([np.bincount(row, minlength=len(errors)) for row in rows]).astype(float)  # [bootstraps, cells]
     _, samples = _descend(np.tile(best, (BOOTSTRAPS, 1)), logs, errors, free, counts)
     residuals, span = errors - _log_error(best, logs), (float(logs[0].min()), float(logs[0].max()))
     return Law(best, samples, residuals, span, curvature_error(logs, errors, free), free)

@@ -19,7 +19,7 @@ from pipeline.analysis.rows import (
     is_relevant,
     varying_fields,
 )
-from pipeline.metrics import interval
+from pipeline.metrics import interval, intervals
 
 Table = tuple[list[str], list[list[str]]]  # header and rows, as text
 TABLE_NOTE = "Students in parentheses are the baselines. Intervals: bootstrap over test concepts and seeds."
@@ -43,6 +43,15 @@ def cell_table(results: dict[str, Any], metrics: Sequence[str] = METRICS, named:
         numbers = [FORMATS.get(name, "{:.3f}").format(row[name]) if name in row else "" for name in metrics]
         table.append(names + numbers)
     return [*head, *metrics], table
+
+
+def leading_cells(results: dict[str, Any], most: int) -> dict[str, Any]:
+    """The results with the best cells by validation only, where there are more, and the best cell's baselines."""
+    ranked = sorted(results["cells"], key=lambda row: -row["val_cosine"])
+    if len(ranked) <= most:
+        return results
+    baselines = [row for row in results["baselines"] if row["concepts"] == ranked[0]["concepts"]]
+    return results | {"cells": ranked[:most], "baselines": baselines}
 
 
 def terminal_table(results: dict[str, Any]) -> Table:
@@ -128,8 +137,7 @@ def configuration_table(results: dict[str, Any]) -> Table:
     groups = configurations(results)
     options = [name for name in _options([row for group in groups for row in group]) if name != "seed"]
     rows = []
-    for own in groups:
-        low, high = interval(test_cosines(own))
+    for own, (low, high) in zip(groups, intervals(list(map(test_cosines, groups))), strict=True):
         size = f"{own[0]['parameters']:,}" if "parameters" in own[0] else ""
         seeds = str(len(own)) if "name" in own[0] else ""
         values = [f"{mean_of(own, key):.3f}" for key in ("val_cosine", "test_cosine")]

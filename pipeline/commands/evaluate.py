@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.analysis.evaluation import evaluate, evaluation_markdown, evaluation_table, students_by_configuration
-from pipeline.analysis.results import read_results
 from pipeline.analysis.rows import Row, grouped, section_names, section_of
 from pipeline.commands import display
 from pipeline.commands.find_sweep import newest_results, vectors_for
+from pipeline.commands.results_file import read_results
 from pipeline.data.dataset import Dataset
 from pipeline.processes import start
 from pipeline.settings import EvaluateOptions

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.analysis.results import Section, parse_results, read_results, sections
+from pipeline.analysis.results import Section, sections
 from pipeline.analysis.rows import cell_of
+from pipeline.commands.results_file import add_cosines, cosines_file, needs_cosines, parse_results, read_results
 from pipeline.data.vectors import Vectors, read_vectors
 from pipeline.errors import InputError
 from pipeline.settings import SHIPPED
@@ -31,9 +32,15 @@ def load_sweep(results: str | None, sweep_id: str | None) -> tuple[str, dict[str
             raise InputError(f"--sweep-id {sweep_id}: MLflow knows no such sweep")
         stem, text = tracker.newest_artifact(run, "_results_")
         found = parse_results(text, stem)
+        if needs_cosines(found):
+            add_cosines(found, fetch(f"runs:/{run.info.run_id}/{cosines_file(stem)}"))
         return stem, found, [tracker.student_of(part.results["best"]["run_id"]) for part in sections(found)]
     path = fetch(results) if results else newest_results()
     found = read_results(path)
+    if needs_cosines(found):
+        folder, _, name = (results or str(path)).rpartition("/")
+        beside = cosines_file(name.removesuffix(".json"))
+        add_cosines(found, fetch(f"{folder}/{beside}" if folder else beside))
     return path.stem, found, [_student_of(part, path) for part in sections(found)]
 
 

@@ -17,10 +17,11 @@ from pipeline.analysis import plots, scaling, tables, transitions
 from pipeline.analysis.results import Section
 from pipeline.analysis.rows import baseline_labeller, grouped, labeller
 from pipeline.data.dataset import Dataset
-from pipeline.metrics import interval
+from pipeline.metrics import intervals
 from pipeline.student.student import Student
 from pipeline.sweep.cost import teacher_flops, teacher_parameters
 
+OPEN_ROWS = 60  # of a table that the page shows; further ones are folded
 EXTREMES = 8  # concepts among the best, and among the worst, that the page shows
 FIGURE_TITLES = {
     "transition": "Long training",
@@ -36,12 +37,13 @@ FIGURE_TITLES = {
 
 
 class PageTable(NamedTuple):
-    """A table of the page: its title, the header and rows as text, and what to know about them."""
+    """A table of the page: its title, the header and rows as text, what to know about them, and what is folded."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str
+    open_rows: int = OPEN_ROWS  # at the top; a longer table's other rows are folded
 
 
 class PageSection(NamedTuple):
@@ -89,10 +91,11 @@ def page_section(
     head = ["concept", "category", "cosine", "true vectors nearest to the answer"]
     neighbours = _neighbours(names, categories, truth, predicted)
     note = "Cosines are centred on the mean training vector, except raw ones."
+    table = tables.cell_table(results)
     shown = [
         PageTable("Configurations", *tables.configuration_table(results), tables.TABLE_NOTE),
         PageTable("Best and worst test concepts", head, neighbours, f"As {best['name']} answers them."),
-        PageTable("Cells", *tables.cell_table(results), note),
+        PageTable("Cells", *table, note, OPEN_ROWS if len(table[1]) <= OPEN_ROWS else 0),  # the worst come first
     ]
     pictures = {name: _png(figure) for name, figure in figures.items()}
     return PageSection(section.title[:1].upper() + section.title[1:], sentences, pictures, shown)
@@ -107,12 +110,18 @@ def _png(figure: Figure) -> bytes:
 
 def _ranked(results: dict[str, Any]) -> list[tuple[str, float, float, float]]:
     """Name, test cosine and the ends of its interval, of each configuration and each baseline, the best first."""
+    # All baselines, and the best configurations by validation.
     cell_label, baseline_label = labeller(results["cells"]), baseline_labeller(results["baselines"])
-    ranked = []
-    for rows in tables.configurations(results):
-        name = cell_label(rows[0]) if "name" in rows[0] else f"({baseline_label(rows[0])})"
-        ranked.append((name, tables.mean_of(rows, "test_cosine"), *interval(tables.test_cosines(rows))))
-    return ranked
+    groups = tables.configurations(results)
+    ranked = sorted(
+        (rows for rows in groups if "name" in rows[0]), key=lambda rows: -tables.mean_of(rows, "val_cosine")
+    )
+    left_out = {id(rows) for rows in ranked[plots.MOST_STUDENTS :]}
+    groups = [rows for rows in groups if id(rows) not in left_out]
+    names = [cell_label(rows[0]) if "name" in rows[0] else f"({baseline_label(rows[0])})" for rows in groups]
+    means = [tables.mean_of(rows, "test_cosine") for rows in groups]
+    ends = intervals(list(map(tables.test_cosines, groups)))
+    return [(name, mean, low, high) for name, mean, (low, high) in zip(names, means, ends, strict=True)]
 
 
 def _neighbours(

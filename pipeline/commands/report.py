@@ -35,7 +35,7 @@ def run_report(options: ReportOptions) -> None:
             display.lines(*_predict_sections(results, options.predict, data, output))
             return
         written = write_report(results, stem, output, students, data)
-    show_results(results)
+    show_results(results, written[1])
     display.lines(*map(str, written))
 
 

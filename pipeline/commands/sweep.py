@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from pipeline.analysis.export_choice import baseline_student, best_exportable
 from pipeline.analysis.results import Section, results_of, sections
 from pipeline.commands import display
+from pipeline.commands.results_file import write_results
 from pipeline.commands.sweep_display import show_results, watch_sweep
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
@@ -18,7 +18,7 @@ from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Vocabulary, find
 from pipeline.processes import Worker, parse_shard, start
 from pipeline.settings import Cell, SweepOptions, TrainOptions
-from pipeline.storage import output_folder, writable, write_atomically
+from pipeline.storage import output_folder, writable
 from pipeline.student.student import Student
 from pipeline.sweep.cells import fill_in, prepare
 from pipeline.sweep.cost import plan_table
@@ -113,8 +113,8 @@ def _run(job: SweepJob) -> None:
     ):
         concluded = _conclude(sweep, job) if isinstance(sweep, Complete) else None
     if concluded is not None:
-        results, lines = concluded
-        show_results(results)
+        results, lines, path = concluded
+        show_results(results, path)
         display.lines(*lines)
     elif isinstance(sweep, Incomplete):
         name, shard, report = sweep.sweep_id, job.context.shard, "the shard that completes the sweep writes the report"
@@ -124,14 +124,14 @@ def _run(job: SweepJob) -> None:
         display.lines(f"sweep {name}: shard {shard.index}/{shard.count} is done, {done}; {report}")
 
 
-def _conclude(sweep: Complete, job: SweepJob) -> tuple[dict[str, Any], list[str]]:
-    """Write results, report and students, here and in MLflow; the results, and lines that name the files."""
+def _conclude(sweep: Complete, job: SweepJob) -> tuple[dict[str, Any], list[str], Path]:
+    """Write results, report and students, here and in MLflow; the results, lines that name the files, and the first."""
     context, data, options = job.context, job.context.data, job.options
     results = results_of(context.name, data, sweep.rows, sweep.sweep_id) | {"vectors": context.vectors_uri}
     # All names follow from the rows, so workers that end together write the same files.
     path = context.output / f"{context.name}_results_{max(row['finished'] for row in sweep.rows)}.json"
-    write_atomically(path, lambda part: part.write_text(json.dumps(results, indent=1), encoding="utf-8"))
-    parts, files = sections(results), [path]
+    files = write_results(path, results, data)
+    parts = sections(results)
     if options.report:
         from pipeline.commands.report import write_report  # only here, because the plots take seconds to load
 
@@ -139,11 +139,11 @@ def _conclude(sweep: Complete, job: SweepJob) -> tuple[dict[str, Any], list[str]
         files += write_report(results, path.stem, context.output, students, data)
     saved = _save_students(parts, job.student_folder or path.with_name(f"{path.stem}_student"), job)
     retry_tracking(lambda: _log(sweep.parent, context.tracker, files, saved, options.register))
-    titles = ["results", "report"] + [""] * len(files)
+    titles = ["results", "", "report"] + [""] * len(files)
     lines = [f"{title:10}{file}" for title, file in zip(titles, files, strict=False)]
     for one in saved:
         lines += [f"student   {one.folder} ({one.student.summary})", f"          {one.reason}"]
-    return results, [*lines, f"MLflow    {sweep.parent.address}"]
+    return results, [*lines, f"MLflow    {sweep.parent.address}"], path
 
 
 def _save_students(parts: list[Section], folder: Path, job: SweepJob) -> list[SavedStudent]:

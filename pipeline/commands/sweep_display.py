@@ -6,19 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.progress import TextColumn
 
 from pipeline.analysis.results import sections
 from pipeline.analysis.rows import Row, cell_of, section_of
-from pipeline.analysis.tables import terminal_table, verdict
+from pipeline.analysis.tables import leading_cells, terminal_table, verdict
 from pipeline.commands.display import console, lines, progress_bar, table
 from pipeline.data.dataset import Dataset
 from pipeline.settings import Cell
 from pipeline.sweep.run import ProgressListener
 from pipeline.training.stack import EpochResult
 from pipeline.training.trainer import epochs
+
+TERMINAL_CELLS = 50  # of a section at the most
 
 
 @contextmanager
@@ -61,10 +64,13 @@ def watch_sweep(data: Dataset) -> Iterator[ProgressListener]:
         yield ProgressListener(on_start, on_epoch, on_cell)
 
 
-def show_results(content: dict[str, Any]) -> None:
-    """Print the table and the verdict of each section of a results file."""
+def show_results(content: dict[str, Any], path: Path) -> None:
+    """Print the table and the verdict of each section of a results file; ``path`` has the cells that it leaves out."""
     for section in sections(content):
         if section.title:
             lines(f"\n{section.title}:")
-        table(*terminal_table(section.results))
+        shown = leading_cells(section.results, TERMINAL_CELLS)
+        table(*terminal_table(shown))
+        if more := len(section.results["cells"]) - len(shown["cells"]):
+            lines(f"The {TERMINAL_CELLS} best cells by validation; {more} more stand in {path}")
         lines(f"{verdict(section.results)}\n")

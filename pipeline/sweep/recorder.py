@@ -84,7 +84,7 @@ class Recorder:
         if (folder := self.spool.folder_of(key)) is None:  # another worker on this disk has tracked it
             self.claims.tracker.discard(current, "finished by another worker")
             return False
-        model_id = run.log_student(folder / "student", current)
+        model_id = run.log_student(folder / "student", current, cell_key=key)
         values = dict(row["curves"])
         epochs = values.pop("epoch")
         curves = {name: dict(zip(epochs, values[name], strict=True)) for name in values}
@@ -120,15 +120,16 @@ class Recorder:
         """The rows, by key, of those cells that another worker has finished."""
 
         def read() -> dict[str, Row]:
-            claims, runs, keys = self.claims, self.claims.runs(), [self.keys[cell] for cell in cells]
-            return {key: read_row(claims.tracker, run) for key in keys for run in runs[key] if claims.is_finished(run)}
+            runs, claims = self.claims.runs({self.keys[cell] for cell in cells}), self.claims
+            finished = {key: run for key, own in runs.items() for run in own if claims.is_finished(run)}
+            return {key: read_row(claims.tracker, run) for key, run in finished.items()}
 
         return retry_tracking(read) if cells else {}
 
 
-def finished_rows(tracker: Tracker, keys: Collection[str]) -> tuple[dict[str, Row], list[MlflowRun]]:
+def finished_rows(tracker: Tracker, keys: Collection[str], sweep_id: str) -> tuple[dict[str, Row], list[MlflowRun]]:
     """The rows of finished cells by key, and the runs of those whose row or student is gone from MLflow."""
-    found, gone = tracker.finished_cells(keys)
+    found, gone = tracker.finished_cells(keys, sweep_id)
     rows = {}
     for key, run in found.items():
         try:

@@ -37,7 +37,7 @@ from pipeline.tracking.claims import Claims
 from pipeline.training.stack import EpochResult
 
 SPOOL = ".spool"  # in the output folder
-POLL_SECONDS = 2.0  # between two looks at the cells of other workers
+POLL_SECONDS, POLL_PAUSE = 2.0, 5  # between two looks at the cells of other workers; or so many times a look's length
 Value = TypeVar("Value")
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def run_sweep(cells: Sequence[Cell], context: SweepContext) -> Iterator[Complete
     sweep_id = broadcast_from_main(_sweep_id(context, open_keys))
     precision = broadcast_from_main(retry_tracking(lambda: _precision(tracker, sweep_id, accelerator.device)))
     keys = {cell: cell_key(cell, data.vectors.identity, precision) for cell in cells}
-    rows, gone = retry_tracking(lambda: finished_rows(tracker, set(keys.values()))) if resume else ({}, [])
+    rows, gone = retry_tracking(lambda: finished_rows(tracker, set(keys.values()), sweep_id)) if resume else ({}, [])
     if (again := {run.data.tags["cell_key"] for run in gone} - set(rows)) and accelerator.is_main_process:
         log.warning("%d finished cells are trained again: their students or rows are gone from MLflow", len(again))
     if context.shard.index and broadcast_from_main(
@@ -255,11 +255,12 @@ def _train(engine: Engine, recorder: Recorder, todo: list[Cell], rows: dict[str,
                 rows[row["cell_key"]] = row
                 on_cell(row)
         # Other workers hold the rest, until they finish it or die.
+        begin = time.monotonic()
         found = recorder.rows_of_others([cell for cell in todo if keys[cell] not in rows])
         rows |= found
         for row in found.values():
             on_cell(row)
         todo = [cell for cell in todo if keys[cell] not in rows]
         if todo and not found:
-            time.sleep(POLL_SECONDS)
+            time.sleep(max(POLL_SECONDS, POLL_PAUSE * (time.monotonic() - begin)))
         engine.add_stacks(stacks_of(todo), context.resume)

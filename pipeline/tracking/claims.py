@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mlflow.entities import Run as MlflowRun
@@ -30,6 +30,7 @@ from pipeline.tracking.server import TrackingError, retry_tracking
 from pipeline.tracking.tracker import Tracker
 
 BEAT_SECONDS = 5.0
+CELLS_PER_LOOK = 100  # so many cells are claimed after one look: workers wait twice as long as this takes
 SILENCE_SECONDS = 30.0  # without a beat, after which a worker counts as dead
 
 log = logging.getLogger(__name__)
@@ -75,8 +76,7 @@ class Claims:
         self, tracker: Tracker, sweep_id: str, version: str, without_student: Iterable[MlflowRun] = ()
     ) -> None:
         self.tracker, self.sweep_id, self.version = tracker, sweep_id, version
-        # With the end time: once trained again, a run is finished.
-        self._without_student = {(run.info.run_id, run.info.end_time) for run in without_student}
+        self._without_student = {run.info.run_id: run for run in without_student}
         self.me = worker_name()
         self._seen: dict[str, tuple[str, float]] = {}  # by worker: the last beat, and when this worker first saw it
         self._silent: set[str] = set()  # dead workers of other versions
@@ -138,8 +138,28 @@ class Claims:
 
     def claim_cells(self, cells: Sequence[tuple[str, str]], tags: Mapping[str, str]) -> dict[str, MlflowRun]:
         """Claim cells (key and name) that nobody has finished and no live worker is at; the runs won, by key."""
-        begin, known, claimed, ours = time.monotonic(), self.runs(), set(), {}
-        for key, name in cells:
+        claimed: set[str] = set()
+        longest, ours = 0.0, {}
+        for start in range(0, len(cells), CELLS_PER_LOOK):
+            begin = time.monotonic()
+            claimed |= self._mark(dict(cells[start : start + CELLS_PER_LOOK]), tags)
+            longest = max(longest, time.monotonic() - begin)
+        if not claimed:
+            return {}
+        wait_for_peers(longest)
+        for key, runs in self.runs(claimed).items():
+            chosen = min(runs, key=lambda run: (not self.is_finished(run), id_of(run)))
+            for run in runs:  # lost claims, and what crashes have left
+                if run is not chosen and not self._is_held(run):
+                    self.tracker.discard(run, "claimed by another worker")
+            if not self.is_finished(chosen) and chosen.data.tags["owner"] == self.me:
+                ours[key] = chosen
+        return ours
+
+    def _mark(self, names: Mapping[str, str], tags: Mapping[str, str]) -> set[str]:
+        """Look for cells (names by key), and put this worker's name on those that are free; their keys."""
+        known, claimed = self.runs(names), set()
+        for key, name in names.items():
             raise_if_interrupted()
             runs = known[key]
             if any(self.is_finished(run) or self._is_held(run) for run in runs):
@@ -150,31 +170,22 @@ class Claims:
             else:
                 own = {"role": "cell", "cell_key": key, "sweep_id": self.sweep_id, "owner": self.me}
                 self.tracker.create_run(name, {**tags, **own, MLFLOW_PARENT_RUN_ID: self.parent_run.id})
-        if not claimed:
-            return {}
-        wait_for_peers(begin)
-        for key, runs in self.runs().items():
-            if key not in claimed:
-                continue
-            chosen = min(runs, key=lambda run: (not self.is_finished(run), id_of(run)))
-            for run in runs:  # lost claims, and what crashes have left
-                if run is not chosen and not self._is_held(run):
-                    self.tracker.discard(run, "claimed by another worker")
-            if not self.is_finished(chosen) and chosen.data.tags["owner"] == self.me:
-                ours[key] = chosen
-        return ours
+        return claimed
 
-    def runs(self) -> defaultdict[str, list[MlflowRun]]:
-        """All runs of the sweep's cells by cell key, after a look at all heartbeats."""
+    def runs(self, keys: Collection[str]) -> defaultdict[str, list[MlflowRun]]:
+        """The sweep's runs of some cell keys by key, after a look at all heartbeats."""
         self._see_beats()
         found = defaultdict(list)
-        for run in self.tracker.runs("cell", sweep_id=self.sweep_id):
+        lost = {run_id for run_id, run in self._without_student.items() if run.data.tags["cell_key"] in keys}
+        for run in self.tracker.cells(keys, self.sweep_id, lost):
             found[run.data.tags["cell_key"]].append(run)
         return found
 
     def is_finished(self, run: MlflowRun) -> bool:
         """Whether a cell's run is finished, and its student was not deleted."""
-        return run.info.status == "FINISHED" and (run.info.run_id, run.info.end_time) not in self._without_student
+        lost = self._without_student.get(run.info.run_id)
+        # With another end time it was trained again.
+        return run.info.status == "FINISHED" and (lost is None or lost.info.end_time != run.info.end_time)
 
     def close_unfinished(self, status: str) -> None:
         """Close the runs that this worker has claimed and not finished, also those of a claim that was cut short."""

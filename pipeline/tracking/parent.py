@@ -37,7 +37,7 @@ def open_sweep(tracker: Tracker, sweep_id: str, name: str, tags: Mapping[str, st
     if (parent := earlier.get(opened or "", newest)) is None:
         own = tracker.open_run(name, {**tags, "sweep_id": sweep_id, "role": "candidate"})
         with close_on_interrupt(lambda: own.end("KILLED")):
-            wait_for_peers(begin)
+            wait_for_peers(time.monotonic() - begin)
             parent = _elect(tracker, sweep_id, set(earlier), is_at_work)
     run = tracker.as_run(parent)
     with close_on_interrupt(lambda: None if is_at_work(client.get_run(run.id)) else run.end("KILLED")):
@@ -77,7 +77,7 @@ def _elect(tracker: Tracker, sweep_id: str, earlier: set[str], is_at_work: IsAtW
         if standing := marked() or tracker.runs("candidate", sweep_id=sweep_id):
             with contextlib.suppress(MlflowException):  # a worker that saw a lesser one has removed this one
                 tracker.client.set_tag(min(standing, key=id_of).info.run_id, "role", "sweep")
-        wait_for_peers(begin)
+        wait_for_peers(time.monotonic() - begin)
         found = marked()
     parent = min([run for run in found if is_at_work(run)] or found, key=id_of)
     for run in found:
@@ -86,7 +86,10 @@ def _elect(tracker: Tracker, sweep_id: str, earlier: set[str], is_at_work: IsAtW
     return parent
 
 
-def wait_for_peers(begin: float) -> None:
-    """Wait until all workers that began to look at the same time have created what they found missing."""
-    # Others may take twice as long as this one has taken.
-    sleep(max(PEER_SECONDS, 2 * (time.monotonic() - begin)))
+def wait_for_peers(seconds: float) -> None:
+    """Wait until all workers that looked at the same time have created what they found missing.
+
+    Args:
+        seconds: that this worker took from its look to what it created last.
+    """
+    sleep(max(PEER_SECONDS, 2 * seconds))  # others may take twice as long

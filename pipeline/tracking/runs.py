@@ -111,13 +111,14 @@ class Run:
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", use)])]
         _retry_once(lambda: self.client.log_inputs(self.id, inputs))
 
-    def log_student(self, folder: Path, current: MlflowRun, name: str = "student") -> str:
+    def log_student(self, folder: Path, current: MlflowRun, name: str = "student", cell_key: str | None = None) -> str:
         """Log a student folder as an MLflow model that carries its code and needs no pickle; returns the model's id."""
         has_begun = current.outputs and current.outputs.model_outputs
         begun = logged_models(self.client, [current])[self.id] if has_begun else []  # without those that were deleted
         model = next((model for model in begun if model.name == name), None)  # which an earlier try began
         if model is None:
-            model = self.client.create_logged_model(self.experiment_id, name, self.id)
+            # MLflow cannot look for runs with one of many tags, but for models with one of many types.
+            model = self.client.create_logged_model(self.experiment_id, name, self.id, model_type=cell_key)
             self.client.log_outputs(self.id, [LoggedModelOutput(model.model_id, step=0)])
         place, store = model.artifact_location, self._store(model.artifact_location)
         files, description = _model_template()

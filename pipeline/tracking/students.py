@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,32 @@ from pipeline.student.student import Student
 from pipeline.tracking.experiment import artifact_folder, look_up
 from pipeline.tracking.server import reach, retry_tracking
 
-RUNS_PER_SEARCH = 100  # MLflow gives as many models in one page
+MODELS_PER_SEARCH = 100  # MLflow gives as many in one page
 STUDENT_PLACE = "artifacts/student"  # in the folder of a logged model
 NEEDED = (MLMODEL_FILE_NAME, *(f"{STUDENT_PLACE}/{name}" for name in (CONFIG, MODEL)))
 
 
 def logged_models(client: MlflowClient, runs: Sequence[MlflowRun]) -> dict[str, list[LoggedModel]]:
     """Find the models that runs have logged and nobody has deleted, by run id; one request per hundred runs."""
+    experiments = sorted({run.info.experiment_id for run in runs})
     found: dict[str, list[LoggedModel]] = defaultdict(list)
-    for start in range(0, len(runs), RUNS_PER_SEARCH):
-        some = runs[start : start + RUNS_PER_SEARCH]
-        experiments = sorted({run.info.experiment_id for run in some})
-        query = "source_run_id IN ({})".format(", ".join(f"'{run.info.run_id}'" for run in some))
-        for model in all_pages(functools.partial(client.search_logged_models, experiments, query)):
-            found[str(model.source_run_id)].append(model)
+    for model in _models_where(client, experiments, "source_run_id", [run.info.run_id for run in runs]):
+        found[str(model.source_run_id)].append(model)
+    return found
+
+
+def runs_of_students(client: MlflowClient, experiment_id: str, cell_keys: Collection[str]) -> set[str]:
+    """Find the ids of the runs that have logged students of some cell keys; one request per hundred keys."""
+    models = _models_where(client, [experiment_id], "model_type", sorted(cell_keys))
+    return {str(model.source_run_id) for model in models}
+
+
+def _models_where(client: MlflowClient, experiments: list[str], field: str, values: Sequence[str]) -> list[LoggedModel]:
+    """Find the models of which a field has one of some values."""
+    found: list[LoggedModel] = []
+    for start in range(0, len(values), MODELS_PER_SEARCH):
+        listed = ", ".join(f"'{value}'" for value in values[start : start + MODELS_PER_SEARCH])
+        found += all_pages(functools.partial(client.search_logged_models, experiments, f"{field} IN ({listed})"))
     return found
 
 

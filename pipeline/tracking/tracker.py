@@ -31,7 +31,9 @@ from pipeline.student.student import Student
 from pipeline.tracking.experiment import RUN, find_experiment
 from pipeline.tracking.runs import Run
 from pipeline.tracking.server import TrackingError, reach, retry_tracking
-from pipeline.tracking.students import all_pages, intact_students, read_student
+from pipeline.tracking.students import all_pages, intact_students, read_student, runs_of_students
+
+RUNS_PER_SEARCH = 200  # of known ids, in one query
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,34 @@ class Tracker:
             return False
         return any(tag.startswith("best_run_id") for tag in parent.data.tags)  # one for each block and split
 
-    def finished_cells(self, keys: Collection[str] | None = None) -> tuple[dict[str, MlflowRun], list[MlflowRun]]:
-        """Find finished cells, all or those of some keys: by key with their student, and those that have lost it."""
-        found = self.runs("cell", "FINISHED")
-        if keys is not None:
-            found = [run for run in found if run.data.tags["cell_key"] in keys]
+    def finished_cells(self, keys: Collection[str], sweep_id: str) -> tuple[dict[str, MlflowRun], list[MlflowRun]]:
+        """Find the finished cells of some keys: by key with their student, and the sweep's own that have lost it."""
+        # The number of requests grows with the keys and the sweep's cells, not with the runs of the experiment.
+        own = self.runs("cell", "FINISHED", sweep_id=sweep_id)
+        known = {run.info.run_id for run in own}
+        others = self._runs_by_id(runs_of_students(self.client, self.experiment_id, keys) - known)
+        found = [run for run in (*own, *others) if is_cell(run, keys) and run.info.status == "FINISHED"]
         intact = intact_students(self.client, found)
         complete = {run.data.tags["cell_key"]: run for run in found if run.info.run_id in intact}
         return complete, [run for run in found if run.info.run_id not in intact]
+
+    def cells(self, keys: Collection[str], sweep_id: str, also: Collection[str] = ()) -> list[MlflowRun]:
+        """Find a sweep's runs of some cell keys: unfinished, with a student, or ``also`` those of some ids."""
+        # The number of requests grows with the keys and the unfinished cells, not with the cells of the sweep.
+        # Unfinished runs first: one that is finished meanwhile has its student by then.
+        query = f"tags.role = 'cell' and tags.sweep_id = {_quoted(sweep_id)} and attributes.status != 'FINISHED'"
+        found = {run.info.run_id: run for run in self._search(query)}
+        ids = runs_of_students(self.client, self.experiment_id, keys) | set(also)
+        found |= {run.info.run_id: run for run in self._runs_by_id(ids - set(found))}
+        return [run for run in found.values() if is_cell(run, keys) and run.data.tags.get("sweep_id") == sweep_id]
+
+    def _runs_by_id(self, ids: Collection[str]) -> list[MlflowRun]:
+        """Find runs that nobody has deleted; one request per `RUNS_PER_SEARCH`."""
+        listed, found = sorted(ids), []
+        for start in range(0, len(listed), RUNS_PER_SEARCH):
+            some = ", ".join(f"'{run_id}'" for run_id in listed[start : start + RUNS_PER_SEARCH])
+            found += self._search(f"attributes.run_id IN ({some})")
+        return found
 
     def _search(self, query: str) -> list[MlflowRun]:
         return all_pages(functools.partial(self.client.search_runs, [self.experiment_id], query))
@@ -146,6 +168,11 @@ class Tracker:
         except MlflowException as error:
             raise InputError(f"--register {name}: {error}") from error
         return str(made.version)
+
+
+def is_cell(run: MlflowRun, keys: Collection[str]) -> bool:
+    """Whether a run is that of a cell with one of some keys."""
+    return run.data.tags.get("role") == "cell" and run.data.tags.get("cell_key") in keys
 
 
 def _quoted(value: str) -> str:

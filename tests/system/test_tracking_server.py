@@ -170,7 +170,7 @@ def test_a_command_waits_for_an_ingress_without_a_server_behind_it(locked, train
     assert [run.info.status for run in found_runs(client, request.node.name)] == ["FINISHED"] * 2
 
 
-def test_lost_students_of_a_server_are_found_in_three_requests(locked, server, workplace, run, monkeypatch, caplog):
+def test_lost_students_of_a_server_are_found_in_four_requests(locked, server, workplace, run, monkeypatch, caplog):
     proxy, behind = locked
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
     client = MlflowClient(behind)
@@ -185,6 +185,7 @@ def test_lost_students_of_a_server_are_found_in_three_requests(locked, server, w
         return {cell.info.run_id: cell.data.tags["cell_key"] for cell in cells}, models
 
     keys, before = sweep()
+    sweep_id = client.get_run(next(iter(keys))).data.tags["sweep_id"]
     lost, deleted, *_ = sorted(keys)
     shutil.rmtree(next((server[1] / "artifacts").rglob(before[lost].model_id)))
     client.delete_logged_model(before[deleted].model_id)
@@ -192,6 +193,6 @@ def test_lost_students_of_a_server_are_found_in_three_requests(locked, server, w
     assert "2 finished cells are trained again" in caplog.text
     assert set(after) == set(before)
     tracker, seen = connect(), proxy.count
-    whole, gone = tracker.finished_cells(set(keys.values()))
+    whole, gone = tracker.finished_cells(set(keys.values()), sweep_id)
     assert (len(whole), len(gone)) == (4, 0)
-    assert proxy.count - seen == 3  # runs, students, files
+    assert proxy.count - seen == 4  # the sweep's runs, students of the keys, students of the runs, files
