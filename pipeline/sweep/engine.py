@@ -16,7 +16,7 @@ from pipeline.analysis.rows import Row
 from pipeline.data.dataset import Dataset
 from pipeline.metrics import by_category
 from pipeline.settings import Cell
-from pipeline.sweep.cost import flops_of_prediction, split_by_batch, split_evenly, training_flops
+from pipeline.sweep.cost import assign_stacks, flops_of_prediction, split_by_batch, split_evenly, training_flops
 from pipeline.sweep.pool import JobHandle, StackPool, max_parallel_stacks
 from pipeline.sweep.spool import Spool
 from pipeline.training.export import checkpoint
@@ -71,8 +71,10 @@ class Engine:
         known = {cell for task in found for cell in task.cells}
         new = [rest for stack in stacks if (rest := [cell for cell in stack if cell not in known])]
         flops = {cell: training_flops(cell, self.data) for stack in new for cell in stack}
-        if self.device.type == "cpu":
-            new = [part for stack in new for part in split_by_batch(stack, flops)]
+        if new and self.device.type == "cpu":
+            # No stack is so expensive that the other cores would wait for it.
+            of_lanes = assign_stacks(list(flops), self.pool.size, flops.__getitem__)
+            new = [part for stacks in of_lanes for stack in stacks for part in split_by_batch(stack, flops)]
         new.sort(key=lambda stack: -sum(flops[cell] for cell in stack))
         groups = [[task] for task in [*found, *map(Task, new)]]
         if new and self.device.type == "cpu":  # the last stack must not occupy one core while the others are idle

@@ -1,5 +1,6 @@
 """Work is dealt out once, evenly, and stacks stay whole where they can."""
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,9 @@ from pipeline.sweep.cost import (
     stacks_of,
     training_flops,
 )
+from pipeline.sweep.engine import Engine
 from pipeline.sweep.grid import read_grid
+from pipeline.sweep.spool import Spool
 from pipeline.training.batches import largest_batch
 
 CELLS = st.builds(Cell, concepts=st.integers(2, 900), hidden_dim=st.sampled_from([8, 16, 512]), seed=st.integers(0, 9))
@@ -77,3 +80,14 @@ def test_what_a_cell_costs(data):
     cell = Cell(concepts=700, hidden_dim=512, layers=4, epochs=100, layer=15)
     first, rest = 1152 * 512, 4 * 512**2 + 512 * 576
     assert training_flops(cell, data) == 100 * (700 * (4 * first + 6 * rest) + 2 * 200 * (first + rest))
+
+
+def test_a_stack_that_costs_more_than_a_cores_share_is_split(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.sweep.engine.max_parallel_stacks", lambda device: 2)
+    cells = [Cell(concepts=number, layer=15) for number in (100, 700, 1838)]
+    ridge = Cell(student="ridge", concepts=100, layer=15)
+    engine = Engine(data, torch.device("cpu"), {cell: str(cell) for cell in (*cells, ridge)}, Spool(tmp_path))
+    engine.add_stacks([cells, [ridge]])
+    tasks = [task.cells for group in engine._waiting for task in group]
+    assert [cells[2]] in tasks
+    assert sorted((cell for task in tasks for cell in task), key=repr) == sorted((*cells, ridge), key=repr)
