@@ -159,13 +159,13 @@ def evaluate(options: settings.EvaluateOptions) -> None:
 @click.argument("texts", nargs=-1)
 @options_of(settings.PredictOptions)
 def predict(options: settings.PredictOptions, texts: tuple[str, ...]) -> None:
-    r"""Turn TEXTS into activation vectors with a trained student.
+    """Turn TEXTS into activation vectors with a trained student.
 
     \b
     Examples:
       python -m pipeline predict volcano "slow cooking" --nearest 5
       python -m pipeline predict --file words.txt --output vectors.npy
-    """
+    """  # noqa: D301 (click reads the backspace: no line is joined to the next)
     from pipeline.commands.predict import run_predict
 
     run_predict(options, texts)

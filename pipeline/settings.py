@@ -123,7 +123,8 @@ SIZED = ("mlp", "transformer")  # students whose name always states their width 
 class Cell:
     """One student configuration of a grid. Every field can be an axis."""
 
-    concepts: int = option(700, "Training concepts; smaller sets are contained in larger ones.", minimum=2)
+    concepts: int = option(700, "Training concepts, a judge's before those of pools; smaller sets are contained "
+        "in larger ones.", minimum=2)
     hidden_dim: int = option(256, "Width of the student's hidden layers.", minimum=1)
     layers: int = option(2, "Hidden layers (residual blocks) of the student.", minimum=0)
     student: str = option("mlp", "Kind of student: mlp, transformer, ridge, kernel or truncated.")
@@ -192,7 +193,8 @@ def _name_part(option: str, value: object) -> str:
 class TrainOptions(Cell):
     """Train one student."""
 
-    vectors: str = option(SHIPPED, "The vectors file: a local path or runs:/<run id>/<artifact>.")
+    vectors: str = option(SHIPPED, "The vectors file: a path, s3://..., hf://datasets/owner/name, or "
+        "runs:/<run id>/<artifact>.")
     output: str | None = option(None, "Folder for the student.  [default: results/<time>_student]")
     register: str | None = option(None, "Register the student in MLflow under this name, with the alias best.")
     report: bool = option(True, "Draw tables and plots at the end; the report command draws them later too.")
@@ -208,8 +210,8 @@ class SweepOptions:
     grid: str = option("scaling", "A grid of pipeline/grids/ by name, or the path of a YAML file.")
     epochs: int | None = option(None, "Passes over the training concepts, for every cell.  [default: the grid's]",
         minimum=1)
-    vectors: str | None = option(None, "The vectors file: a local path or runs:/<run id>/<artifact>.  [default: the "
-        f"grid's, or {SHIPPED}]")
+    vectors: str | None = option(None, "The vectors file: a path, s3://..., hf://datasets/owner/name, or "
+        f"runs:/<run id>/<artifact>.  [default: the grid's, or {SHIPPED}]")
     seeds: int | None = option(None, "Train each cell with so many seeds, counted up from the grid's.  [default: the "
         "grid's, or 1]", minimum=1)
     max_concepts: int | None = option(None, "Train only the cells with at most so many concepts.  [default: all cells]",
@@ -266,8 +268,9 @@ class PredictOptions:
         "of texts as arguments.")
     column: str = option("concept", "The column of a .csv or .tsv file that holds the texts.")
     output: str | None = option(None, "Where to write: .safetensors, .npy, .csv or .jsonl.  [default: JSON lines on "
-        "standard output]")
-    nearest: int | None = option(None, "Also name so many concepts whose true vectors are nearest.", minimum=1)
+        "standard output, or with --nearest a table]")
+    nearest: int | None = option(None, "Name so many concepts whose true vectors are nearest, beside the vectors in "
+        "--output.", minimum=1)
     among: str | None = option(None, "Where to look for the nearest: a vectors file (.safetensors), or a list of "
         "phrases (text, .csv or .tsv, as for --file), which the student encodes.  [default: the student's own "
         "catalogue]")

@@ -24,7 +24,7 @@ console = Console(stderr=True, highlight=False)
 class _Rate(progress.ProgressColumn):
     def render(self, task: progress.Task) -> Text:
         speed, unit = task.finished_speed or task.speed, task.fields["unit"]
-        return Text(f"{speed:,.0f} {unit}/s" if speed else unit)
+        return Text(f"{speed:,.0f} {unit}/s" if speed else "")
 
 
 @contextmanager

@@ -94,7 +94,8 @@ def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> No
         workers = shard.count * accelerator.num_processes
         display.table(*plan_table(cells, data, workers))
         seconds = expected_seconds(cells, data, accelerator.device, workers)
-        display.lines(f"{name}: {len(cells)} cells, about {seconds:,.0f} s here; nothing was trained")
+        expected = f"about {seconds:,.0f} s here with nothing else at work"
+        display.lines(f"{name}: {len(cells)} cells, {expected}; nothing was trained")
 
 
 def _make_context(name: str, data: Dataset, options: TrainOptions | SweepOptions, output: Path) -> SweepContext:

@@ -157,7 +157,8 @@ class Dataset:
             left_out = self._categories_apart.count("none") if cell.split == "categories" else 0
             why = f" ({left_out:,} share a word with those held out)" if left_out else ""
             found = f"the vectors file has {available} training concepts{why}"
-            raise InputError(f"--concepts {cell.concepts}: {found}; ask for no more")
+            cure = f"ask for no more (a sweep: --max-concepts {available})"
+            raise InputError(f"--concepts {cell.concepts}: {found}; {cure}")
 
     def _make_subset(self, cell: Cell) -> Subset:
         train = np.array(self.rows("train", cell.split)[: cell.concepts])

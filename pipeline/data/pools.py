@@ -17,6 +17,7 @@ from pipeline.errors import InputError
 from pipeline.storage import fetch
 from pipeline.student.tokenizer import normalise_texts
 
+SHOWN = 3  # concepts that a line names
 PHRASE = "phrase"  # the category of what a text file lists
 COLUMNS = ("concept", "category")
 
@@ -70,8 +71,9 @@ def read_pools(
         if parts and judge is not None:
             split = compute_split(parts[0])
             leaks = share_stems(part.concepts, parts[0], split, split.sides)
+            shown = ", ".join([part.concepts[row] for row, leak in enumerate(leaks) if leak][:SHOWN])
             part = part.take([row for row, leak in enumerate(leaks) if not leak])
-            left_out["with a word of a held-out concept"] = sum(leaks)
+            left_out[f"with a word of a held-out concept ({shown}, ...)"] = sum(leaks)
         parts.append(part)
         if reasons := ", ".join(f"{number:,} {reason}" for reason, number in left_out.items() if number):
             lines.append(f"{name}: {len(part):,} of {len(own):,} concepts are taken; left out: {reasons}")

@@ -183,12 +183,15 @@ def _differences(header: dict[str, str], request: Request) -> str:
     names = [name for name in COMPARED_FIELDS if header.get(name) != asked.get(name)]
     if "tokenizer" in header and header["tokenizer"] != request.tokenizer:
         names.append("tokenizer")
-    values = [f"{name} {_shorten(header.get(name))}, asked for {_shorten(asked.get(name))}" for name in names]
+    found, wanted = HEADER_DEFAULTS | header, HEADER_DEFAULTS | asked
+    values = [f"{name} {_shorten(found.get(name))}, asked for {_shorten(wanted.get(name))}" for name in names]
     return "; ".join(values) or "of another version"
 
 
 def _shorten(value: str | None) -> str:
     """A header's value, or the length of a long list."""
+    if value == "":
+        return "none"
     if value is None:
         return "unknown"
     if not value.startswith("["):

@@ -128,5 +128,6 @@ def plan_table(cells: Sequence[Cell], data: Dataset, workers: int) -> tuple[list
         for cell in stack:
             size, gigaflops = f"{number_of_parameters(cell, data):,}", f"{flops[cell] / 1e9:,.1f}"
             name = data.omit_default(cell).name
-            rows.append([name, cell.objective, str(cell.epochs), size, gigaflops, str(number), str(worker)])
+            read = [str(getattr(cell, option)) if option in KINDS[cell.student].reads else "" for option in header[1:3]]
+            rows.append([name, *read, size, gigaflops, str(number), str(worker)])
     return header, rows

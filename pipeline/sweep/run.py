@@ -36,6 +36,7 @@ from pipeline.tracking import Run, Tracker, TrackingError, retry_tracking
 from pipeline.tracking.claims import Claims
 from pipeline.training.stack import EpochResult
 
+PRECISION_OPTION = "precision: bfloat16 (of train: --precision bfloat16)"
 SPOOL = ".spool"  # in the output folder
 POLL_SECONDS, POLL_PAUSE = 2.0, 5  # between two looks at the cells of other workers; or so many times a look's length
 Value = TypeVar("Value")
@@ -129,7 +130,7 @@ def run_sweep(cells: Sequence[Cell], context: SweepContext) -> Iterator[Complete
     todo = [cell for cell in own if keys[cell] not in rows]
     context.listener.on_start(todo, [cell for cell in cells if keys[cell] in rows])
     is_precision_open = open_keys != list(keys.values())  # the keys of such cells depend on the precision
-    if is_precision_open and todo and (advice := bfloat16_hint("precision: bfloat16", precision, accelerator.device)):
+    if is_precision_open and todo and (advice := bfloat16_hint(PRECISION_OPTION, precision, accelerator.device)):
         log.info(advice)
     spool = Spool(context.output / SPOOL)
     tags = {"teacher": data.vectors.teacher, "extraction_key": data.vectors.extraction_key, "results_version": version}
