@@ -130,7 +130,7 @@ def packed(beside: bool = False, **how: Any) -> Save:
     """A folder with packed weights of bitsandbytes, to be compared with itself or with the model ``beside`` it."""
 
     def save(place: Path, tokenizer: Any) -> tuple[Path, Path]:
-        _, folder = folder_of("llama", {"hidden_size": 64, "intermediate_size": 128})(place, tokenizer)
+        _, folder = folder_of("llama", {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16})(place, tokenizer)
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**how))
         model.save_pretrained(place / "packed")
         tokenizer.save_pretrained(place / "packed")

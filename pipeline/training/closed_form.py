@@ -63,10 +63,9 @@ def residual_prior(subset: Subset) -> Tensor:
     """Scaled identity from each residual input to the target, ``[features, d_model]``; zero for other inputs."""
     # Every block adds to the residual stream, so the output of an early block is still part of it. The scales come
     # from least squares on standardised columns: otherwise the few very large columns would decide alone.
-    (size, d_model), residual_columns = subset.train.targets.shape, subset.features.residual_columns
-    weight = torch.zeros(subset.train.inputs.shape[1], d_model, dtype=torch.float64)
+    d_model, residual_columns = subset.train.targets.shape[1], subset.features.residual_columns
     if not residual_columns:
-        return weight
+        return torch.zeros(subset.train.inputs.shape[1], d_model, dtype=torch.float64)
     streams = len(residual_columns)
     squares, products = torch.zeros(streams, streams, d_model).double(), torch.zeros(streams, d_model).double()
     sums = torch.zeros(2, d_model, dtype=torch.float64)
@@ -76,10 +75,27 @@ def residual_prior(subset: Subset) -> Tensor:
         squares += torch.einsum("snd,tnd->std", parts, parts)
         products += torch.einsum("snd,nd->sd", parts, y)
         sums += torch.stack([y.sum(0), y.square().sum(0)])
+    return _scaled_identities(subset, squares, products, sums)
+
+
+def _scaled_identities(subset: Subset, squares: Tensor, products: Tensor, sums: Tensor) -> Tensor:
+    """The prior map, by products of streams with streams and with targets, and sums of targets and of their squares.
+
+    Args:
+        subset: whose residual inputs are the streams.
+        squares: ``[streams, streams, d_model]``.
+        products: ``[streams, d_model]``.
+        sums: ``[2, d_model]``.
+
+    Returns:
+        ``[features, d_model]``.
+    """
+    (size, features), d_model = subset.train.inputs.shape, sums.shape[1]
+    weight = torch.zeros(features, d_model, dtype=torch.float64)
     variance = (sums[1] - sums[0].square() / size) / max(1, size - 1)
     precision = 1 / variance.clamp(min=1e-24)  # [d_model]
     gains = np.linalg.lstsq((squares @ precision).numpy(), (products @ precision).numpy(), rcond=MIN_EIGENVALUE)[0]
-    for part, gain in zip(residual_columns, gains, strict=True):
+    for part, gain in zip(subset.features.residual_columns, gains, strict=True):
         weight[part] = gain * torch.eye(d_model, dtype=torch.float64)
     return weight
 
@@ -94,23 +110,36 @@ def ridge_spectrum(subset: Subset, device: torch.device = CPU) -> tuple[Tensor, 
     Returns:
         The prior ``[features, d_model]`` and the spectrum, in float64 on the CPU.
     """
-    prior = residual_prior(subset)
-    features, on_device = len(prior), prior.to(device)
     if _is_dual(subset.train.inputs.shape):
+        prior = residual_prior(subset)
         x, y = (part[:].to(device).double() for part in (subset.train.inputs, subset.train.targets))
         values, vectors = _eigenpairs(x @ x.mT)
         directions = x.mT @ (vectors / values.sqrt())
-        moments = values.sqrt()[:, None] * (vectors.mT @ (y / subset.scale - x @ on_device))
+        moments = values.sqrt()[:, None] * (vectors.mT @ (y / subset.scale - x @ prior.to(device)))
     else:
-        gram = torch.zeros(features, features, dtype=torch.float64, device=device)
-        products = torch.zeros(features, prior.shape[1], dtype=torch.float64, device=device)
-        for inputs, targets in subset.train.chunks():
-            x, y = inputs.to(device).double(), targets.to(device).double()
-            gram.addmm_(x.mT, x)
-            products.addmm_(x.mT, y)
+        gram, products, sums = _second_moments(subset, device)
+        parts = subset.features.residual_columns
+        squares = [torch.stack([gram[one, other].diagonal() for other in parts]) for one in parts]
+        across = [products[part].diagonal() for part in parts]
+        prior = torch.zeros_like(products).cpu()
+        if parts:
+            prior = _scaled_identities(subset, torch.stack(squares).cpu(), torch.stack(across).cpu(), sums.cpu())
         values, directions = _eigenpairs(gram)
-        moments = directions.mT @ (products / subset.scale - gram @ on_device)
+        moments = directions.mT @ (products - gram @ prior.to(device))
     return prior, Spectrum(values.cpu(), directions.cpu(), moments.cpu())
+
+
+def _second_moments(subset: Subset, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """``X^T X``, ``X^T Y`` and the sums ``[2, d_model]`` of ``Y`` and of its squares, for inputs X and targets Y."""
+    features, d_model = subset.train.inputs.shape[1], subset.train.targets.shape[1]
+    shapes = (features, features), (features, d_model), (2, d_model)
+    gram, products, sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+    for inputs, targets in subset.train.chunks():
+        x, y = inputs.to(device).double(), targets.to(device).double() / subset.scale
+        gram.addmm_(x.mT, x)
+        products.addmm_(x.mT, y)
+        sums += torch.stack([y.sum(0), y.square().sum(0)])
+    return gram, products, sums
 
 
 def ridge_flops(concepts: int, features: int, d_model: int, held_out: int) -> float:

@@ -187,7 +187,8 @@ def test_a_name_with_dots_and_quotes_is_whole_in_all_that_is_left_and_hides_noth
     [path] = Path("out.v1").glob("*.json")
     assert path.name.startswith("_.it's 0.1.v2_results_")
     student = f"{path.name.removesuffix('.json')}_student"
-    assert {left.name for left in Path("out.v1").iterdir()} == {path.name, student}
+    cosines = f"{path.name.removesuffix('.json')}_test_cosines.npz"
+    assert {left.name for left in Path("out.v1").iterdir()} == {path.name, cosines, student}
     code, _, err = run("report", "--sweep-id", json.loads(path.read_text())["sweep_id"], "--vectors", SHIPPED)
     assert code == 0, err
     monkeypatch.chdir(Path("out.v1", student))

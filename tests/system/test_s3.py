@@ -73,7 +73,7 @@ def test_a_sweep_reads_and_writes_s3(s3, workplace, run, small_grid):
                          "--output", "s3://bucket/results")  # fmt: skip
     assert code == 0, err
     names = object_names("s3://bucket/results")
-    assert {Path(name).suffix for name in names} == {".json", ".html", ".md", ".png", ".safetensors"}
+    assert {Path(name).suffix for name in names} == {".json", ".html", ".md", ".npz", ".png", ".safetensors"}
     [folder] = {name.split("/")[0] for name in names if name.endswith("model.safetensors")}
     student = Student.load(f"s3://bucket/results/{folder}")
     assert student.encode(["volcano"]).shape == (1, 576)
