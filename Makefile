@@ -34,6 +34,7 @@ bench: env ## measure against peers and limits
 	python -m benchmarks.sweep --sizes --rounds 1
 	python -m pipeline train --hidden-dim 512 --no-report --output results/mlp
 	python -m benchmarks.predict --student results/mlp
+	python -m benchmarks.growth
 
 image: ## build the CUDA image; BASE_IMAGE=... takes another base, EXTRA_INDEX=... torch's CPU build from there
 	docker build $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \

@@ -19,7 +19,7 @@ from pipeline.data.dataset import Subset
 from pipeline.settings import Cell
 from pipeline.training.curriculum import easiest_first, num_shown
 
-RESIDENT_BYTES = 1 << 29  # of a stack's inputs and targets, up to which they stay in memory
+RESIDENT_BYTES = 1 << 30  # of a stack's inputs and targets, up to which they stay in memory
 GPU_SHARE = 0.25  # of a GPU's free memory, instead
 ROWS_AHEAD = 8192  # concepts that are computed at once where they do not
 
