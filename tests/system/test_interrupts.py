@@ -86,18 +86,18 @@ def many(tiny_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("student", "number", "fork"),
     [
-        ("ridge", signal.SIGINT, True),
-        ("ridge", signal.SIGTERM, False),
+        ("kernel", signal.SIGINT, True),
+        ("kernel", signal.SIGTERM, False),
         ("mlp", signal.SIGINT, False),
         ("mlp", signal.SIGTERM, True),
     ],
 )
 def test_a_long_closed_form_is_interrupted(workplace, many, student, number, fork):
-    """Of a ridge cell in a process or thread of its own, or of an mlp's baseline, with features that take their time.
+    """Of a kernel cell in a process or thread of its own, or of an mlp's baseline, with features that take their time.
 
     The baseline is solved in the main thread itself.
     """
-    options = ("--concepts", 12000, "--inputs", "ngrams", "--student", student, "--epochs", 1, "--hidden-dim", 8,
+    options = ("--concepts", 12000, "--inputs", "ngrams" if student == "mlp" else "activations", "--student", student, "--epochs", 1, "--hidden-dim", 8,
                "--no-report")  # fmt: skip
     with running("train", "--vectors", many, *options, "--output", "mine", fork=fork) as (process, lines):
         if student == "mlp":
