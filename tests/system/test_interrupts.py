@@ -97,7 +97,8 @@ def test_a_long_closed_form_is_interrupted(workplace, many, student, number, for
 
     The baseline is solved in the main thread itself.
     """
-    options = ("--concepts", 12000, "--inputs", "ngrams" if student == "mlp" else "activations", "--student", student, "--epochs", 1, "--hidden-dim", 8,
+    inputs = "ngrams" if student == "mlp" else "activations"
+    options = ("--concepts", 12000, "--inputs", inputs, "--student", student, "--epochs", 1, "--hidden-dim", 8,
                "--no-report")  # fmt: skip
     with running("train", "--vectors", many, *options, "--output", "mine", fork=fork) as (process, lines):
         if student == "mlp":
