@@ -71,7 +71,7 @@ def found_runs(role):
 
 @pytest.fixture(scope="session")
 def many(tiny_folder, tmp_path_factory):
-    """Vectors of so many concepts that ridge regression on all of them takes minutes in one call."""
+    """Vectors of so many concepts that closed forms on all of them take seconds."""
     folder = tmp_path_factory.mktemp("many")
     path = folder / "many.safetensors"
     command = [
