@@ -22,8 +22,10 @@ from typing import NoReturn
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Times after the signal.
 CLOSE_SECONDS = 0.4  # the watching thread begins to close what is still open
+POLL_SECONDS = 0.05
 AGAIN_SECONDS = 0.5  # a later signal counts as a second one; launchers repeat the first one at once
-END_SECONDS = 1.5  # the process ends
+END_SECONDS = 1.5  # the process ends if all is closed
+LAST_SECONDS = 6.0  # the process ends: a busy machine closes slowly, a server that does not answer never
 LINE = "interrupted: what is finished is kept; the same command goes on from there"
 CODE = 130
 SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
@@ -32,6 +34,7 @@ _closers: list[Callable[[], None]] = []
 _undoers: list[Callable[[], None]] = []
 _interrupted = threading.Event()  # a signal has arrived
 _handled = threading.Event()  # the main thread has raised KeyboardInterrupt
+_closed = threading.Event()  # all that was open is closed
 
 
 @contextlib.contextmanager
@@ -76,7 +79,7 @@ def sleep(seconds: float) -> None:
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Turn signals into KeyboardInterrupt, and end the process `END_SECONDS` after a signal at the latest."""
+    """Turn signals into KeyboardInterrupt, and end the process `LAST_SECONDS` after a signal at the latest."""
     # To be entered by the main thread before libraries are loaded. Forked processes do not inherit it. At the end, an
     # interruption is raised again, in case a library raised another error instead, or none.
 
@@ -88,6 +91,7 @@ def handle_signals() -> Iterator[None]:
 
     _interrupted.clear()
     _handled.clear()
+    _closed.clear()
     read, write = os.pipe()
     os.set_blocking(write, False)
     atexit.register(_end)  # registered first, so called last
@@ -125,10 +129,10 @@ def _watch(read: int) -> None:
     begin = time.monotonic()
     _stop()
     threading.Thread(target=_close, name="closing", daemon=True).start()
-    while (rest := begin + END_SECONDS - time.monotonic()) > 0:
-        if select.select([read], [], [], rest)[0]:
+    while (passed := time.monotonic() - begin) < (END_SECONDS if _closed.is_set() else LAST_SECONDS):
+        if select.select([read], [], [], POLL_SECONDS)[0]:
             os.read(read, 1)
-            if time.monotonic() - begin > AGAIN_SECONDS:
+            if passed > AGAIN_SECONDS:
                 break
     _end()
 
@@ -143,6 +147,7 @@ def _close() -> None:
     is_open = bool(_closers or _undoers)
     for close in reversed(_closers.copy()):
         close()
+    _closed.set()
     # The main thread is in one long call, or had nothing to close and swallowed the interruption.
     if not (is_open and _handled.is_set()):
         atexit._run_exitfuncs()
