@@ -61,6 +61,11 @@ def _is_a(value: object, kind: type) -> bool:
 # fmt: off
 DEVICE_MAP = "Spread a big teacher over devices: auto, balanced or sequential.  [default: one device]"
 TRUST = "Run model code that comes with the weights; only if you trust its authors."
+BENCHMARK = ("Also measure on data of others what is retained of the teacher's score: wordsim353, simlex999, men, "
+    "simverb3500, rarewords, google-analogies, ap, bless, battig, concreteness, concreteness-phrases, sensorimotor, "
+    "mcrae or ravel. Repeat the option for several, or put commas between them.")
+BENCHMARK_DATA = ("Folder of the benchmarks' files.  [default: the cache, then what Python packages carry, then a "
+    "download]")
 TEACHER_DTYPE = "Precision of the teacher, as for extract.  [default: that of the vectors]"
 
 
@@ -219,6 +224,8 @@ class SweepOptions:
     sweep_id: str | None = option(None, "Name of the sweep; the same name goes on with the same parent run.  [default: "
         "from grid and data]", plain=True)
     output: str = option("results", "Folder for the results file, the plots and the best student.")
+    benchmark: tuple[str, ...] = option((), BENCHMARK + "  [default: the grid's, where they are at hand]")
+    benchmark_data: str | None = option(None, BENCHMARK_DATA)
     register: str | None = option(None, "Register the best student in MLflow under this name, with the alias best.")
     shard: str = option("0/1", "The part i/n of the cells, i from 0; the shard that completes the sweep reports.")
     report: bool = option(True, "Draw tables and plots at the end; the report command draws them later too.")
@@ -253,6 +260,12 @@ class EvaluateOptions:
     dtype: str | None = option(None, TEACHER_DTYPE)
     device_map: str | None = option(None, DEVICE_MAP)
     trust_remote_code: bool = option(False, TRUST)
+    benchmark: tuple[str, ...] = option((), BENCHMARK)
+    benchmark_data: str | None = option(None, BENCHMARK_DATA)
+    leave_out_overlap: bool = option(False, "Leave out a benchmark's items with a word whose stem a training concept "
+        "has.")
+    static: tuple[str, ...] = option((), "Compare with static vectors on the benchmarks: a folder of model2vec. Repeat "
+        "the option for several.")
     vectors: str | None = option(None, "The vectors file that the students were trained on.  [default: where the sweep "
         "had it, else the grid's]")
     output: str = option("results", "Folder for the table and the JSON file.")

@@ -32,6 +32,12 @@ GAP = 2  # characters between two columns
 SHORT_TITLES = {"hidden_dim": "hidden", "parameters": "params", "learning_rate": "lr"}
 
 
+def all_metrics(results: dict[str, Any]) -> tuple[str, ...]:
+    """`METRICS`, and the scores on benchmarks and the shares retained that the cells have."""
+    found = {name: None for row in results["cells"] for name in row if name.endswith(("_score", "_retained"))}
+    return (*METRICS, *found)
+
+
 def cell_table(results: dict[str, Any], metrics: Sequence[str] = METRICS, named: bool = False) -> Table:
     """Cells and baselines by concepts and test cosine; a column per differing option, or one for all if ``named``."""
     rows = sorted(results["cells"] + results["baselines"], key=lambda row: (row["concepts"], row["test_cosine"]))

@@ -11,7 +11,12 @@ from pathlib import Path
 
 from pipeline.analysis.evaluation import evaluate, evaluation_markdown, evaluation_table, students_by_configuration
 from pipeline.analysis.rows import Row, grouped, section_names, section_of
+from pipeline.analysis.tables import markdown_table
+from pipeline.benchmarks.catalogue import BENCHMARKS
+from pipeline.benchmarks.tables import NOTE, TRANSFER_NOTE, benchmark_table
+from pipeline.benchmarks.transfer import transfer_table
 from pipeline.commands import display
+from pipeline.commands.benchmarks import Judged, check_benchmarks, judge_students, metrics_by_section
 from pipeline.commands.find_sweep import newest_results, vectors_for
 from pipeline.commands.results_file import read_results
 from pipeline.data.dataset import Dataset
@@ -27,12 +32,16 @@ from pipeline.tracking import Run, Tracker, closing, connect, retry_tracking
 def run_evaluate(options: EvaluateOptions) -> None:
     """Measure students, write and log the measurements, and print the table and the files."""
     with output_folder(options.output) as folder:
-        rows, written = _evaluate(options, folder)
+        rows, judged, written = _evaluate(options, folder)
     display.table(*evaluation_table(rows, brief=True))
+    if judged is not None:
+        display.table(*benchmark_table(judged["rows"], brief=True))
+        display.table(*transfer_table(judged["rows"], {name: one.title for name, one in BENCHMARKS.items()}))
     display.lines(*map(str, written))
 
 
-def _evaluate(options: EvaluateOptions, folder: Path) -> tuple[list[Row], list[Path]]:
+def _evaluate(options: EvaluateOptions, folder: Path) -> tuple[list[Row], Judged | None, list[Path]]:
+    check_benchmarks(options)
     writable(folder / "evaluation.json")
     tracker = connect("evaluate")
     name, grid, recorded, found = _find_students(options.run, tracker)
@@ -47,14 +56,26 @@ def _evaluate(options: EvaluateOptions, folder: Path) -> tuple[list[Row], list[P
     with display.counting("evaluate", "students")(len(found)) as advance:
         rows = evaluate(students, data, teacher, advance)
     stem = f"{file_name(name)}_evaluation_{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    texts = {folder / f"{stem}.json": json.dumps(rows, indent=1), folder / f"{stem}.md": evaluation_markdown(rows)}
+    judged = judge_students(students, data, start().device, options)
+    page = evaluation_markdown(rows)
+    texts = {folder / f"{stem}.json": json.dumps(rows, indent=1)}
+    if judged is not None:
+        shown = transfer_table(judged["rows"], {name: one.title for name, one in BENCHMARKS.items()})
+        texts[folder / f"{stem}_benchmarks.json"] = json.dumps(judged, indent=1)
+        page += f"\n## Benchmarks\n\n{NOTE}\n\n{markdown_table(*benchmark_table(judged['rows']))}\n"
+        page += "\n".join(f"- {line}" for line in judged["about"])
+        page += f"\n\n## Transfer\n\n{TRANSFER_NOTE.format(judged['phrases'])}\n\n{markdown_table(*shown)}\n"
+    texts[folder / f"{stem}.md"] = page
     for path, text in texts.items():
         write_atomically(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
     written = list(texts)
     tags = {"role": "evaluate", "teacher": data.vectors.teacher}
     with closing(retry_tracking(lambda: tracker.open_run(f"evaluate {name}", tags))) as run:
         retry_tracking(lambda: _log(run, asdict(options), rows, written))
-    return rows, written
+        if judged is not None:
+            scores = metrics_by_section(judged["rows"], [row for row in rows if "val_cosine" in row])
+            retry_tracking(lambda: run.log_metrics(scores))
+    return rows, judged, written
 
 
 def _log(run: Run, params: Mapping[str, object], rows: Sequence[Row], written: Sequence[Path]) -> None:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from pipeline.analysis import plots, scaling, tables, transitions
 from pipeline.analysis.results import Section
 from pipeline.analysis.rows import baseline_labeller, grouped, labeller
+from pipeline.benchmarks.tables import NOTE, benchmark_table, describe_best
 from pipeline.data.dataset import Dataset
 from pipeline.metrics import intervals
 from pipeline.student.student import Student
@@ -91,9 +92,20 @@ def page_section(
     head = ["concept", "category", "cosine", "true vectors nearest to the answer"]
     neighbours = _neighbours(names, categories, truth, predicted)
     note = "Cosines are centred on the mean training vector, except raw ones."
-    table = tables.cell_table(results)
+    table = tables.cell_table(results, tables.all_metrics(results))
+    judged = results.get("benchmarks", {"rows": [], "about": []})
+    measured = [
+        row for row in judged["rows"] if row["layer"] == block and row.get("split", best["split"]) == best["split"]
+    ]
+    if measured:
+        sentences += describe_best(measured, best["name"])
     shown = [
         PageTable("Configurations", *tables.configuration_table(results), tables.TABLE_NOTE),
+        *(
+            [PageTable("Benchmarks", *benchmark_table(measured), " ".join([NOTE, *judged["about"]]))]
+            if measured
+            else []
+        ),
         PageTable("Best and worst test concepts", head, neighbours, f"As {best['name']} answers them."),
         PageTable("Cells", *table, note, OPEN_ROWS if len(table[1]) <= OPEN_ROWS else 0),  # the worst come first
     ]
@@ -160,5 +172,6 @@ def markdown_page(title: str, sections: Sequence[PageSection]) -> str:
         lines += [f"## {section.title}\n"] if section.title else []
         note = f"{tables.TABLE_NOTE} Cosines are centred on the mean training vector, except `_raw`."
         lines += [f"{paragraph}\n" for paragraph in (*section.sentences, note)]
-        lines += [tables.markdown_table(table.head, table.rows) for table in (section.tables[0], section.tables[-1])]
+        shown = [table for table in section.tables if table.title in ("Configurations", "Benchmarks", "Cells")]
+        lines += [tables.markdown_table(table.head, table.rows) for table in shown]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.analysis.export_choice import baseline_student, best_exportable
 from pipeline.analysis.results import Section, results_of, sections
 from pipeline.commands import display
+from pipeline.commands.benchmarks import check_benchmarks, judge_sweep, metrics_by_section
 from pipeline.commands.results_file import write_results
 from pipeline.commands.sweep_display import show_results, watch_sweep
 from pipeline.data.dataset import Dataset
@@ -40,6 +41,7 @@ class SweepJob:
     options: TrainOptions | SweepOptions
     student_folder: Path | None = None  # beside the results file by default
     can_leave_baseline: bool = True  # where a baseline is better than all cells
+    benchmarks: tuple[str, ...] = ()  # of the grid
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def train_grid(options: SweepOptions, grid: Grid) -> None:
     shard = parse_shard(options.shard)
     if shard.count > 1 and not (options.resume or options.dry_run):
         raise InputError("--no-resume with --shard: shards know each other by the sweep's id; give a new --sweep-id")
+    check_benchmarks(options)
     options = replace(options, vectors=options.vectors or grid.vectors)
     data = Dataset(read_vectors(fetch(str(options.vectors))))
     cells, most = list(grid.cells), options.max_concepts
@@ -85,7 +88,8 @@ def train_grid(options: SweepOptions, grid: Grid) -> None:
         return
     with output_folder(options.output) as output:
         context = _make_context(grid.name, data, options, output)
-        _run(SweepJob(cells, replace(context, sweep_id=options.sweep_id, shard=shard), options))
+        context = replace(context, sweep_id=options.sweep_id, shard=shard)
+        _run(SweepJob(cells, context, options, benchmarks=grid.benchmarks))
 
 
 def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> None:
@@ -129,6 +133,9 @@ def _conclude(sweep: Complete, job: SweepJob) -> tuple[dict[str, Any], list[str]
     """Write results, report and students, here and in MLflow; the results, lines that name the files, and the first."""
     context, data, options = job.context, job.context.data, job.options
     results = results_of(context.name, data, sweep.rows, sweep.sweep_id) | {"vectors": context.vectors_uri}
+    if isinstance(options, SweepOptions):
+        judged = judge_sweep(results, data, context.tracker, context.accelerator.device, options, job.benchmarks)
+        results = results if judged is None else results | {"benchmarks": judged}
     # All names follow from the rows, so workers that end together write the same files.
     path = context.output / f"{context.name}_results_{max(row['finished'] for row in sweep.rows)}.json"
     files = write_results(path, results, data)
@@ -139,7 +146,9 @@ def _conclude(sweep: Complete, job: SweepJob) -> tuple[dict[str, Any], list[str]
         students = [context.tracker.student_of(part.results["best"]["run_id"]) for part in parts]
         files += write_report(results, path.stem, context.output, students, data)
     saved = _save_students(parts, job.student_folder or path.with_name(f"{path.stem}_student"), job)
+    scores = metrics_by_section(results["benchmarks"]["rows"], results["cells"]) if "benchmarks" in results else {}
     retry_tracking(lambda: _log(sweep.parent, context.tracker, files, saved, options.register))
+    retry_tracking(lambda: sweep.parent.log_metrics({f"best_{name}": value for name, value in scores.items()}))
     titles = ["results", "", "report"] + [""] * len(files)
     lines = [f"{title:10}{file}" for title, file in zip(titles, files, strict=False)]
     for one in saved:

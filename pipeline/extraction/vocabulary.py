@@ -28,7 +28,7 @@ from pipeline.student.tokenizer import Tokenization
 
 if TYPE_CHECKING:
     from pipeline.extraction.request import Request
-    from pipeline.teachers.find import Teacher
+    from pipeline.teachers.find import Teacher, TeacherSource
 
 FORMAT = "teacher-vocabulary-1"
 SUFFIX = ".vocabulary.safetensors"
@@ -139,16 +139,23 @@ def _read_again(
     vectors: Vectors, device: torch.device | str, bar: Bar, device_map: str | None, trust_remote_code: bool
 ) -> Vocabulary:
     """Read the vocabulary from the teacher of vectors, if it still has their weights and tokenizer."""
-    from pipeline.teachers.find import find_teacher
     from pipeline.teachers.load import load_teacher
+
+    source = find_teacher_of(vectors, device, trust_remote_code)
+    log.info("reading the vocabulary of %s, so that the student answers for any text", source.name)
+    return read_teacher_vocabulary(load_teacher(source, device, device_map), vectors, bar)
+
+
+def find_teacher_of(vectors: Vectors, device: torch.device | str, trust_remote_code: bool) -> TeacherSource:
+    """Find the teacher of vectors; raises `InputError` where its weights or its tokenizer are others by now."""
+    from pipeline.teachers.find import find_teacher
 
     source = find_teacher(vectors.teacher, vectors.dtype, device, trust_remote_code)
     if source.revision != vectors.revision:
         raise InputError(f"{vectors.teacher}: other weights than the vectors' ({vectors.revision})")
     if vectors.tokenizer and source.tokenizer != vectors.tokenizer:
         raise InputError(f"{vectors.teacher}: another tokenizer than the vectors' ({vectors.tokenizer})")
-    log.info("reading the vocabulary of %s, so that the student answers for any text", source.name)
-    return read_teacher_vocabulary(load_teacher(source, device, device_map), vectors, bar)
+    return source
 
 
 def _has_tokens_of(vocabulary: Vocabulary, vectors: Vectors) -> bool:

@@ -182,7 +182,10 @@ class TokenFeatures:
     def __call__(self, texts: TokenizedTexts) -> FloatArray:
         """Compute features, ``[n, features]``; where folded, the output of the first linear map, ``[n, width]``."""
         if not self.is_folded:
-            return (np.concatenate(self.pooled(texts), 1) - self.offset) / self.scale
+            features = np.concatenate(self.pooled(texts), 1)
+            features -= self.offset
+            features /= self.scale
+            return features
         total, *others = self.pooled(texts)
         for values in others:
             total += values

@@ -3,7 +3,7 @@
 ``axes`` maps options of `Cell` to lists of values and ``fixed`` maps others to one value; the cells are every
 combination. ``exclude`` lists settings: a cell that has all of one is left out. ``include`` lists settings of further
 cells, on top of ``fixed``. An axis that a student does not read does not multiply its cells. ``concepts: all`` stands
-for every training concept of the vectors file.
+for every training concept of the vectors file. ``benchmarks`` lists data of others on which the students are measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.errors import InputError, choices
 from pipeline.settings import ALL_CONCEPTS, SHIPPED, Cell, check
 from pipeline.storage import fetch, file_name
 
-KEYS = ("vectors", "axes", "fixed", "include", "exclude", "seeds")
+KEYS = ("vectors", "axes", "fixed", "include", "exclude", "seeds", "benchmarks")
 OPTIONS = tuple(item.name for item in fields(Cell))
 
 # The option that begins an error's message: "--epochs 0: ...", "unknown student ...".
@@ -94,6 +94,7 @@ class Grid:
     cells: list[Cell]
     vectors: str  # the vectors file that it is made for, or the shipped one
     file: GridFile  # for errors that name the line of a wrong value
+    benchmarks: tuple[str, ...] = ()  # on which its students are measured where they are at hand
 
 
 def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = None) -> Grid:
@@ -106,7 +107,8 @@ def read_grid(name_or_path: str, epochs: int | None = None, seeds: int | None = 
     number = file.content.get("seeds", 1) if seeds is None else seeds
     seeded = [canonical(replace(cell, seed=cell.seed + offset)) for offset in range(number) for cell in cells]
     name = file_name(file.path.stem)
-    return Grid(name, list(dict.fromkeys(seeded)), str(file.content.get("vectors", SHIPPED)), file)
+    benchmarks = tuple(file.content.get("benchmarks", ()))
+    return Grid(name, list(dict.fromkeys(seeded)), str(file.content.get("vectors", SHIPPED)), file, benchmarks)
 
 
 def _check_content(file: GridFile) -> None:
@@ -120,6 +122,9 @@ def _check_content(file: GridFile) -> None:
             file.check_keys(OPTIONS, key)
     _check_axes(file)
     _check_lists(file)
+    benchmarks = file.content.get("benchmarks", [])
+    if not isinstance(benchmarks, list) or not all(isinstance(name, str) for name in benchmarks):
+        raise file.error(f"benchmarks: expected a list of names, found {benchmarks!r}", "benchmarks")
     seeds = file.content.get("seeds", 1)
     if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
         raise file.error(f"seeds: expected a whole number of at least 1, found {seeds!r}", "seeds")

@@ -66,6 +66,10 @@ class Tracker:
         """Give a run of MLflow the methods of ours."""
         return Run(self.client, run.info.run_id, run.info.experiment_id)
 
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """Log values in a run of the experiment that may have ended."""
+        Run(self.client, run_id, self.experiment_id).log_metrics(metrics)
+
     def discard(self, run: MlflowRun, why: str) -> None:
         """Remove a run that lost against another; one that ``mlflow run`` opened stays, with a note."""
         lost = self.as_run(run)

@@ -24,6 +24,8 @@ KERNEL_STRENGTHS = np.logspace(-4, 1, 21)
 KERNEL_WIDTHS = (0.2, 0.4, 0.8, 1.6)
 LANDMARKS = 2000  # concepts at which a kernel is centred, at the most
 MIN_EIGENVALUE = 1e-12  # share of the largest below which a direction counts as none
+WELL_POSED = 8  # concepts per feature from which rounding to float32 moves the map by less than 1e-5
+GRAM_BLOCK = 256  # columns of a Gram matrix computed at once, from the diagonal on
 EIGEN_FLOPS = 10  # of an eigendecomposition, a cubed row, in operations at the rate of a product: measured
 EXP_FLOPS = 160  # of an exponential, likewise
 CPU = torch.device("cpu")
@@ -131,15 +133,19 @@ def ridge_spectrum(subset: Subset, device: torch.device = CPU) -> tuple[Tensor, 
 
 def _second_moments(subset: Subset, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """``X^T X``, ``X^T Y`` and the sums ``[2, d_model]`` of ``Y`` and of its squares, for inputs X and targets Y."""
+    # Products of a chunk are in float32 where concepts outnumber features by far, as the Gram matrix is then far from
+    # singular for every strength; their sums are in float64.
     features, d_model = subset.train.inputs.shape[1], subset.train.targets.shape[1]
     shapes = (features, features), (features, d_model), (2, d_model)
     gram, products, sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+    dtype = torch.float32 if len(subset.train.inputs) >= WELL_POSED * features else torch.float64
     for inputs, targets in subset.train.chunks():
-        x, y = inputs.to(device).double(), targets.to(device).double() / subset.scale
-        gram.addmm_(x.mT, x)
-        products.addmm_(x.mT, y)
+        x, y = inputs.to(device, dtype), targets.to(device).double() / subset.scale
+        for start in range(0, features, GRAM_BLOCK):
+            gram[start : start + GRAM_BLOCK, start:] += x[:, start : start + GRAM_BLOCK].mT @ x[:, start:]
+        products += x.mT @ y.to(dtype)
         sums += torch.stack([y.sum(0), y.square().sum(0)])
-    return gram, products, sums
+    return gram.triu() + gram.triu(1).mT, products, sums
 
 
 def ridge_flops(concepts: int, features: int, d_model: int, held_out: int) -> float:
