@@ -60,7 +60,7 @@ def test_the_extraction_is_that_of_the_shipped_vectors(vectors, catalogue, smoll
         shipped = vectors.vectors[list(rows), 0, place].astype(np.float32)
         # The file has 11 bits; sums in another order add less than that.
         error = np.linalg.norm(found - shipped, axis=1) / np.linalg.norm(shipped, axis=1)
-        assert error.max() < 2e-3, f"layer {layer}: extraction moved; raise EXTRACTION_VERSION (extraction/request.py)"
+        assert error.max() < 2e-3, f"layer {layer}: extraction moved; raise EXTRACTION_VERSION (data/vectors.py)"
 
 
 @pytest.mark.system

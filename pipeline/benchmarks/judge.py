@@ -21,8 +21,8 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.examples import Examples
 from pipeline.data.stems import stems
 from pipeline.data.vectors import Vectors
+from pipeline.extraction.phrases import extract_phrases
 from pipeline.extraction.vocabulary import Bar
-from pipeline.extraction.words import extract_phrases
 from pipeline.settings import Cell
 from pipeline.student.lookup import BLOCK, Table, TokenizedTexts, parse_inputs, pool_mean
 from pipeline.student.student import Student

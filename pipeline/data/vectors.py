@@ -26,7 +26,9 @@ from pipeline.errors import InputError
 from pipeline.storage import write_atomically
 from pipeline.student.tokenizer import RaggedArray
 
-FORMAT = "activation-vectors-3"
+FORMAT = "activation-vectors-3"  # version of the file
+# Version of the computation: raised by hand (activation-vectors-3.1, ...) when a request gives other vectors.
+EXTRACTION_VERSION = "activation-vectors-3"
 PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # as torch and pickle begin their files
 # In the order of the file.
 TENSORS = ("token_ids", "token_offsets", "token_vocab", "token_embeddings", "token_activations", "vectors")

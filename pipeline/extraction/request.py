@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.concepts import Catalogue, Source, split
-from pipeline.data.vectors import FORMAT, HEADER_DEFAULTS, parse_header, read_header, read_unverified_header
+from pipeline.data.vectors import (
+    EXTRACTION_VERSION,
+    FORMAT,
+    HEADER_DEFAULTS,
+    parse_header,
+    read_header,
+    read_unverified_header,
+)
 from pipeline.errors import InputError, choices
 from pipeline.s3 import first_bytes
 from pipeline.storage import Output
@@ -20,9 +27,6 @@ from pipeline.student.tokenizer import nfc
 from pipeline.teachers.find import TeacherSource, parse_layers
 
 POOLS = ("last", "mean")
-# Version of the computation in the key: raised by hand (activation-vectors-3.1, ...) when an extraction gives other
-# vectors for the same request. `FORMAT` is the version of the file alone.
-EXTRACTION_VERSION = "activation-vectors-3"
 MAX_HEADER_BYTES = 1 << 30
 COMPARED_FIELDS = ("teacher", "revision", "concepts", "layers", "templates", "pool", "dtype", "token_block", "judge")
 MAX_LISTED = 8  # of the values of a list in a message

@@ -10,12 +10,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.vectors import Vectors, read_vectors
+from pipeline.data.vectors import EXTRACTION_VERSION, Vectors, read_vectors
 from pipeline.errors import InputError
-from pipeline.extraction.parts import PartPlan, merge, read_parts
-from pipeline.extraction.reader import automatic_batch_tokens
-from pipeline.extraction.request import EXTRACTION_VERSION, Request
-from pipeline.extraction.vocabulary import Bar
+from pipeline.extraction.vocabulary import Bar, find_teacher_of
 from pipeline.storage import Output
 
 log = logging.getLogger(__name__)
@@ -59,8 +56,11 @@ def extract_phrases(
         except InputError as error:
             log.warning("warning: %s is read again (%s)", path, error)
             path.unlink()
-    from pipeline.extraction.vocabulary import find_teacher_of
-    from pipeline.teachers.load import load_teacher  # transformers takes seconds to load
+    # Only here, because transformers takes seconds to load.
+    from pipeline.extraction.parts import PartPlan, merge, read_parts
+    from pipeline.extraction.reader import automatic_batch_tokens
+    from pipeline.extraction.request import Request
+    from pipeline.teachers.load import load_teacher
 
     source = find_teacher_of(like, device, trust_remote_code)
     request = Request(
