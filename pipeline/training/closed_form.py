@@ -149,11 +149,13 @@ def _second_moments(subset: Subset, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def ridge_flops(concepts: int, features: int, d_model: int, held_out: int) -> float:
-    """Floating-point operations of `fit_ridge`, in float64."""
-    solved = min(concepts, features)
-    gram = 2.0 * concepts * features * solved + EIGEN_FLOPS * solved**3
-    products = 2.0 * d_model * (concepts * features + 2 * features * solved)
-    return gram + products + 2.0 * held_out * solved * (features + len(STRENGTHS) * d_model)
+    """Floating-point operations of `fit_ridge`, in float64; two in float32 count as one."""
+    solved, share = min(concepts, features), 1.0
+    if not _is_dual((concepts, features)):
+        share = (1 + GRAM_BLOCK / features) / 2 if features > GRAM_BLOCK else 1.0  # the Gram matrix is symmetric
+    reading = 2.0 * concepts * features * (share * solved + d_model) / (2 if concepts >= WELL_POSED * features else 1)
+    solving = EIGEN_FLOPS * solved**3 + 4.0 * features * solved * d_model
+    return reading + solving + 2.0 * held_out * solved * (features + len(STRENGTHS) * d_model)
 
 
 def kernel_flops(concepts: int, features: int, d_model: int, held_out: int) -> float:

@@ -9,10 +9,11 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
 
 from pipeline.data.dataset import Dataset
+from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError
 from pipeline.settings import Cell
 from pipeline.training.batches import Batches
-from pipeline.training.closed_form import apply_kernel, fit_kernel, fit_ridge, residual_prior
+from pipeline.training.closed_form import WELL_POSED, apply_kernel, fit_kernel, fit_ridge, residual_prior
 from pipeline.training.curriculum import leave_one_out, num_shown
 from pipeline.training.kinds import KINDS
 from pipeline.training.stack import Stack, start_member
@@ -269,6 +270,24 @@ def test_ridge_in_the_space_of_features_agrees_with_the_dual_form(data, monkeypa
     assert primal.val_cosine == pytest.approx(dual.val_cosine, abs=1e-9)
     torch.testing.assert_close(primal.parameters["weight"], dual.parameters["weight"], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(primal_errors, dual_errors, atol=1e-7, rtol=0)
+
+
+def test_products_in_float32_move_the_map_of_many_concepts_by_less_than_a_hundred_thousandth(
+    workplace, run, tiny_folder, monkeypatch
+):
+    command = ("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "wordfreq:en:1200", "--output", "tiny.safetensors")
+    code, _, err = run(*command, "--no-vocabulary")
+    assert code == 0, err
+    vectors = read_vectors(workplace / "tiny.safetensors")
+    cell = Cell(student="ridge", concepts=700, layer=vectors.middle_layer)
+    subset = Dataset(vectors).subset(cell)
+    assert len(subset.train.inputs) >= WELL_POSED * subset.train.inputs.shape[1]
+    found = fit_ridge(subset)
+    monkeypatch.setattr("pipeline.training.closed_form.WELL_POSED", 1000)
+    exact = fit_ridge(Dataset(vectors).subset(cell))
+    weight, expected = found.parameters["weight"], exact.parameters["weight"]
+    assert 0 < (weight - expected).norm() < 1e-5 * expected.norm()
+    assert found.strength == pytest.approx(exact.strength, rel=1e-5)
 
 
 def test_a_kernel_at_all_concepts_is_exact_and_at_some_nearly_so(data, monkeypatch):
