@@ -84,7 +84,7 @@ def train_grid(options: SweepOptions, grid: Grid) -> None:
         raise InputError(f"grid {grid.name}: no cells with at most {most} concepts")
     cells = prepare(cells, data, grid.file)
     if options.dry_run:
-        _show_plan(grid.name, cells, data, shard)
+        _show_plan(grid.name, cells, data, shard, bool(options.benchmark or grid.benchmarks))
         return
     with output_folder(options.output) as output:
         context = _make_context(grid.name, data, options, output)
@@ -92,12 +92,12 @@ def train_grid(options: SweepOptions, grid: Grid) -> None:
         _run(SweepJob(cells, context, options, benchmarks=grid.benchmarks))
 
 
-def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker) -> None:
+def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker, has_benchmarks: bool) -> None:
     accelerator = start()
     if accelerator.is_main_process:
         workers = shard.count * accelerator.num_processes
         display.table(*plan_table(cells, data, workers))
-        seconds = expected_seconds(cells, data, accelerator.device, workers)
+        seconds = expected_seconds(cells, data, accelerator.device, workers, has_benchmarks)
         expected = f"about {seconds:,.0f} s here with nothing else at work"
         display.lines(f"{name}: {len(cells)} cells, {expected}; nothing was trained")
 

@@ -17,11 +17,16 @@ from pipeline.training.kinds import KINDS
 OVERHEAD = 1.5  # time of training over that of its matrix products in float32, as benchmarks/sweep.py measures it
 READINGS = 5  # of a subset's training inputs: their statistics, the prior and the Gram matrix, the nearest concepts
 SAMPLE = 512  # concepts whose reading is timed
-TRACKING_SECONDS = 0.15  # of a finished cell, on disk and in MLflow
-FIXED_SECONDS = 8.0  # to start, to draw the report and to export the student
+# In runs of `LOOP`, which is timed here: work of Python and of libraries, and not of matrix products.
+LOOP = "for i in range(100000): i * i"
+TRACKING = 100  # of a finished cell, on disk and in MLflow
+FIXED = 6200  # to start, to draw the report and to export the student
+BENCHMARKS = 5000  # to load the teacher, and to measure the students on data of others
 
 
-def expected_seconds(cells: Sequence[Cell], data: Dataset, device: torch.device, workers: int = 1) -> float:
+def expected_seconds(
+    cells: Sequence[Cell], data: Dataset, device: torch.device, workers: int = 1, has_benchmarks: bool = False
+) -> float:
     """Estimate how long a sweep takes with some workers like this one.
 
     Args:
@@ -29,6 +34,7 @@ def expected_seconds(cells: Sequence[Cell], data: Dataset, device: torch.device,
         data: what they train on.
         device: of each worker.
         workers: their number; each has a share of the cells, and one of them concludes.
+        has_benchmarks: whether students are measured on benchmarks.
 
     Returns:
         Wall time in seconds from the start of the command to its report.
@@ -41,8 +47,9 @@ def expected_seconds(cells: Sequence[Cell], data: Dataset, device: torch.device,
     baselines = list(dict.fromkeys(map(ridge_baseline, cells)))  # solved by the worker that concludes
     last = sum(training_flops(cell, data) for cell in baselines) / _product_rate(device)
     last += READINGS * sum(baseline.concepts for baseline in baselines) * _reading_seconds(baselines[0], data)
-    shared = operations / _product_rate(device) + TRACKING_SECONDS * len(cells)
-    return shared / workers + last + FIXED_SECONDS
+    loop = min(timeit.repeat(LOOP, number=1, repeat=5))
+    shared = operations / _product_rate(device) + loop * TRACKING * len(cells)
+    return shared / workers + last + loop * (FIXED + BENCHMARKS * has_benchmarks)
 
 
 def _product_rate(device: torch.device) -> float:
