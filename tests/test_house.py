@@ -72,7 +72,7 @@ def default_in_mlproject(item):
     if isinstance(item.default, bool):
         name = item.name.replace("_", "-")
         return name if item.default else f"no-{name}"
-    return item.default[0] if isinstance(item.default, tuple) else item.default
+    return next(iter(item.default), "") if isinstance(item.default, tuple) else item.default
 
 
 @pytest.mark.parametrize("name", JOBS)

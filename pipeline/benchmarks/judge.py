@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.examples import Examples
 from pipeline.data.stems import stems
 from pipeline.data.vectors import Vectors
+from pipeline.errors import InputError
 from pipeline.extraction.phrases import extract_phrases
 from pipeline.extraction.vocabulary import Bar
 from pipeline.settings import Cell
@@ -235,9 +237,11 @@ def _inputs(cell: Cell) -> str:
 
 def static_encoder(folder: str) -> Encoder:
     """The encoder of a folder of static vectors in model2vec's format; its package must be installed."""
-    from model2vec import StaticModel
-
-    model = StaticModel.from_pretrained(folder)
+    try:
+        library = importlib.import_module("model2vec")
+    except ImportError as error:
+        raise InputError("--static: needs the package model2vec (pip install model2vec)") from error
+    model = library.StaticModel.from_pretrained(folder)
     return lambda phrases: np.asarray(model.encode(list(phrases)), np.float32)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,21 +46,25 @@ def measure(task: Task, teacher: Floats, subjects: Mapping[str, Sequence[Floats]
     """
     items = len(task.item_phrases)
     own, all_items = task.answers(teacher), np.ones((1, items))
-    skill, skills = (np.concatenate(_each(task.skill, own, weights)) for weights in ([all_items], _samples(items)))
-    is_above_chance = np.quantile(skills, ENDS[0]) > 0
+    answers = {name: [task.answers(vectors) for vectors in seeds] for name, seeds in subjects.items()}
+    skills: list[Floats] = []  # of the teacher, [S] each
+    draws: dict[str, list[tuple[Floats, Floats]]] = {name: [] for name in subjects}  # scores and skills, [S] each
+    for weights in _samples(items):
+        skills.append(task.skill(own, weights))
+        for name, seeds in answers.items():
+            both = (np.mean([how(one, weights) for one in seeds], axis=0) for how in (task.score, task.skill))
+            draws[name].append((next(both), next(both)))
+    skill, of_teacher = task.skill(own, all_items), np.concatenate(skills)
+    is_above_chance = np.quantile(of_teacher, ENDS[0]) > 0
     measured = {}
-    for name, seeds in subjects.items():
-        answers = [task.answers(vectors) for vectors in seeds]
-        scores = [float(task.score(one, all_items)[0]) for one in answers]
-        draws, shares = (
-            np.mean([np.concatenate(_each(how, one, _samples(items))) for one in answers], axis=0)
-            for how in (task.score, task.skill)
-        )
-        low, high = _ends(draws, float(np.mean(scores)))
+    for name, seeds in answers.items():
+        scores = [float(task.score(one, all_items)[0]) for one in seeds]
+        low, high = _ends(np.concatenate([score for score, _ in draws[name]]), float(np.mean(scores)))
         found = Measured(float(np.mean(scores)), low, high, None, None, None, scores, [None] * len(seeds))
         if is_above_chance:
-            of_seeds = [float((task.skill(one, all_items) / skill)[0]) for one in answers]
-            low, high = _ends(shares / skills, float(np.mean(of_seeds)))
+            of_seeds = [float((task.skill(one, all_items) / skill)[0]) for one in seeds]
+            shares = np.concatenate([share for _, share in draws[name]]) / of_teacher
+            low, high = _ends(shares, float(np.mean(of_seeds)))
             found = replace(found, retained=float(np.mean(of_seeds)), retained_low=low, retained_high=high)
             found = replace(found, shares=list(of_seeds))
         measured[name] = found
@@ -73,12 +77,8 @@ def _ends(draws: Floats, value: float) -> tuple[float, float]:
     return float(value + low), float(value + high)
 
 
-def _each(how: Callable[[Floats, Floats], Floats], answers: Floats, weights: Iterable[Floats]) -> list[Floats]:
-    return [how(answers, some) for some in weights]
-
-
 def _samples(items: int) -> Iterator[Floats]:
-    """The count of each item in each bootstrap sample, the same for all subjects: ``[S, items]``, some at once."""
+    """The count of each item in each bootstrap sample, ``[S, items]``, some samples at once."""
     draw, step = np.random.default_rng(0), max(1, NUMBERS // items)
     for start in range(0, SAMPLES, step):
         yield draw.multinomial(items, np.full(items, 1 / items), min(step, SAMPLES - start)).astype(np.float64)

@@ -275,7 +275,15 @@ def test_ridge_in_the_space_of_features_agrees_with_the_dual_form(data, monkeypa
 def test_products_in_float32_move_the_map_of_many_concepts_by_less_than_a_hundred_thousandth(
     workplace, run, tiny_folder, monkeypatch
 ):
-    command = ("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "wordfreq:en:1200", "--output", "tiny.safetensors")
+    command = (
+        "extract",
+        "--teacher",
+        tiny_folder("gpt2"),
+        "--concepts",
+        "wordfreq:en:1200",
+        "--output",
+        "tiny.safetensors",
+    )
     code, _, err = run(*command, "--no-vocabulary")
     assert code == 0, err
     vectors = read_vectors(workplace / "tiny.safetensors")
