@@ -182,6 +182,7 @@ def open_judge(
     bar: Bar,
     folder: str | None = None,
     leave_out_overlap: bool = False,
+    teacher_name: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> Judge:
@@ -195,6 +196,7 @@ def open_judge(
         bar: shows the teacher's progress.
         folder: of the benchmarks' files.
         leave_out_overlap: leave out the items with a word whose stem a training concept has.
+        teacher_name: where the teacher is, if the name in the vectors file does not tell.
         device_map: how the teacher is spread over devices.
         trust_remote_code: whether the teacher may run code of its own.
 
@@ -224,7 +226,7 @@ def open_judge(
               if part.table.startswith(BLOCK)}  # fmt: skip
     layers = sorted(blocks | {int(cell.layer or 0) for cell in cells})
     vectors = extract_phrases(
-        data.vectors, list(phrases), layers, cache_folder(), device, bar, device_map, trust_remote_code
+        data.vectors, list(phrases), layers, cache_folder(), device, bar, teacher_name, device_map, trust_remote_code
     )
     return Judge(data, tasks, vectors, overlap, items)
 

@@ -39,7 +39,7 @@ def judge_students(
     cells = [Cell(**seeds[0].config["cell"]) for seeds in students.values()]
     judge = open_judge(
         names, data, cells, device, display.counting("benchmarks", "phrases"), options.benchmark_data,
-        options.leave_out_overlap, options.device_map, options.trust_remote_code,
+        options.leave_out_overlap, options.teacher, options.device_map, options.trust_remote_code,
     )  # fmt: skip
     others = {static_name(folder): static_encoder(folder) for folder in options.static if folder}
     with display.counting("benchmarks", "students")(sum(map(len, students.values()))) as advance:
@@ -84,7 +84,7 @@ def judge_sweep(
             return None
         judge = open_judge(
             names, data, list(map(cell_of, results["cells"])), device, display.counting("benchmarks", "phrases"),
-            options.benchmark_data, False, options.device_map, options.trust_remote_code,
+            options.benchmark_data, device_map=options.device_map, trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
     except InputError as error:
         if options.benchmark:

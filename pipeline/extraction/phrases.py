@@ -25,6 +25,7 @@ def extract_phrases(
     folder: Path,
     device: torch.device | str,
     bar: Bar,
+    teacher_name: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> Vectors:
@@ -37,6 +38,7 @@ def extract_phrases(
         folder: where the answer is kept, and found again without the teacher.
         device: where the teacher runs.
         bar: shows the progress in phrases.
+        teacher_name: where the teacher is, if the name in the vectors file does not tell.
         device_map: how the teacher is spread over devices.
         trust_remote_code: whether the teacher may run code of its own.
 
@@ -62,7 +64,7 @@ def extract_phrases(
     from pipeline.extraction.request import Request
     from pipeline.teachers.load import load_teacher
 
-    source = find_teacher_of(like, device, trust_remote_code)
+    source = find_teacher_of(like, device, trust_remote_code, teacher_name)
     request = Request(
         concepts=tuple(phrases), categories=("",) * len(phrases), splits=("test",) * len(phrases), layers=tuple(layers),
         templates=like.templates[:1], teacher=like.teacher, revision=like.revision, pool=like.pool, dtype=like.dtype,

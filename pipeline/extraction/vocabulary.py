@@ -146,13 +146,18 @@ def _read_again(
     return read_teacher_vocabulary(load_teacher(source, device, device_map), vectors, bar)
 
 
-def find_teacher_of(vectors: Vectors, device: torch.device | str, trust_remote_code: bool) -> TeacherSource:
+def find_teacher_of(
+    vectors: Vectors,
+    device: torch.device | str,
+    trust_remote_code: bool,
+    name: str | None = None,  # where it is, if the name that the vectors have does not tell
+) -> TeacherSource:
     """Find the teacher of vectors; raises `InputError` where its weights or its tokenizer are others by now."""
     from pipeline.teachers.find import find_teacher
 
-    source = find_teacher(vectors.teacher, vectors.dtype, device, trust_remote_code)
+    source = find_teacher(name or vectors.teacher, vectors.dtype, device, trust_remote_code)
     if source.revision != vectors.revision:
-        raise InputError(f"{vectors.teacher}: other weights than the vectors' ({vectors.revision})")
+        raise InputError(f"{name or vectors.teacher}: other weights than the vectors' ({vectors.revision})")
     if vectors.tokenizer and source.tokenizer != vectors.tokenizer:
         raise InputError(f"{vectors.teacher}: another tokenizer than the vectors' ({vectors.tokenizer})")
     return source
