@@ -18,7 +18,7 @@ from pipeline.benchmarks.catalogue import BENCHMARKS, cache_folder, load
 from pipeline.benchmarks.retention import measure
 from pipeline.benchmarks.tasks import Floats, Rows, Task
 from pipeline.benchmarks.transfer import Sides, category_transfer, rating_transfer, retrieval
-from pipeline.data.dataset import Dataset
+from pipeline.data.dataset import Dataset, student_inputs
 from pipeline.data.examples import Examples
 from pipeline.data.stems import stems
 from pipeline.data.vectors import Vectors
@@ -26,7 +26,7 @@ from pipeline.errors import InputError
 from pipeline.extraction.phrases import extract_phrases
 from pipeline.extraction.vocabulary import Bar
 from pipeline.settings import Cell
-from pipeline.student.lookup import BLOCK, Table, TokenizedTexts, parse_inputs, pool_mean
+from pipeline.student.lookup import BLOCK, Table, TokenizedTexts, pool_mean
 from pipeline.student.student import Student
 from pipeline.training.export import checkpoint, for_rows
 
@@ -96,7 +96,7 @@ class Judge:
         return found
 
     def transfer(self, students: Mapping[str, Sequence[Student]], rows: Sequence[Row]) -> None:
-        """Add to the rows of students what probes and searches make of their vectors; see `transfer`."""
+        """Add to the rows of students what probes and searches make of their vectors, mean over seeds."""
         for row in rows:
             if row["student"] not in students:
                 continue
@@ -222,19 +222,12 @@ def open_judge(
             tasks[name] = task.without(among)
         items[name] = len(tasks[name].item_phrases)
     phrases = dict.fromkeys(phrase for task in tasks.values() for phrase in task.phrases)
-    blocks = {int(part.table.removeprefix(BLOCK)) for cell in cells for part in parse_inputs(_inputs(cell))
-              if part.table.startswith(BLOCK)}  # fmt: skip
-    layers = sorted(blocks | {int(cell.layer or 0) for cell in cells})
+    read = {name for cell in cells for name in student_inputs(cell).split("+") if name.startswith(BLOCK)}
+    layers = sorted({int(name.removeprefix(BLOCK)) for name in read} | {int(cell.layer or 0) for cell in cells})
     vectors = extract_phrases(
         data.vectors, list(phrases), layers, cache_folder(), device, bar, teacher_name, device_map, trust_remote_code
     )
     return Judge(data, tasks, vectors, overlap, items)
-
-
-def _inputs(cell: Cell) -> str:
-    from pipeline.data.dataset import student_inputs
-
-    return student_inputs(cell) if student_inputs(cell) != "sequence" else "embeddings"
 
 
 def static_encoder(folder: str) -> Encoder:
