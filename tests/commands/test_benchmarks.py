@@ -43,6 +43,7 @@ def spearman_on_the_raw_file(vectors_of):
     return spearmanr(cosines, [float(rating) for *_, rating in rows])[0]
 
 
+@pytest.mark.system
 def test_a_sweep_measures_what_its_grid_asks_for(workplace, run, cache, caplog):
     Path("grid.yaml").write_text(GRID)
     code, _, err = run("sweep", "--grid", "grid.yaml", "--vectors", SHIPPED)
