@@ -18,7 +18,7 @@ from pipeline.errors import InputError, WorkError, choices
 from pipeline.storage import sha256_of, write_atomically
 
 GENSIM = "https://raw.githubusercontent.com/piskvorky/gensim/4.4.0/gensim/test/test_data/"
-DOWNLOAD_SECONDS = 60
+DOWNLOAD_SECONDS = (5, 60)  # to connect, and between two answers
 log = logging.getLogger(__name__)
 
 
