@@ -310,7 +310,7 @@ def test_when_memory_runs_out_batches_are_halved(tiny_folder, catalogue, tmp_pat
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + 150_000_000, before[1]))
     try:
-        found = extract(tiny, words, tmp_path, layers="4", templates=[template], batch_tokens=1 << 16)
+        found = extract(tiny, words, tmp_path, layers="4", templates=[template], batch_tokens=1 << 20)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert "out of memory: going on with" in caplog.text
