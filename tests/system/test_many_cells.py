@@ -15,7 +15,7 @@ from faults import Faulty
 
 from pipeline import cli
 
-FEW, MANY = 10, 56
+FEW, MANY = 10, 80
 OTHERS = 2000  # finished runs of other sweeps in the experiment
 MOST_PER_CELL = 45  # requests, most of them files of a cell's student and its code
 pytestmark = pytest.mark.timeout(900)  # of the fixture, on a machine with other work
