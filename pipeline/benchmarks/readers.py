@@ -14,8 +14,6 @@ from pipeline.data import lists
 from pipeline.errors import InputError
 from pipeline.student.tokenizer import normalise_texts
 
-SCALES = ("Visual", "Auditory", "Haptic", "Interoceptive", "Gustatory", "Olfactory", "Foot_leg", "Hand_arm", "Head",
-          "Mouth", "Torso")  # fmt: skip
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

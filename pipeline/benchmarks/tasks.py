@@ -222,10 +222,14 @@ class Ratings:
 
     def answers(self, vectors: Floats) -> Floats:
         """Ranks of the probe's ratings, ``[items, scales]``; equal where the vectors do not vary."""
+        return self.transferred(vectors, vectors)
+
+    def transferred(self, fitted: Floats, asked: Floats) -> Floats:
+        """The answers of a probe that was fitted on other vectors of the same phrases, ``[items, scales]``."""
         if self.only_fitted:
-            fitted, asked = vectors[: self.only_fitted], vectors[self.only_fitted :]
-            return ranked(fit_probe(fitted, self.ratings[: self.only_fitted])(asked))
-        return ranked(across_folds(vectors, self.ratings, self.folds))
+            probe = fit_probe(fitted[: self.only_fitted], self.ratings[: self.only_fitted])
+            return ranked(probe(asked[self.only_fitted :]))
+        return ranked(across_folds(fitted, asked, self.ratings, self.folds))
 
     def score(self, answers: Floats, weights: Floats) -> Floats:
         """Spearman correlation, mean over scales."""
@@ -258,7 +262,7 @@ class Attributes:
 
     def answers(self, vectors: Floats) -> Floats:
         """1 where the probe says that the phrase has the attribute, ``[items, attributes]``; none if nothing varies."""
-        values = across_folds(vectors, self.has.astype(np.float64), self.folds)
+        values = across_folds(vectors, vectors, self.has.astype(np.float64), self.folds)
         found = np.zeros(values.shape)
         for fold in np.unique(self.folds):  # as many of a fold as have the attribute among all
             own, share = self.folds == fold, self.has.mean(0)
@@ -323,11 +327,21 @@ def fit_probe(vectors: Floats, truths: Floats) -> Probe:
     return Probe(vectors.astype(np.float64), truths.astype(np.float64))
 
 
-def across_folds(vectors: Floats, truths: Floats, folds: Rows) -> Floats:
-    """How far from the mean truth ``[n, columns]`` are the answers of a probe for each fold, fitted on the others."""
+def across_folds(fitted: Floats, asked: Floats, truths: Floats, folds: Rows) -> Floats:
+    """How far from the mean truth ``[n, columns]`` are the answers of a probe for each fold, fitted on the others.
+
+    Args:
+        fitted: vectors on which the probes are fitted, ``[n, width]``.
+        asked: vectors of the same phrases that they are asked about, ``[n, width]``.
+        truths: ``[n, columns]``.
+        folds: the fold of each phrase.
+
+    Returns:
+        ``[n, columns]``.
+    """
     # Not the answers themselves: the mean of the other folds is high where that of a fold is low.
-    answers = np.zeros((len(vectors), truths.shape[1]))
+    answers = np.zeros(truths.shape)
     for fold in np.unique(folds):
-        asked = folds == fold
-        answers[asked] = fit_probe(vectors[~asked], truths[~asked])(vectors[asked]) - truths[~asked].mean(0)
+        own = folds == fold
+        answers[own] = fit_probe(fitted[~own], truths[~own])(asked[own]) - truths[~own].mean(0)
     return answers

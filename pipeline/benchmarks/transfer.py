@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.analysis.rows import Row
-from pipeline.benchmarks.tasks import Floats, Ratings, Task, fit_probe, ranked
+from pipeline.benchmarks.tasks import Floats, Ratings, Task, fit_probe
 from pipeline.metrics import ranks
 
 COLUMNS = {
@@ -76,14 +76,7 @@ def rating_transfer(name: str, task: Task, teacher: Floats, student: Floats) -> 
     ones = np.ones((1, len(task.item_phrases)))
 
     def score(fitted: Floats, asked: Floats) -> float:
-        if task.only_fitted:
-            answers = fit_probe(fitted[: task.only_fitted], task.ratings[: task.only_fitted])(asked[task.only_fitted :])
-        else:
-            answers = np.zeros(task.ratings.shape)
-            for fold in np.unique(task.folds):
-                own = task.folds == fold
-                answers[own] = fit_probe(fitted[~own], task.ratings[~own])(asked[own]) - task.ratings[~own].mean(0)
-        return float(task.score(ranked(answers), ones)[0])
+        return float(task.score(task.transferred(fitted, asked), ones)[0])
 
     return {f"{name}_to_student": score(teacher, student), f"{name}_to_teacher": score(student, teacher)}
 

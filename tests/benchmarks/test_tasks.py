@@ -15,6 +15,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from pipeline.benchmarks import catalogue, readers
 from pipeline.benchmarks.retention import measure
 from pipeline.benchmarks.tasks import Analogies, Attributes, Categories, Ratings, Similarity, weighted_correlation
+from pipeline.benchmarks.transfer import rating_transfer
 from pipeline.errors import InputError
 from pipeline.storage import sha256_of
 
@@ -124,6 +125,16 @@ def test_a_probe_of_words_is_asked_about_phrases():
     assert len(task.item_phrases) == 60
     assert task.score(answers, np.ones((1, 60)))[0] > 0.5
     assert len(task.without(np.arange(10)).phrases) == 170
+
+
+@pytest.mark.parametrize("only_fitted", [0, 120])
+def test_a_probe_of_ratings_transfers_to_like_vectors_and_not_to_others(only_fitted):
+    task = Ratings(WORDS, RATED, only_fitted)
+    own = task.score(task.answers(VECTORS), np.ones((1, len(WORDS) - only_fitted)))[0]
+    assert rating_transfer("r", task, VECTORS, VECTORS) == {"r_to_student": own, "r_to_teacher": own}
+    others = rating_transfer("r", task, VECTORS, np.random.default_rng(5).standard_normal(VECTORS.shape))
+    assert all(abs(score) < 0.25 < own for score in others.values())
+    assert rating_transfer("s", similarity(), VECTORS, VECTORS) == {}
 
 
 def test_words_of_one_stem_are_in_one_fold():

@@ -198,7 +198,7 @@ import sys, time
 from pathlib import Path
 from pipeline import interrupts
 
-interrupts.END_SECONDS = interrupts.LAST_SECONDS = float(sys.argv[1])
+interrupts.END_SECONDS, interrupts.LAST_SECONDS = float(sys.argv[1]), float(sys.argv[4])
 Path("half").touch()
 
 def close():
@@ -229,8 +229,8 @@ except KeyboardInterrupt:
 
 
 @contextlib.contextmanager
-def interrupted_program(end, close, work="raise"):
-    with running(end, close, work, program=("-c", PROGRAM)) as (process, lines):
+def interrupted_program(end, close, work="raise", last=None):
+    with running(end, close, work, end if last is None else last, program=("-c", PROGRAM)) as (process, lines):
         wait_until(Path("ready").exists, process)
         process.send_signal(signal.SIGINT)
         yield process
@@ -254,6 +254,13 @@ def test_an_interruption_that_a_library_swallows_ends_the_process(workplace):
 def test_an_interruption_that_a_library_swallows_while_nothing_is_open_ends_the_process_soon(workplace):
     with interrupted_program(60, 0, "swallow") as process:
         assert process.wait(timeout=GONE_SECONDS) == 130
+
+
+@pytest.mark.parametrize("work", ["raise", "swallow"])
+def test_closing_that_takes_longer_than_usual_is_waited_for(workplace, work):
+    with interrupted_program(0.6, 3, work, last=60):
+        pass
+    assert Path("closed").exists()
 
 
 def test_closing_that_takes_too_long_is_not_waited_for(workplace):
