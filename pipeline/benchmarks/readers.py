@@ -15,7 +15,6 @@ from pipeline.errors import InputError
 from pipeline.student.tokenizer import normalise_texts
 
 
-
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text file with their numbers, without comments and empty ones."""
     for number, line in enumerate(lists.whole(path, f"benchmark {path}").splitlines(), 1):
