@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -37,6 +36,7 @@ import torch
 from containers import IMAGE, docker
 from faults import Faulty
 from mlflow import MlflowClient
+from processes import wait_until
 from shapes import check_shapes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -232,16 +232,16 @@ def free_port():
             return port
 
 
-def wait_for(port, seconds=60):
+def wait_for(port):
     """Wait until something listens."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
+
+    def listens():
+        with suppress(OSError):
             socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(f"nothing listens on port {port}")
+            return True
+        return False
+
+    wait_until(listens, step=0.1)
 
 
 @contextmanager

@@ -1,11 +1,23 @@
-"""Processes that tests kill, one after the other."""
+"""Processes that tests wait for, and kill one after the other."""
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 GIVEN = "TEST_LINE"
+PATIENCE = 400  # seconds: with two busy cores a sweep may take minutes to start; less than the limit of a test
+
+
+def wait_until(condition, process=None, step=0.05):
+    """Wait until a condition holds, and tell what it gave; a process given has to be alive meanwhile."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert process is None or process.poll() is None, "the process ended before that"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(step)
+    return found
 
 
 def start(program, *arguments, **environment):

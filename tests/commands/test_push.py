@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED
 from hubserver import Hub
+from processes import PATIENCE
 
 from pipeline import Student
 
@@ -31,7 +32,7 @@ def python(hub, tmp_path):
         variables = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
                      "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}  # fmt: skip
         command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=200)
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=PATIENCE)
         assert "Traceback" not in done.stderr
         assert TOKEN not in done.stdout + done.stderr
         return done

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from processes import PATIENCE, wait_until
 
 from pipeline.errors import InputError, WorkError
 from pipeline.sweep.pool import StackPool, StackPoolError
@@ -29,23 +30,16 @@ def fork(request):
     return request.param
 
 
-def run_jobs(pool, jobs, seconds=30.0):
+def run_jobs(pool, jobs):
     """All results of jobs, once all have ended."""
     for job in jobs:
         pool.start(job)
-    values, until = [], time.monotonic() + seconds
+    values, until = [], time.monotonic() + PATIENCE
     while pool.open_jobs and time.monotonic() < until:
         if (value := pool.next_result(1.0)) is not None:
             values.append(value)
     assert pool.open_jobs == 0
     return values
-
-
-def wait_for(condition, seconds=20.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_jobs_bring_their_results_in_order_and_report_on_the_way(fork):
@@ -85,7 +79,7 @@ def test_lanes_that_stop_ask_every_job_and_wait_for_it(fork, tmp_path):
     with StackPool(2, CPU, reports.append, fork) as pool:
         for _ in range(3):
             pool.start(job)
-        wait_for(lambda: len(reports) == 2)
+        wait_until(lambda: len(reports) == 2)
     assert len(list(tmp_path.iterdir())) == 2  # the third had not begun
 
 
@@ -100,7 +94,7 @@ def test_a_cancelled_job_brings_nothing_and_what_is_to_follow_it_follows(fork):
 
     with StackPool(1, CPU, reports.append, fork) as pool:
         handle = pool.start(job, ended.append)
-        wait_for(lambda: reports)
+        wait_until(lambda: reports)
         handle.cancel()
         assert run_jobs(pool, []) == []
     assert ended == [handle]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import SHIPPED, SMALL_GRID, move_to
 from mlflow import MlflowClient
+from processes import wait_until
 
 from pipeline import cli
 from pipeline.settings import Cell
@@ -231,9 +232,7 @@ def test_an_interrupted_sweep_keeps_finished_cells_and_is_marked_killed(workplac
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         ended = used.ru_utime + used.ru_stime  # by processes before this one
         process = subprocess.Popen(command, env=environment(workplace), stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None and finished_children() == finished:
-            time.sleep(0.2)
+        wait_until(lambda known=finished: finished_children() > known, process, step=0.2)
         before = cpu_seconds(process.pid)
         process.send_signal(stop)
         error = process.communicate(timeout=30)[1]  # what Kubernetes gives

@@ -15,6 +15,7 @@ import pytest
 from conftest import KEY, SECRET, SHIPPED, free_port, fresh_database, wait_for
 from containers import IMAGE, docker
 from mlflow import MlflowClient
+from processes import wait_until
 
 SHARDS = int(os.environ.get("TEST_SHARDS", "2"))
 LIMITED = ("--read-only", "--tmpfs", "/tmp", "--user", "12345:12345", "--cap-drop", "ALL")
@@ -102,13 +103,12 @@ def test_a_stop_of_the_container_closes_the_runs(image, scratch):
 
 def wait_for_runs(client, condition):
     """Wait until the experiment has a run of which the condition holds."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
+
+    def found():
         experiment = client.get_experiment_by_name(IMAGE)
-        if experiment and client.search_runs([experiment.experiment_id], condition):
-            return
-        time.sleep(0.5)
-    raise AssertionError(f"no run of which {condition}")
+        return experiment and client.search_runs([experiment.experiment_id], condition)
+
+    wait_until(found, step=0.5)
 
 
 @contextmanager
@@ -159,7 +159,7 @@ def tracking(image, s3, tmp_path):
                "-e", f"AWS_SECRET_ACCESS_KEY={SECRET}", image, "mlflow", "server", "--host", "127.0.0.1", "--port",
                port, "--workers", "2")  # fmt: skip
         try:
-            wait_for(port, 120)
+            wait_for(port)
             yield f"http://127.0.0.1:{port}", restart
         finally:
             docker("kill", name, check=False)

@@ -5,13 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHIPPED, free_port, wait_for
 from mlflow import MlflowClient
+from processes import PATIENCE, wait_until
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def found_runs():
 def test_mlflow_run_on_the_host_tracks_under_the_run_that_it_opened(workplace, small_grid):
     parameters = (f"grid={small_grid}", f"vectors={SHIPPED}", f"output={workplace}/out", "epochs=2")
     with mlflow_run(workplace, *parameters) as process:
-        _, err = process.communicate(timeout=200)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     [parent], children = found_runs()
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
@@ -53,7 +53,7 @@ def test_mlflow_run_on_the_host_tracks_under_the_run_that_it_opened(workplace, s
 
 def test_mlflow_run_says_what_is_wrong_in_one_line(workplace):
     with mlflow_run(workplace, "grid=scalling") as process:
-        _, err = process.communicate(timeout=200)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "unknown grid 'scalling'; available: architecture" in err
     assert "Traceback" not in err
@@ -65,7 +65,7 @@ def test_mlflow_run_in_a_deleted_experiment_says_what_brings_it_back(workplace, 
     client.delete_experiment(deleted)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     with mlflow_run(workplace, "dry_run=dry-run") as process:
-        _, err = process.communicate(timeout=200)
+        _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert f"bring it back with: mlflow experiments restore --experiment-id {deleted}" in err
     assert "Traceback" not in err
@@ -76,9 +76,7 @@ def test_interrupting_mlflow_run_closes_its_runs(workplace):
     grid.write_text("fixed: {epochs: 2000, concepts: 700}\naxes: {layers: [0, 2]}\n")
     found_runs()  # makes the database
     with mlflow_run(workplace, f"grid={grid}", f"vectors={SHIPPED}", f"output={workplace}/out") as process:
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline and not found_runs()[1]:
-            time.sleep(0.5)
+        wait_until(lambda: found_runs()[1], process, step=0.5)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     [parent], children = found_runs()
@@ -112,7 +110,7 @@ def test_the_runs_stand_in_the_compare_view_of_the_ui(workplace, run, small_grid
             [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update", f"--user-data-dir={workplace}/profile",
              "--window-size=1600,1400", "--virtual-time-budget=60000", "--dump-dom", page],
-            capture_output=True, text=True, timeout=150, check=False,
+            capture_output=True, text=True, timeout=PATIENCE, check=False,
         ).stdout  # fmt: skip
     finally:
         os.killpg(server.pid, signal.SIGKILL)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import CATALOGUE, ELSEWHERE, SHIPPED, fresh_database
 from mlflow import MlflowClient
+from processes import wait_until
 
 pytestmark = pytest.mark.timeout(600)
 GONE_SECONDS = 8  # the process ends itself 6 s after the signal at the latest; here other tests run beside it
@@ -35,14 +36,6 @@ def running(*arguments, fork=True, program=("-m", "pipeline")):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reader.join()
-
-
-def wait_until(condition, process, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "ended before it was interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def interrupt(process, lines, number):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SHIPPED
+from processes import PATIENCE
 
 from pipeline import storage
 from pipeline.s3 import object_names
@@ -35,7 +36,7 @@ def extract(options, run):
 
 
 def start(command):
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_shards_on_several_machines_meet_in_s3(s3, options, extract, tmp_path, monkeypatch):

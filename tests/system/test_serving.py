@@ -39,7 +39,7 @@ def served(tmp_path_factory):
          "--env-manager", "local"], cwd=home, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
-    wait_for(port, 120)
+    wait_for(port)
     yield f"http://127.0.0.1:{port}/invocations", Student.load(home / "student"), uri
     os.killpg(server.pid, signal.SIGKILL)
 
