@@ -33,6 +33,17 @@ ALIAS = "best"  # of the newest registered version of a student
 
 
 @dataclass(frozen=True)
+class SavedStudent:
+    """The student that a section leaves: the best on validation that needs no teacher."""
+
+    section: Section
+    folder: Path
+    student: Student
+    reason: str  # what it is, and which students it was preferred to
+    is_new: bool  # no cell's run has it in this form
+
+
+@dataclass(frozen=True)
 class SweepJob:
     """A sweep as a command describes it."""
 
@@ -43,16 +54,71 @@ class SweepJob:
     can_leave_baseline: bool = True  # where a baseline is better than all cells
     benchmarks: tuple[str, ...] = ()  # of the grid
 
+    def run(self) -> None:
+        """Train the cells, conclude the sweep if this worker completes it, and print the results or the progress."""
+        with (
+            watch_sweep(self.context.data) as listener,
+            run_sweep(self.cells, replace(self.context, listener=listener)) as sweep,
+        ):
+            concluded = self._conclude(sweep) if isinstance(sweep, Complete) else None
+        if concluded is not None:
+            results, lines, path = concluded
+            show_results(results, path)
+            display.lines(*lines)
+        elif isinstance(sweep, Incomplete):
+            name, shard = sweep.sweep_id, self.context.shard
+            report = "the shard that completes the sweep writes the report"
+            if sweep.finished == sweep.cells:
+                report = f"the report stands in MLflow, and `report --sweep-id {name}` draws it again"
+            done = f"{sweep.finished} of {sweep.cells} cells are finished"
+            display.lines(f"sweep {name}: shard {shard.index}/{shard.count} is done, {done}; {report}")
 
-@dataclass(frozen=True)
-class SavedStudent:
-    """The student that a section leaves: the best on validation that needs no teacher."""
+    def _conclude(self, sweep: Complete) -> tuple[dict[str, Any], list[str], Path]:
+        """Write results, report and students, here and in MLflow; the results, lines that name files, and the first."""
+        context, data, options = self.context, self.context.data, self.options
+        results = results_of(context.name, data, sweep.rows, sweep.sweep_id) | {"vectors": context.vectors_uri}
+        if isinstance(options, SweepOptions):
+            judged = judge_sweep(results, data, context.tracker, context.accelerator.device, options, self.benchmarks)
+            results = results if judged is None else results | {"benchmarks": judged}
+        # All names follow from the rows, so workers that end together write the same files.
+        path = context.output / f"{context.name}_results_{max(row['finished'] for row in sweep.rows)}.json"
+        files = write_results(path, results, data)
+        parts = sections(results)
+        if options.report:
+            from pipeline.commands.report import write_report  # only here, because the plots take seconds to load
 
-    section: Section
-    folder: Path
-    student: Student
-    reason: str  # what it is, and which students it was preferred to
-    is_new: bool  # no cell's run has it in this form
+            students = [context.tracker.student_of(part.results["best"]["run_id"]) for part in parts]
+            files += write_report(results, path.stem, context.output, students, data)
+        saved = self._save_students(parts, self.student_folder or path.with_name(f"{path.stem}_student"))
+        scores = metrics_by_section(results["benchmarks"]["rows"], results["cells"]) if "benchmarks" in results else {}
+        retry_tracking(lambda: _log(sweep.parent, context.tracker, files, saved, options.register))
+        retry_tracking(lambda: sweep.parent.log_metrics({f"best_{name}": value for name, value in scores.items()}))
+        titles = ["results", "", "report"] + [""] * len(files)
+        lines = [f"{title:10}{file}" for title, file in zip(titles, files, strict=False)]
+        for one in saved:
+            lines += [f"student   {one.folder} ({one.student.summary})", f"          {one.reason}"]
+        return results, [*lines, f"MLflow    {sweep.parent.address}"], path
+
+    def _save_students(self, parts: list[Section], folder: Path) -> list[SavedStudent]:
+        """Save the best student of each section, for any text where that is possible."""
+        context, data, options, saved = self.context, self.context.data, self.options, []
+
+        @functools.cache
+        def find_vocabulary() -> Vocabulary | None:
+            bar, device = display.counting("vocabulary", "tokens"), context.accelerator.device
+            return find(data.vectors, context.vectors_uri, device, bar, options.device_map, options.trust_remote_code)
+
+        for part in parts:
+            choice = best_exportable(part.results, self.can_leave_baseline)
+            run_id = choice.row.get("run_id")
+            trained = baseline_student(choice.row, data) if run_id is None else context.tracker.student_of(run_id)
+            is_exportable = not needs_teacher(Cell(**trained.config["cell"]))
+            student = export_or_fallback(trained, data, find_vocabulary()) if is_exportable else trained
+            stem = folder.name.removesuffix("_student")  # names that end in "_student" keep that ending
+            place = folder.parent / f"{stem}{part.suffix}{folder.name[len(stem) :]}"
+            student.save(place)
+            saved.append(SavedStudent(part, place, student, choice.reason, run_id is None or student is not trained))
+        return saved
 
 
 def train_student(options: TrainOptions) -> None:
@@ -64,7 +130,7 @@ def train_student(options: TrainOptions) -> None:
         if options.output:
             writable(folder / "config.json")
         context = _make_context("train", data, options, folder.parent / "results")
-        _run(SweepJob(cells, context, options, folder if options.output else None, can_leave_baseline=False))
+        SweepJob(cells, context, options, folder if options.output else None, can_leave_baseline=False).run()
 
 
 def train_grid(options: SweepOptions, grid: Grid) -> None:
@@ -89,7 +155,7 @@ def train_grid(options: SweepOptions, grid: Grid) -> None:
     with output_folder(options.output) as output:
         context = _make_context(grid.name, data, options, output)
         context = replace(context, sweep_id=options.sweep_id, shard=shard)
-        _run(SweepJob(cells, context, options, benchmarks=grid.benchmarks))
+        SweepJob(cells, context, options, benchmarks=grid.benchmarks).run()
 
 
 def _show_plan(name: str, cells: list[Cell], data: Dataset, shard: Worker, has_benchmarks: bool) -> None:
@@ -108,74 +174,6 @@ def _make_context(name: str, data: Dataset, options: TrainOptions | SweepOptions
     tracker, accelerator = connect("sweep"), start()
     params, vectors = asdict(options), str(options.vectors)
     return SweepContext(name, data, vectors, tracker, accelerator, output, params, resume=options.resume)
-
-
-def _run(job: SweepJob) -> None:
-    """Train the cells, conclude the sweep if this worker completes it, and print the results or the progress."""
-    with (
-        watch_sweep(job.context.data) as listener,
-        run_sweep(job.cells, replace(job.context, listener=listener)) as sweep,
-    ):
-        concluded = _conclude(sweep, job) if isinstance(sweep, Complete) else None
-    if concluded is not None:
-        results, lines, path = concluded
-        show_results(results, path)
-        display.lines(*lines)
-    elif isinstance(sweep, Incomplete):
-        name, shard, report = sweep.sweep_id, job.context.shard, "the shard that completes the sweep writes the report"
-        if sweep.finished == sweep.cells:
-            report = f"the report stands in MLflow, and `report --sweep-id {name}` draws it again"
-        done = f"{sweep.finished} of {sweep.cells} cells are finished"
-        display.lines(f"sweep {name}: shard {shard.index}/{shard.count} is done, {done}; {report}")
-
-
-def _conclude(sweep: Complete, job: SweepJob) -> tuple[dict[str, Any], list[str], Path]:
-    """Write results, report and students, here and in MLflow; the results, lines that name the files, and the first."""
-    context, data, options = job.context, job.context.data, job.options
-    results = results_of(context.name, data, sweep.rows, sweep.sweep_id) | {"vectors": context.vectors_uri}
-    if isinstance(options, SweepOptions):
-        judged = judge_sweep(results, data, context.tracker, context.accelerator.device, options, job.benchmarks)
-        results = results if judged is None else results | {"benchmarks": judged}
-    # All names follow from the rows, so workers that end together write the same files.
-    path = context.output / f"{context.name}_results_{max(row['finished'] for row in sweep.rows)}.json"
-    files = write_results(path, results, data)
-    parts = sections(results)
-    if options.report:
-        from pipeline.commands.report import write_report  # only here, because the plots take seconds to load
-
-        students = [context.tracker.student_of(part.results["best"]["run_id"]) for part in parts]
-        files += write_report(results, path.stem, context.output, students, data)
-    saved = _save_students(parts, job.student_folder or path.with_name(f"{path.stem}_student"), job)
-    scores = metrics_by_section(results["benchmarks"]["rows"], results["cells"]) if "benchmarks" in results else {}
-    retry_tracking(lambda: _log(sweep.parent, context.tracker, files, saved, options.register))
-    retry_tracking(lambda: sweep.parent.log_metrics({f"best_{name}": value for name, value in scores.items()}))
-    titles = ["results", "", "report"] + [""] * len(files)
-    lines = [f"{title:10}{file}" for title, file in zip(titles, files, strict=False)]
-    for one in saved:
-        lines += [f"student   {one.folder} ({one.student.summary})", f"          {one.reason}"]
-    return results, [*lines, f"MLflow    {sweep.parent.address}"], path
-
-
-def _save_students(parts: list[Section], folder: Path, job: SweepJob) -> list[SavedStudent]:
-    """Save the best student of each section, for any text where that is possible."""
-    context, data, options, saved = job.context, job.context.data, job.options, []
-
-    @functools.cache
-    def find_vocabulary() -> Vocabulary | None:
-        bar, device = display.counting("vocabulary", "tokens"), context.accelerator.device
-        return find(data.vectors, context.vectors_uri, device, bar, options.device_map, options.trust_remote_code)
-
-    for part in parts:
-        choice = best_exportable(part.results, job.can_leave_baseline)
-        run_id = choice.row.get("run_id")
-        trained = baseline_student(choice.row, data) if run_id is None else context.tracker.student_of(run_id)
-        is_exportable = not needs_teacher(Cell(**trained.config["cell"]))
-        student = export_or_fallback(trained, data, find_vocabulary()) if is_exportable else trained
-        stem = folder.name.removesuffix("_student")  # names that end in "_student" keep that ending
-        place = folder.parent / f"{stem}{part.suffix}{folder.name[len(stem) :]}"
-        student.save(place)
-        saved.append(SavedStudent(part, place, student, choice.reason, run_id is None or student is not trained))
-    return saved
 
 
 def _log(parent: Run, tracker: Tracker, files: list[Path], saved: list[SavedStudent], register: str | None) -> None:
