@@ -1,12 +1,25 @@
-"""Default precision of matrix products.
+"""Where a teacher runs, and the default precision of matrix products.
 
-The rules depend only on the weights and on the kind of device, so that the same command gives the same numbers and keys
-on every machine of a kind. Extractions and sweeps record the precision of their first worker, and later workers use it.
+The rules of precision depend only on the weights and on the kind of device, so that the same command gives the same
+numbers and keys on every machine of a kind. Extractions and sweeps record the precision of their first worker, and
+later workers use it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class TeacherAccess:
+    """Where the teacher of a vectors file runs, and where it is if its name in the file does not tell."""
+
+    device: torch.device
+    device_map: str | None = None  # how it is spread over devices
+    trust_remote_code: bool = False  # whether it may run code that comes with its weights
+    name: str | None = None
 
 
 def teacher_precision(stored: object, device: torch.device) -> str:

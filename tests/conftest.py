@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Before any library reads them: tests reach no hub, and every run goes to a database of its own.
@@ -50,12 +50,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+from vocabularies import find_vocabulary
 
 from pipeline import cli
 from pipeline.data.concepts import read_catalogue
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
-from pipeline.extraction.vocabulary import find
 from pipeline.s3 import client
 from pipeline.teachers.find import find_teacher
 from pipeline.teachers.load import load_teacher
@@ -122,7 +122,7 @@ def pytest_collection_modifyitems(items):
 def pytest_sessionstart(session):
     """The vocabulary of the shipped vectors is made once, before the workers start and each makes its own."""
     if not hasattr(session.config, "workerinput"):
-        find(read_vectors(SHIPPED), str(SHIPPED), "cpu", lambda number: nullcontext(lambda done: None))
+        find_vocabulary(read_vectors(SHIPPED), SHIPPED)
 
 
 def pytest_xdist_auto_num_workers():

@@ -6,16 +6,15 @@ unchanged ``RESULTS_VERSION``: finished cells of that version would be taken for
 
 import json
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from vocabularies import find_vocabulary
 
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
-from pipeline.extraction.vocabulary import find
 from pipeline.settings import RESULTS_VERSION, Cell
 from pipeline.sweep.cells import prepare
 from pipeline.sweep.cost import stacks_of
@@ -105,7 +104,7 @@ def compute():
     [cell] = prepare([replace(SMALL, hidden_dim=192)], data)
     [trained] = train_stack([cell], [data.subset(cell)], torch.device("cpu"))
     whole = checkpoint(cell, trained.parameters, data.subset(cell), data, trained.metrics)
-    vocabulary = find(data.vectors, str(VECTORS), "cpu", lambda number: nullcontext(lambda done: None))
+    vocabulary = find_vocabulary(data.vectors, VECTORS)
     exported = export(whole, data, vocabulary).encode(TEXTS, normalize_embeddings=True)
     shown = exported[:, :: exported.shape[1] // 24].astype(np.float64).round(5)
     return {"cells": numbers, "vectors": dict(zip(TEXTS, shown.tolist(), strict=True))}

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import torch
 import yaml
 from conftest import ROOT, SHIPPED
 from mlflow.cli import cli as mlflow_cli
+from vocabularies import find_vocabulary
 
 from pipeline.cli import cli
-from pipeline.extraction.vocabulary import find
 from pipeline.settings import Cell
 from pipeline.sweep.grid import read_grid
 from pipeline.training.export import checkpoint, export
@@ -189,7 +188,7 @@ def place_with_a_student(data, vectors, tmp_path_factory):
     cell = Cell(concepts=60, hidden_dim=8, epochs=1, layer=15)
     subset = data.subset(cell)
     [trained] = train_stack([cell], [subset], cpu)
-    vocabulary = find(vectors, str(SHIPPED), "cpu", lambda number: nullcontext(lambda done: None))
+    vocabulary = find_vocabulary(vectors, SHIPPED)
     home = tmp_path_factory.mktemp("snippets")
     (home / "vectors.safetensors").symlink_to(SHIPPED)
     export(checkpoint(cell, trained.parameters, subset, data, trained.metrics), data, vocabulary).save(

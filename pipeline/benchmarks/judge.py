@@ -22,6 +22,7 @@ from pipeline.data.dataset import Dataset, student_inputs
 from pipeline.data.examples import Examples
 from pipeline.data.stems import stems
 from pipeline.data.vectors import Vectors
+from pipeline.devices import TeacherAccess
 from pipeline.errors import InputError
 from pipeline.extraction.phrases import extract_phrases
 from pipeline.extraction.vocabulary import Bar
@@ -178,13 +179,10 @@ def open_judge(
     names: Sequence[str],
     data: Dataset,
     cells: Sequence[Cell],
-    device: torch.device,
+    access: TeacherAccess,
     bar: Bar,
     folder: str | None = None,
     leave_out_overlap: bool = False,
-    teacher_name: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Judge:
     """Read benchmarks, and the teacher's vectors of their phrases.
 
@@ -192,13 +190,10 @@ def open_judge(
         names: in `BENCHMARKS`.
         data: what the students were trained on.
         cells: of the students, whose blocks are read.
-        device: where the teacher runs.
+        access: where the teacher runs.
         bar: shows the teacher's progress.
         folder: of the benchmarks' files.
         leave_out_overlap: leave out the items with a word whose stem a training concept has.
-        teacher_name: where the teacher is, if the name in the vectors file does not tell.
-        device_map: how the teacher is spread over devices.
-        trust_remote_code: whether the teacher may run code of its own.
 
     Returns:
         What measures students.
@@ -224,9 +219,7 @@ def open_judge(
     phrases = dict.fromkeys(phrase for task in tasks.values() for phrase in task.phrases)
     read = {name for cell in cells for name in student_inputs(cell).split("+") if name.startswith(BLOCK)}
     layers = sorted({int(name.removeprefix(BLOCK)) for name in read} | {int(cell.layer or 0) for cell in cells})
-    vectors = extract_phrases(
-        data.vectors, list(phrases), layers, cache_folder(), device, bar, teacher_name, device_map, trust_remote_code
-    )
+    vectors = extract_phrases(data.vectors, list(phrases), layers, cache_folder(), access, bar)
     return Judge(data, tasks, vectors, overlap, items)
 
 

@@ -15,6 +15,7 @@ from pipeline.benchmarks.judge import describe, open_judge, static_encoder, stat
 from pipeline.benchmarks.tables import row_of
 from pipeline.commands import display
 from pipeline.data.dataset import Dataset
+from pipeline.devices import TeacherAccess
 from pipeline.errors import InputError
 from pipeline.settings import Cell, EvaluateOptions, SweepOptions
 from pipeline.student.student import Student
@@ -37,10 +38,9 @@ def judge_students(
     if not (names := parse_names(options.benchmark)):
         return None
     cells = [Cell(**seeds[0].config["cell"]) for seeds in students.values()]
-    judge = open_judge(
-        names, data, cells, device, display.counting("benchmarks", "phrases"), options.benchmark_data,
-        options.leave_out_overlap, options.teacher, options.device_map, options.trust_remote_code,
-    )  # fmt: skip
+    access = TeacherAccess(device, options.device_map, options.trust_remote_code, options.teacher)
+    bar = display.counting("benchmarks", "phrases")
+    judge = open_judge(names, data, cells, access, bar, options.benchmark_data, options.leave_out_overlap)
     others = {static_name(folder): static_encoder(folder) for folder in options.static if folder}
     with display.counting("benchmarks", "students")(sum(map(len, students.values()))) as advance:
         rows = judge.rows(students, others, advance)
@@ -82,10 +82,9 @@ def judge_sweep(
             names = [name for name in names if _is_at_hand(name, options.benchmark_data)]
         if not names:
             return None
-        judge = open_judge(
-            names, data, list(map(cell_of, results["cells"])), device, display.counting("benchmarks", "phrases"),
-            options.benchmark_data, device_map=options.device_map, trust_remote_code=options.trust_remote_code,
-        )  # fmt: skip
+        access = TeacherAccess(device, options.device_map, options.trust_remote_code)
+        cells, bar = list(map(cell_of, results["cells"])), display.counting("benchmarks", "phrases")
+        judge = open_judge(names, data, cells, access, bar, options.benchmark_data)
     except InputError as error:
         if options.benchmark:
             raise

@@ -15,6 +15,7 @@ from pipeline.commands.results_file import write_results
 from pipeline.commands.sweep_display import show_results, watch_sweep
 from pipeline.data.dataset import Dataset
 from pipeline.data.vectors import read_vectors
+from pipeline.devices import TeacherAccess
 from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Vocabulary, find
 from pipeline.processes import Worker, parse_shard, start
@@ -105,8 +106,8 @@ class SweepJob:
 
         @functools.cache
         def find_vocabulary() -> Vocabulary | None:
-            bar, device = display.counting("vocabulary", "tokens"), context.accelerator.device
-            return find(data.vectors, context.vectors_uri, device, bar, options.device_map, options.trust_remote_code)
+            access = TeacherAccess(context.accelerator.device, options.device_map, options.trust_remote_code)
+            return find(data.vectors, context.vectors_uri, access, display.counting("vocabulary", "tokens"))
 
         for part in parts:
             choice = best_exportable(part.results, self.can_leave_baseline)

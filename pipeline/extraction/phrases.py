@@ -8,9 +8,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from pipeline.data.vectors import EXTRACTION_VERSION, Vectors, read_vectors
+from pipeline.devices import TeacherAccess
 from pipeline.errors import InputError
 from pipeline.extraction.vocabulary import Bar, find_teacher_of
 from pipeline.storage import Output
@@ -23,11 +22,8 @@ def extract_phrases(
     phrases: Sequence[str],
     layers: Sequence[int],
     folder: Path,
-    device: torch.device | str,
+    access: TeacherAccess,
     bar: Bar,
-    teacher_name: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Vectors:
     """Read the vectors and the tokens of phrases from the teacher of a vectors file, in its first template.
 
@@ -36,11 +32,8 @@ def extract_phrases(
         phrases: each once.
         layers: blocks.
         folder: where the answer is kept, and found again without the teacher.
-        device: where the teacher runs.
+        access: where the teacher runs.
         bar: shows the progress in phrases.
-        teacher_name: where the teacher is, if the name in the vectors file does not tell.
-        device_map: how the teacher is spread over devices.
-        trust_remote_code: whether the teacher may run code of its own.
 
     Returns:
         The vectors, a row per phrase.
@@ -64,16 +57,16 @@ def extract_phrases(
     from pipeline.extraction.request import Request
     from pipeline.teachers.load import load_teacher
 
-    source = find_teacher_of(like, device, trust_remote_code, teacher_name)
+    source = find_teacher_of(like, access)
     request = Request(
         concepts=tuple(phrases), categories=("",) * len(phrases), splits=("test",) * len(phrases), layers=tuple(layers),
         templates=like.templates[:1], teacher=like.teacher, revision=like.revision, pool=like.pool, dtype=like.dtype,
         depth=like.depth, token_block=like.token_block, language=like.language, tokenizer=source.tokenizer,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    teacher = load_teacher(source, device, device_map)
+    teacher = load_teacher(source, access.device, access.device_map)
     plan = PartPlan.open(
-        Output.at(str(path)), request, like.d_model, 1, automatic_batch_tokens(source.config, torch.device(device))
+        Output.at(str(path)), request, like.d_model, 1, automatic_batch_tokens(source.config, access.device)
     )
     missing = plan.missing()
     with bar(sum(part.stop - part.start for part in missing)) as advance:

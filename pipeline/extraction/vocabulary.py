@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pipeline.data.vectors import Vectors, stored_dtype
+from pipeline.devices import TeacherAccess
 from pipeline.errors import InputError, WorkError
 from pipeline.storage import Output, fetch, is_remote, upload, write_atomically
 from pipeline.student.tokenizer import Tokenization
@@ -107,10 +107,8 @@ def read(path: Path) -> Vocabulary:
 def find(
     vectors: Vectors,
     place: str,  # where their file is
-    device: torch.device | str,
+    access: TeacherAccess,
     bar: Bar,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Vocabulary | None:
     """Find the vocabulary of vectors beside their file, or read it from the teacher and keep it there; else None."""
     path = beside(place)
@@ -120,7 +118,7 @@ def find(
             if kept.key == key_of(vectors):
                 return kept
     try:
-        made = _read_again(vectors, device, bar, device_map, trust_remote_code)
+        made = _read_again(vectors, access, bar)
     except InputError as error:
         log.warning("warning: no %s and no teacher (%s)", path, error)
         return None
@@ -135,29 +133,23 @@ def find(
     return made
 
 
-def _read_again(
-    vectors: Vectors, device: torch.device | str, bar: Bar, device_map: str | None, trust_remote_code: bool
-) -> Vocabulary:
+def _read_again(vectors: Vectors, access: TeacherAccess, bar: Bar) -> Vocabulary:
     """Read the vocabulary from the teacher of vectors, if it still has their weights and tokenizer."""
     from pipeline.teachers.load import load_teacher
 
-    source = find_teacher_of(vectors, device, trust_remote_code)
+    source = find_teacher_of(vectors, access)
     log.info("reading the vocabulary of %s, so that the student answers for any text", source.name)
-    return read_teacher_vocabulary(load_teacher(source, device, device_map), vectors, bar)
+    return read_teacher_vocabulary(load_teacher(source, access.device, access.device_map), vectors, bar)
 
 
-def find_teacher_of(
-    vectors: Vectors,
-    device: torch.device | str,
-    trust_remote_code: bool,
-    name: str | None = None,  # where it is, if the name that the vectors have does not tell
-) -> TeacherSource:
+def find_teacher_of(vectors: Vectors, access: TeacherAccess) -> TeacherSource:
     """Find the teacher of vectors; raises `InputError` where its weights or its tokenizer are others by now."""
     from pipeline.teachers.find import find_teacher
 
-    source = find_teacher(name or vectors.teacher, vectors.dtype, device, trust_remote_code)
+    name = access.name or vectors.teacher
+    source = find_teacher(name, vectors.dtype, access.device, access.trust_remote_code)
     if source.revision != vectors.revision:
-        raise InputError(f"{name or vectors.teacher}: other weights than the vectors' ({vectors.revision})")
+        raise InputError(f"{name}: other weights than the vectors' ({vectors.revision})")
     if vectors.tokenizer and source.tokenizer != vectors.tokenizer:
         raise InputError(f"{vectors.teacher}: another tokenizer than the vectors' ({vectors.tokenizer})")
     return source

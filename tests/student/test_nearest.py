@@ -3,18 +3,17 @@
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHIPPED
+from vocabularies import find_vocabulary
 
 from pipeline import Student
 from pipeline.data.vectors import StreamedTensor, read_unverified_header, stream_array, write_streamed, write_vectors
 from pipeline.errors import InputError
-from pipeline.extraction.vocabulary import find
 from pipeline.settings import Cell
 from pipeline.student.nearest import CHUNK_BYTES, Candidates
 from pipeline.training.export import checkpoint, export
@@ -30,9 +29,7 @@ def folder(data, tmp_path_factory):
     [trained] = train_stack([cell], [data.subset(cell)], CPU)
     made = checkpoint(cell, trained.parameters, data.subset(cell), data, trained.metrics)
     place = tmp_path_factory.mktemp("nearest") / "student"
-    export(made, data, find(data.vectors, str(SHIPPED), CPU, lambda total: nullcontext(lambda number: None))).save(
-        place
-    )
+    export(made, data, find_vocabulary(data.vectors, SHIPPED)).save(place)
     return place
 
 

@@ -22,11 +22,12 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+from vocabularies import find_vocabulary
 
 from pipeline import Student
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError, WorkError
-from pipeline.extraction.vocabulary import fastest_tokenization, find
+from pipeline.extraction.vocabulary import fastest_tokenization
 from pipeline.settings import Cell
 from pipeline.student.folder import FORMAT, _sha256
 from pipeline.student.forward import gelu
@@ -40,18 +41,6 @@ SHORT = Cell(concepts=100, hidden_dim=32, layers=2, epochs=6, batch_size=48, lay
 CPU = torch.device("cpu")
 
 
-def silent(_total):
-    return _Bar()
-
-
-class _Bar:
-    def __enter__(self):
-        return lambda number: None
-
-    def __exit__(self, *error):
-        return None
-
-
 def trained(cell, data):
     [result] = train_stack([cell], [data.subset(cell)], CPU)
     return result, checkpoint(cell, result.parameters, data.subset(cell), data, result.metrics)
@@ -59,7 +48,7 @@ def trained(cell, data):
 
 @pytest.fixture(scope="module")
 def vocabulary(vectors):
-    return find(vectors, str(SHIPPED), CPU, silent)
+    return find_vocabulary(vectors, SHIPPED)
 
 
 @pytest.fixture(scope="module")

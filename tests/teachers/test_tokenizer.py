@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +11,13 @@ import pytest
 from conftest import ROOT
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vocabularies import find_vocabulary
 
 from pipeline.data.concepts import Catalogue
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import InputError
 from pipeline.extraction.reader import read_texts
 from pipeline.extraction.request import make_request
-from pipeline.extraction.vocabulary import find
 from pipeline.student.student import Student
 from pipeline.teachers.find import find_teacher
 from pipeline.teachers.load import load_teacher
@@ -311,7 +310,7 @@ def test_a_teacher_is_known_by_its_tokenizer_too(workplace, run, folder, caplog)
 
     Path("v.vocabulary.safetensors").unlink()
     caplog.clear()
-    assert find(held, "v.safetensors", "cpu", lambda number: nullcontext(lambda done: None)) is None
+    assert find_vocabulary(held, "v.safetensors") is None
     assert "tiny: another tokenizer than the vectors'" in caplog.text
 
 

@@ -1,18 +1,18 @@
 """Students of a large vectors file: their folders do not grow with it, and all that is held out can be asked."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import SHIPPED
+from vocabularies import find_vocabulary
 
 from pipeline import Student
 from pipeline.analysis.evaluation import evaluate
 from pipeline.data.dataset import Dataset
 from pipeline.data.examples import Examples
-from pipeline.extraction.vocabulary import fastest_tokenization, find
+from pipeline.extraction.vocabulary import fastest_tokenization
 from pipeline.settings import Cell
 from pipeline.training.export import CATALOGUE_SIZE, STORED_CONCEPTS, checkpoint, export, for_rows
 from pipeline.training.trainer import predict, train_stack
@@ -24,7 +24,7 @@ RIDGE = Cell(student="ridge", concepts=100, layer=15)
 
 @pytest.fixture(scope="module")
 def vocabulary(vectors):
-    return find(vectors, str(SHIPPED), CPU, lambda total: nullcontext(lambda number: None))
+    return find_vocabulary(vectors, SHIPPED)
 
 
 @pytest.fixture(scope="module")
