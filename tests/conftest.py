@@ -35,6 +35,7 @@ import pytest
 import torch
 from containers import IMAGE, docker
 from faults import Faulty
+from forked import Command
 from mlflow import MlflowClient
 from processes import wait_until
 from shapes import check_shapes
@@ -248,13 +249,10 @@ def wait_for(port):
 def mlflow_server(port, folder=None):
     """A real tracking server on a database in a folder, by default the current one, with artifacts through it."""
     folder = folder or Path.cwd()
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--backend-store-uri", fresh_database(folder / "server.db"),
-        "--port", str(port), "--artifacts-destination", "artifacts", "--workers", "1",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ},
-        cwd=folder,
+    process = Command(
+        "server", "--backend-store-uri", fresh_database(folder / "server.db"), "--port", port,
+        "--artifacts-destination", "artifacts", "--workers", "1", module="mlflow", folder=folder, new_session=True,
+        quiet=True,
     )  # fmt: skip
     try:
         wait_for(port)

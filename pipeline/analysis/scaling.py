@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from pipeline.analysis.rows import CELL_FIELDS, Row, cell_of, grouped
 from pipeline.errors import InputError
@@ -163,6 +162,8 @@ def _log_error(parameters: Array, logs: Array) -> Array:
 
 def _starts(logs: Array, errors: Array, free: tuple[bool, ...]) -> Array:
     """The best of a grid of exponents, each with its constants by least squares on relative errors, ``[STARTS, 5]``."""
+    from scipy.optimize import nnls  # only here, because it takes a second to load
+
     grid = np.array(list(itertools.product(EXPONENTS, EXPONENTS)))  # [grid, 2]
     terms = np.exp([np.zeros((len(grid), len(errors))), *(-grid.T[..., None] * logs[:, None])]) / np.exp(errors)
     terms[2] *= free[3]  # without B where there is one number of parameters

@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from pipeline.data.stems import stem_groups
 
@@ -66,7 +66,7 @@ def weighted_correlation(x: Floats, y: Floats, weights: Floats) -> Floats:
 
 def ranked(values: Floats) -> Floats:
     """Ranks of each column, ``[n, k]``, ties averaged, from -0.5 to 0.5; their correlation is Spearman's."""
-    return np.asarray((rankdata(values, axis=0) - (len(values) + 1) / 2) / len(values))
+    return np.asarray((pd.DataFrame(values).rank().to_numpy() - (len(values) + 1) / 2) / len(values))
 
 
 def unit(vectors: Floats) -> Floats:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, SHIPPED, fresh_database
+from forked import Command
 from safetensors.numpy import load_file
 from test_lists import damaged, decoded
 
@@ -27,12 +28,9 @@ def folder(tmp_path_factory):
     """A student as `train` leaves it."""
     home = tmp_path_factory.mktemp("predict")
     fresh_database(home / "mlflow.db")
-    command = [sys.executable, "-m", "pipeline", "train", "--no-report",
-               "--vectors", SHIPPED, "--concepts", "60", "--hidden-dim", "8",
-               "--epochs", "1", "--output", home / "student"]  # fmt: skip
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "answers for any text; test cosine" in done.stdout
+    options = ("--vectors", SHIPPED, "--concepts", 60, "--hidden-dim", 8, "--epochs", 1, "--output", home / "student")
+    out, err = Command("train", "--no-report", *options, folder=home).communicate()
+    assert "answers for any text; test cosine" in out, err
     return home / "student"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHIPPED, fresh_database
+from forked import Command
 
 
 @pytest.fixture(scope="module")
@@ -16,9 +17,9 @@ def results(tmp_path_factory):
     home = tmp_path_factory.mktemp("examples")
     fresh_database(home / "mlflow.db")
     (home / "grid.yaml").write_text("fixed: {student: ridge, concepts: 100}\naxes: {seed: [0]}\n")
-    command = [sys.executable, "-m", "pipeline", "sweep", "--grid", "grid.yaml", "--vectors", SHIPPED, "--no-report"]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = Command("sweep", "--grid", "grid.yaml", "--vectors", SHIPPED, "--no-report", folder=home)
+    _, err = done.communicate()
+    assert done.returncode == 0, err
     return home
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CATALOGUE, ELSEWHERE, SHIPPED, fresh_database
+from forked import Command
 from mlflow import MlflowClient
 from processes import wait_until
 
@@ -19,13 +20,16 @@ GONE_SECONDS = 8  # the process ends itself 6 s after the signal at the latest; 
 
 
 @contextlib.contextmanager
-def running(*arguments, fork=True, program=("-m", "pipeline")):
+def running(*arguments, fork=True, program=None):
     """The command, or another program, as a process of its own; the lines of its standard error, as they come."""
-    process = subprocess.Popen(
-        [sys.executable, *program, *map(str, arguments)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env={**os.environ} if fork else {**os.environ, "PYTHONPATH": ELSEWHERE},
-    )  # fmt: skip
+    if fork and program is None:
+        process = Command(*arguments, new_session=True)
+    else:
+        process = subprocess.Popen(
+            [sys.executable, *(program or ("-m", "pipeline")), *map(str, arguments)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True, env={**os.environ} if fork else {**os.environ, "PYTHONPATH": ELSEWHERE},
+        )  # fmt: skip
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")))
     reader.start()
@@ -67,12 +71,10 @@ def many(tiny_folder, tmp_path_factory):
     """Vectors of so many concepts that closed forms on all of them take seconds."""
     folder = tmp_path_factory.mktemp("many")
     path = folder / "many.safetensors"
-    command = [
-        sys.executable, "-m", "pipeline", "extract", "--teacher", tiny_folder("gpt2"), "--concepts",
-        "wordfreq:en:14000", "--output", path,
-    ]  # fmt: skip
-    variables = {**os.environ, "MLFLOW_TRACKING_URI": fresh_database(folder / "mlflow.db")}
-    subprocess.run(list(map(str, command)), check=True, env=variables, capture_output=True, cwd=folder)
+    command = ("extract", "--teacher", tiny_folder("gpt2"), "--concepts", "wordfreq:en:14000", "--output", path)
+    variables = {"MLFLOW_TRACKING_URI": fresh_database(folder / "mlflow.db")}
+    _, err = Command(*command, environment=variables, folder=folder).communicate()
+    assert path.is_file(), err
     return path
 
 

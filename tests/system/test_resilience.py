@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, SHIPPED, free_port, fresh_database, mlflow_server
+from forked import Command
 from mlflow import MlflowClient
 from processes import PATIENCE, start, wait_until
 
@@ -73,11 +74,13 @@ OPTIONS = ("--grid", "grid.yaml", "--vectors", str(SHIPPED), "--no-report")
 
 def sweep(*arguments, uri=None, folder=None, **environment):
     """Start a sweep in its own process, in the current folder or another, without a report unless asked for."""
-    command = [sys.executable, "-m", "pipeline", "sweep", *OPTIONS, *arguments]
-    variables = {**os.environ, "MLFLOW_TRACKING_URI": uri or database(), **environment}
-    return subprocess.Popen(
-        command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    variables = {"MLFLOW_TRACKING_URI": uri or database(), **environment}
+    if "PYTHONPATH" not in environment:
+        return Command("sweep", *OPTIONS, *arguments, environment=variables, folder=folder)
+    return subprocess.Popen(  # the program from elsewhere
+        [sys.executable, "-m", "pipeline", "sweep", *OPTIONS, *arguments], cwd=folder, env={**os.environ, **variables},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def finish(process):
