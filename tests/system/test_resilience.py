@@ -227,7 +227,7 @@ def other_code(tmp_path_factory):
     return f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"
 
 
-LONG_GRID = "fixed: {epochs: 4000, hidden_dim: 64}\naxes: {layers: [1, 2], concepts: [150, 300]}\n"
+LONG_GRID = "fixed: {epochs: 100000, hidden_dim: 64}\naxes: {layers: [1, 2], concepts: [150, 300]}\n"
 
 
 def check_refusal(worker):
