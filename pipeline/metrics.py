@@ -57,15 +57,24 @@ def r2(predicted: Tensor, truth: Tensor) -> Tensor:
     return torch.where(total > 0, 1 - unexplained / total.where(total > 0, 1.0), (unexplained == 0).to(truth.dtype))
 
 
-def ranks(predicted: Tensor, truth: Tensor) -> Tensor:
-    """Rank (from 0) of each true vector among all N by cosine with its prediction, ``[N, d_model]`` to ``[N]``."""
-    # A tie counts against the student, so a constant prediction retrieves nothing.
-    directions, found = F.normalize(truth, dim=-1).mT, torch.empty(len(predicted), dtype=torch.int64)
+def ranks(predicted: Tensor, truth: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Rank (from 0) of true vectors among all N by cosine with their predictions.
+
+    Args:
+        predicted: ``[N, d_model]``.
+        truth: ``[N, d_model]``.
+        rows: those that are ranked, ``[n]``; by default all.
+
+    Returns:
+        ``[n]``. A tie counts against the student, so a constant prediction retrieves nothing.
+    """
+    rows = torch.arange(len(predicted)) if rows is None else rows
+    directions, found = F.normalize(truth, dim=-1).mT, torch.empty(len(rows), dtype=torch.int64)
     step = max(1, NUMBERS // max(1, len(truth)))
-    for start in range(0, len(predicted), step):
-        similarity = F.normalize(predicted[start : start + step], dim=-1) @ directions  # [step, N]
-        own = similarity.diagonal(start).unsqueeze(-1)
-        found[start : start + step] = (similarity >= own).sum(-1) - 1
+    for start in range(0, len(rows), step):
+        own = rows[start : start + step]
+        similarity = F.normalize(predicted[own], dim=-1) @ directions  # [step, N]
+        found[start : start + step] = (similarity >= similarity.gather(1, own[:, None])).sum(-1) - 1
     return found
 
 

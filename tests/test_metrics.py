@@ -193,6 +193,8 @@ def test_ranks_among_very_many_are_those_of_one_matrix():
     assert (ranks(predicted, truth) != expected).float().mean() < 0.01  # the rounding of float32
     assert (ranks(truth, truth)[4000:4100] == 1).all()
     assert (ranks(truth, truth)[:100] == 1).all()
+    some = torch.tensor([7, 0, len(truth) - 1])
+    assert ranks(predicted, truth, some).tolist() == ranks(predicted, truth)[some].tolist()
 
 
 def test_intervals_of_very_many_concepts_are_those_of_few():

@@ -96,12 +96,20 @@ class Judge:
             ]
         return found
 
-    def transfer(self, students: Mapping[str, Sequence[Student]], rows: Sequence[Row]) -> None:
+    def transfer(
+        self,
+        students: Mapping[str, Sequence[Student]],
+        rows: Sequence[Row],
+        advance: Callable[[float], None] = lambda students: None,
+    ) -> None:
         """Add to the rows of students what probes and searches make of their vectors, mean over seeds."""
         for row in rows:
             if row["student"] not in students:
                 continue
-            measured = [self._transfer_of(student) for student in students[row["student"]]]
+            measured = []
+            for student in students[row["student"]]:
+                measured.append(self._transfer_of(student))
+                advance(1)
             row |= {name: float(np.mean([one[name] for one in measured])) for name in measured[0]}
 
     def _transfer_of(self, student: Student) -> dict[str, float]:

@@ -16,8 +16,8 @@ NOTE = (
 
 TRANSFER_NOTE = (
     "Category: accuracy on the test concepts of a linear probe, fitted on the training concepts' vectors of the "
-    "teacher, or of the student, and is applied to the other's. Found: the share of {:,} phrases whose nearest vector "
-    "of the other is their own."
+    "teacher, or of the student, and is applied to the other's. Found: the share of phrases, of at most 5,000, whose "
+    "nearest vector of the other among {:,} is their own."
 )
 
 

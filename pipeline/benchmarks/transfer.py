@@ -12,6 +12,7 @@ from pipeline.analysis.rows import Row
 from pipeline.benchmarks.tasks import Floats, Ratings, Task, fit_probe
 from pipeline.metrics import ranks
 
+QUERIES = 5000  # phrases that are searched for: their share is within 0.014 of that of all (95 %)
 COLUMNS = {
     "category_of_teacher": "category: teacher",
     "category_to_student": "teacher to student",
@@ -82,11 +83,20 @@ def rating_transfer(name: str, task: Task, teacher: Floats, student: Floats) -> 
 
 
 def retrieval(teacher: Floats, student: Floats) -> dict[str, float]:
-    """Share of phrases whose nearest vector of the other encoder is their own, both ``[phrases, d_model]``."""
+    """Share of phrases whose nearest vector of the other encoder is their own.
+
+    Args:
+        teacher: ``[phrases, d_model]``.
+        student: ``[phrases, d_model]``.
+
+    Returns:
+        The shares in both directions, of at most `QUERIES` phrases, each searched among all.
+    """
     one, other = (torch.from_numpy(np.ascontiguousarray(vectors, np.float32)) for vectors in (teacher, student))
+    asked = torch.linspace(0, len(one) - 1, min(QUERIES, len(one)), dtype=torch.float64).long()
     return {
-        "retrieval_to_teacher": (ranks(other, one) < 1).float().mean().item(),
-        "retrieval_to_student": (ranks(one, other) < 1).float().mean().item(),
+        "retrieval_to_teacher": (ranks(other, one, asked) < 1).float().mean().item(),
+        "retrieval_to_student": (ranks(one, other, asked) < 1).float().mean().item(),
     }
 
 

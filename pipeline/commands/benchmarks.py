@@ -44,7 +44,8 @@ def judge_students(
     others = {static_name(folder): static_encoder(folder) for folder in options.static if folder}
     with display.counting("benchmarks", "students")(sum(map(len, students.values()))) as advance:
         rows = judge.rows(students, others, advance)
-        judge.transfer(students, rows)
+    with display.counting("transfer", "students")(sum(map(len, students.values()))) as advance:
+        judge.transfer(students, rows, advance)
     return {"about": describe(judge), "rows": rows, "phrases": len(judge.phrases.concepts)}
 
 
