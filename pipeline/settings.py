@@ -256,7 +256,8 @@ class EvaluateOptions:
     run: str | None = option(None, "A student folder, or an MLflow run: a cell's or a whole sweep's.  [default: newest "
         "sweep in results/]")
     teacher: str | None = option(None, "Also put the vectors into this teacher and compare what it says next "
-        "(kl_recovered): a name as for extract. A teacher that is a folder or a file has to be named for benchmarks too.")
+        "(kl_recovered): a name as for extract. A teacher that is a folder or a file has to be named for benchmarks "
+        "too.")
     dtype: str | None = option(None, TEACHER_DTYPE)
     device_map: str | None = option(None, DEVICE_MAP)
     trust_remote_code: bool = option(False, TRUST)
