@@ -56,13 +56,14 @@ class Judge:
         Args:
             students: checkpoints of the data or exported students; the seeds of each configuration, by its name.
             others: further encoders, by name, such as static vectors of the same teacher.
-            advance: called with the number of students whose vectors are there.
+            advance: called with the number of students that are measured; a part of one for each step.
 
         Returns:
             One row per name, in parentheses those that are no students of the sweep: the teacher, the tables of single
             tokens that students read, the mean over a phrase's tokens, the baselines, and the others.
         """
         found: list[Row] = []
+        step = 1 / (1 + len(self.tasks))  # reading vectors is one step, each benchmark another
         cells = {name: Cell(**seeds[0].config["cell"]) for name, seeds in students.items()}
         for layer, names in grouped(cells, lambda name: cells[name].layer).items():
             largest = max((cells[name] for name in names), key=lambda cell: cell.concepts)
@@ -83,13 +84,14 @@ class Judge:
             for name in names:
                 vectors = [self.vectors_of(student) for student in students[name]]
                 subjects[name] = ({"concepts": cells[name].concepts, "split": cells[name].split}, vectors)
-                advance(len(students[name]))
+                advance(len(students[name]) * step)
             measured: dict[str, Row] = {name: {} for name in subjects}
             for benchmark, task in self.tasks.items():
                 chosen = self._places(task)
                 of_task = {name: [one[chosen] for one in seeds] for name, (_, seeds) in subjects.items()}
                 for name, values in measure(task, teacher[chosen], of_task).items():
                     measured[name] |= values.row(benchmark)
+                advance(sum(len(students[name]) for name in names) * step)
             found += [
                 {"student": name, "layer": layer, "seeds": len(seeds)} | about | measured[name]
                 for name, (about, seeds) in subjects.items()

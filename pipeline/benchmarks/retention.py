@@ -47,14 +47,16 @@ def measure(task: Task, teacher: Floats, subjects: Mapping[str, Sequence[Floats]
     items = len(task.item_phrases)
     own, all_items = task.answers(teacher), np.ones((1, items))
     answers = {name: [task.answers(vectors) for vectors in seeds] for name, seeds in subjects.items()}
+    has_chance = type(task).skill is not type(task).score  # else one computation serves both
     skills: list[Floats] = []  # of the teacher, [S] each
     draws: dict[str, list[tuple[Floats, Floats]]] = {name: [] for name in subjects}  # scores and skills, [S] each
     for weights in _samples(items):
         skills.append(task.skill(own, weights))
         for name, seeds in answers.items():
-            both = (np.mean([how(one, weights) for one in seeds], axis=0) for how in (task.score, task.skill))
-            draws[name].append((next(both), next(both)))
-    skill, of_teacher = task.skill(own, all_items), np.concatenate(skills)
+            score = np.mean([task.score(one, weights) for one in seeds], axis=0)
+            skill = np.mean([task.skill(one, weights) for one in seeds], axis=0) if has_chance else score
+            draws[name].append((score, skill))
+    of_all, of_teacher = task.skill(own, all_items), np.concatenate(skills)
     is_above_chance = np.quantile(of_teacher, ENDS[0]) > 0
     measured = {}
     for name, seeds in answers.items():
@@ -62,7 +64,7 @@ def measure(task: Task, teacher: Floats, subjects: Mapping[str, Sequence[Floats]
         low, high = _ends(np.concatenate([score for score, _ in draws[name]]), float(np.mean(scores)))
         found = Measured(float(np.mean(scores)), low, high, None, None, None, scores, [None] * len(seeds))
         if is_above_chance:
-            of_seeds = [float((task.skill(one, all_items) / skill)[0]) for one in seeds]
+            of_seeds = [float((task.skill(one, all_items) / of_all)[0]) for one in seeds]
             shares = np.concatenate([share for _, share in draws[name]]) / of_teacher
             low, high = _ends(shares, float(np.mean(of_seeds)))
             found = replace(found, retained=float(np.mean(of_seeds)), retained_low=low, retained_high=high)
