@@ -45,25 +45,28 @@ class Judge:
     overlap: Mapping[str, int]  # items with a word whose stem a training concept has
     items: Mapping[str, int]  # of each task
 
+    def steps(self, students: int) -> int:
+        """The steps of measuring so many students: to read a student's vectors is one, each benchmark another."""
+        return students * (1 + len(self.tasks))
+
     def rows(
         self,
         students: Mapping[str, Sequence[Student]],
         others: Mapping[str, Encoder] | None = None,
-        advance: Callable[[float], None] = lambda students: None,
+        advance: Callable[[float], None] = lambda steps: None,
     ) -> list[Row]:
         """Measure students with what they are compared with, block by block.
 
         Args:
             students: checkpoints of the data or exported students; the seeds of each configuration, by its name.
             others: further encoders, by name, such as static vectors of the same teacher.
-            advance: called with the number of students that are measured; a part of one for each step.
+            advance: called with the number of steps that are done, of `steps`.
 
         Returns:
             One row per name, in parentheses those that are no students of the sweep: the teacher, the tables of single
             tokens that students read, the mean over a phrase's tokens, the baselines, and the others.
         """
         found: list[Row] = []
-        step = 1 / (1 + len(self.tasks))  # reading vectors is one step, each benchmark another
         cells = {name: Cell(**seeds[0].config["cell"]) for name, seeds in students.items()}
         for layer, names in grouped(cells, lambda name: cells[name].layer).items():
             largest = max((cells[name] for name in names), key=lambda cell: cell.concepts)
@@ -84,14 +87,14 @@ class Judge:
             for name in names:
                 vectors = [self.vectors_of(student) for student in students[name]]
                 subjects[name] = ({"concepts": cells[name].concepts, "split": cells[name].split}, vectors)
-                advance(len(students[name]) * step)
+                advance(len(students[name]))
             measured: dict[str, Row] = {name: {} for name in subjects}
             for benchmark, task in self.tasks.items():
                 chosen = self._places(task)
                 of_task = {name: [one[chosen] for one in seeds] for name, (_, seeds) in subjects.items()}
                 for name, values in measure(task, teacher[chosen], of_task).items():
                     measured[name] |= values.row(benchmark)
-                advance(sum(len(students[name]) for name in names) * step)
+                advance(sum(len(students[name]) for name in names))
             found += [
                 {"student": name, "layer": layer, "seeds": len(seeds)} | about | measured[name]
                 for name, (about, seeds) in subjects.items()

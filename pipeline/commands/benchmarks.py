@@ -42,9 +42,10 @@ def judge_students(
     bar = display.counting("benchmarks", "phrases")
     judge = open_judge(names, data, cells, access, bar, options.benchmark_data, options.leave_out_overlap)
     others = {static_name(folder): static_encoder(folder) for folder in options.static if folder}
-    with display.counting("benchmarks", "students")(sum(map(len, students.values()))) as advance:
+    number = sum(map(len, students.values()))
+    with display.counting("benchmarks", "steps")(judge.steps(number)) as advance:
         rows = judge.rows(students, others, advance)
-    with display.counting("transfer", "students")(sum(map(len, students.values()))) as advance:
+    with display.counting("transfer", "students")(number) as advance:
         judge.transfer(students, rows, advance)
     return {"about": describe(judge), "rows": rows, "phrases": len(judge.phrases.concepts)}
 
@@ -91,7 +92,7 @@ def judge_sweep(
             raise
         log.warning("warning: not measured on benchmarks (%s)", error)
         return None
-    with display.counting("benchmarks", "students")(len(results["cells"])) as advance:
+    with display.counting("benchmarks", "steps")(judge.steps(len(results["cells"]))) as advance:
         students = {name: [tracker.student_of(row["run_id"]) for row in rows] for name, rows in groups.items()}
         judged = judge.rows(students, advance=advance)
     for row in judged:
