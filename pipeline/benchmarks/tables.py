@@ -14,12 +14,6 @@ NOTE = (
     "students read, and the input embeddings are the teacher's, both averaged over a phrase's tokens."
 )
 
-TRANSFER_NOTE = (
-    "Category: accuracy on the test concepts of a linear probe, fitted on the training concepts' vectors of the "
-    "teacher, or of the student, and is applied to the other's. Found: the share of phrases, of at most 5,000, whose "
-    "nearest vector of the other among {:,} is their own."
-)
-
 
 def names_in(rows: Sequence[Row]) -> list[str]:
     """The benchmarks that rows were measured on."""

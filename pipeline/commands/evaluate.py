@@ -12,9 +12,8 @@ from pathlib import Path
 from pipeline.analysis.evaluation import evaluate, evaluation_markdown, evaluation_table, students_by_configuration
 from pipeline.analysis.rows import Row, grouped, section_names, section_of
 from pipeline.analysis.tables import markdown_table
+from pipeline.benchmarks import tables, transfer
 from pipeline.benchmarks.catalogue import BENCHMARKS
-from pipeline.benchmarks.tables import NOTE, TRANSFER_NOTE, benchmark_table
-from pipeline.benchmarks.transfer import transfer_table
 from pipeline.commands import display
 from pipeline.commands.benchmarks import Judged, check_benchmarks, judge_students, metrics_by_section
 from pipeline.commands.find_sweep import newest_results, vectors_for
@@ -35,8 +34,8 @@ def run_evaluate(options: EvaluateOptions) -> None:
         rows, judged, written = _evaluate(options, folder)
     display.table(*evaluation_table(rows, brief=True))
     if judged is not None:
-        display.table(*benchmark_table(judged["rows"], brief=True))
-        display.table(*transfer_table(judged["rows"], {name: one.title for name, one in BENCHMARKS.items()}))
+        display.table(*tables.benchmark_table(judged["rows"], brief=True))
+        display.table(*transfer.transfer_table(judged["rows"], {name: one.title for name, one in BENCHMARKS.items()}))
     display.lines(*map(str, written))
 
 
@@ -60,11 +59,11 @@ def _evaluate(options: EvaluateOptions, folder: Path) -> tuple[list[Row], Judged
     page = evaluation_markdown(rows)
     texts = {folder / f"{stem}.json": json.dumps(rows, indent=1)}
     if judged is not None:
-        shown = transfer_table(judged["rows"], {name: one.title for name, one in BENCHMARKS.items()})
+        shown = transfer.transfer_table(judged["rows"], {name: one.title for name, one in BENCHMARKS.items()})
         texts[folder / f"{stem}_benchmarks.json"] = json.dumps(judged, indent=1)
-        page += f"\n## Benchmarks\n\n{NOTE}\n\n{markdown_table(*benchmark_table(judged['rows']))}\n"
+        page += f"\n## Benchmarks\n\n{tables.NOTE}\n\n{markdown_table(*tables.benchmark_table(judged['rows']))}\n"
         page += "\n".join(f"- {line}" for line in judged["about"])
-        page += f"\n\n## Transfer\n\n{TRANSFER_NOTE.format(judged['phrases'])}\n\n{markdown_table(*shown)}\n"
+        page += f"\n\n## Transfer\n\n{transfer.NOTE.format(judged['phrases'])}\n\n{markdown_table(*shown)}\n"
     texts[folder / f"{stem}.md"] = page
     for path, text in texts.items():
         write_atomically(path, functools.partial(Path.write_text, data=text, encoding="utf-8"))
