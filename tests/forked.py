@@ -71,6 +71,12 @@ class Command:
         self.wait(None if end is None else max(0, end - time.monotonic()))
         return tuple(b"".join(parts).decode(errors="replace") for parts in texts.values())
 
+    def finish(self):
+        """Wait for a good end; standard output."""
+        out, err = self.communicate()
+        assert self.returncode == 0, err
+        return out
+
     def send_signal(self, number):
         """Send a signal unless it has ended."""
         if self.poll() is None:

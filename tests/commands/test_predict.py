@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
     home = tmp_path_factory.mktemp("predict")
     fresh_database(home / "mlflow.db")
     options = ("--vectors", SHIPPED, "--concepts", 60, "--hidden-dim", 8, "--epochs", 1, "--output", home / "student")
-    out, err = Command("train", "--no-report", *options, folder=home).communicate()
-    assert "answers for any text; test cosine" in out, err
+    out = Command("train", "--no-report", *options, folder=home).finish()
+    assert "answers for any text; test cosine" in out
     return home / "student"
 
 

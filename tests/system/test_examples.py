@@ -17,9 +17,7 @@ def results(tmp_path_factory):
     home = tmp_path_factory.mktemp("examples")
     fresh_database(home / "mlflow.db")
     (home / "grid.yaml").write_text("fixed: {student: ridge, concepts: 100}\naxes: {seed: [0]}\n")
-    done = Command("sweep", "--grid", "grid.yaml", "--vectors", SHIPPED, "--no-report", folder=home)
-    _, err = done.communicate()
-    assert done.returncode == 0, err
+    Command("sweep", "--grid", "grid.yaml", "--vectors", SHIPPED, "--no-report", folder=home).finish()
     return home
 
 

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ import torch
 from conftest import ROOT, SHIPPED, free_port, fresh_database, mlflow_server
 from forked import Command
 from mlflow import MlflowClient
-from processes import PATIENCE, start, wait_until
+from processes import PATIENCE, wait_until
 
 from pipeline.settings import Cell
 from pipeline.student.student import Student
@@ -143,49 +142,25 @@ def equal(one, other):
             np.testing.assert_allclose(values, other[name]["curves"][curve], atol=1e-4)
 
 
-SWEEPS = """
-import os, shlex, sys
-from pipeline import cli, tracking
-from pipeline.commands import display
-from pipeline.commands import report
-from pipeline.sweep import run
-from processes import each_line
-
-def run(line):
-    os.dup2(2, 1)
-    sys.argv = ["pipeline", "sweep", *shlex.split(line)]
-    cli.main()
-
-each_line(run)
-"""
 AWAY_SECONDS = float(os.environ.get("TEST_AWAY_SECONDS", "5"))
 
 
 @pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.short), 20])
 def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_it_were_not(grid, whole, kills):
-    server = start(SWEEPS, MLFLOW_TRACKING_URI=database())
-
-    def begin(output):
-        print(*OPTIONS, "--output", output, file=server.stdin, flush=True)
-        return int(server.stdout.readline())
-
-    draw, finished, ends = random.Random(0), {}, []
+    draw, finished = random.Random(0), {}
     moments = [3 * (number + draw.random()) / kills for number in range(kills)]  # one in each part of three seconds
     for moment in draw.sample(moments, kills):
-        process = begin("results")
+        process = sweep()
         time.sleep(moment)
-        os.kill(process, signal.SIGKILL)
-        ends.append(int(server.stdout.readline()))
+        process.kill()
+        process.wait()
         _, children = tracked()
         done = {run.data.tags["cell_key"]: run for run in children if run.info.status == "FINISHED"}
         for key, run in finished.items():  # finished cells do not change
             assert done[key].info.run_id == run.info.run_id
             assert done[key].info.end_time == run.info.end_time
         finished = done
-    begin("results")
-    assert server.stdout.readline() == "0\n"
-    server.stdin.close()
-    assert server.wait() == 0
+    finish(sweep())
     check_runs()
     equal(results(), whole)
     assert not Path("results/.spool").exists()
